@@ -1,0 +1,72 @@
+"""The ops, naive and obvious: plain differentiable PyTorch, no chunking, no tricks.
+
+This is the only reference. Tests hold every other path to it (in fp64, the gold), benchmarks time against it.
+
+Layout: K particles, B sequences, T tokens, M rows, I/O in/out features, R rank, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
+    """base_out + scaling * (x A_k^T) B_k^T for every particle k."""
+    delta = scaling * (x @ A.mT) @ B.mT
+    return delta if base_out is None else base_out + delta
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """log softmax(logits)[label], with logits = softcap(scale * (h W^T + b)); 0 where the label is -100."""
+    logits = hidden @ weight.mT
+    logits = logits.to(at_least_fp32(logits.dtype))
+    if bias is not None:
+        logits = logits + bias
+    logits = logit_scale * logits
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    labelled = labels != IGNORE_INDEX
+    targets = torch.where(labelled, labels, 0).unsqueeze(-1)
+    logprob = torch.log_softmax(logits, dim=-1).gather(-1, targets).squeeze(-1)
+    return torch.where(labelled, logprob, 0.0)
+
+
+def renyi_reduce(logp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], responsibilities [K, B], ess [B]) of sequence log-likelihoods logp [K, B]: (6), (8), 3.4.
+
+    loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k: neither overflows nor cancels.
+    The value does not depend on m, so m is a constant to the derivative, to every order. [K, B] is tiny, so
+    it is worked in fp64 whatever came in.
+    """
+    s = logp.double()
+    impossible = torch.isneginf(s).all(dim=0)  # no particle gives the example any mass
+    if alpha == 0.0:
+        loss = -s.mean(dim=0)
+    else:
+        m = s.detach().amax(dim=0)
+        m = torch.where(impossible, 0.0, m)
+        excess = torch.expm1(alpha * (s - m)).mean(dim=0)
+        # the inner `where` keeps log1p'(-1) = inf away from the zero gradient of an impossible example
+        loss = -m - torch.log1p(torch.where(impossible, 0.0, excess)) / alpha
+    loss = torch.where(impossible, torch.inf, loss)
+    with torch.no_grad():
+        scores = torch.zeros_like(s) if alpha == 0.0 else alpha * (s - s.amax(dim=0))
+        scores = torch.where(impossible, 0.0, scores)
+        responsibilities = torch.softmax(scores, dim=0)
+        ess = 1.0 / responsibilities.square().sum(dim=0)
+    dtype = at_least_fp32(logp.dtype)
+    return loss.to(dtype), responsibilities.to(dtype), ess.to(dtype)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

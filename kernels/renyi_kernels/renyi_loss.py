@@ -1,0 +1,39 @@
+"""renyi_loss: hidden states in, alpha-Renyi loss out; the op to import into a training loop of your own.
+
+Layout: K particles, B sequences, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from renyi_kernels.linear_logprob import linear_logprob
+from renyi_kernels.reference import IGNORE_INDEX
+from renyi_kernels.renyi_reduce import RenyiOutput, check_alpha, renyi_reduce
+
+
+def renyi_loss(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float, **head: Any) -> RenyiOutput:
+    """`renyi_reduce` of `linear_logprob`: the coupled loss of K particles straight from their hidden states.
+
+    Args:
+        hidden: ``[K, B, T, D]``, final-norm output of each particle.
+        weight: ``[V, D]``, frozen head.
+        labels: ``[B, T]`` int64, already shifted; -100 where no token counts. All particles share them.
+        alpha: finite, >= 0.
+        **head: `bias`, `logit_softcap`, `logit_scale`, `chunk_mib`, `backend`, as in `linear_logprob`.
+
+    Returns:
+        RenyiOutput; `loss` ``[B]`` in nats is differentiable with respect to hidden.
+
+    Raises:
+        ValueError, TypeError: as the two ops.
+    """
+    alpha = check_alpha(alpha)
+    if hidden.dim() != 4:
+        raise ValueError(f"hidden: expected [K, B, T, D]; got {list(hidden.shape)}")
+    if labels.shape != hidden.shape[1:3]:
+        raise ValueError(f"labels: expected [B, T] = {list(hidden.shape[1:3])}; got {list(labels.shape)}")
+    token_logp = linear_logprob(hidden, weight, labels.expand(hidden.shape[:3]), **head)
+    return renyi_reduce(token_logp, alpha, mask=labels != IGNORE_INDEX, backend=head.get("backend"))

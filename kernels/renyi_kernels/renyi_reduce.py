@@ -1,0 +1,88 @@
+"""renyi_reduce: the one alpha-Renyi reduction of the code base.
+
+Layout: K particles, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import NamedTuple
+
+from torch import Tensor
+
+from renyi_kernels import reference
+from renyi_kernels.backend import resolve
+from renyi_kernels.reference import at_least_fp32
+
+PATHS = {"torch": reference.renyi_reduce, "reference": reference.renyi_reduce}
+
+
+class RenyiOutput(NamedTuple):
+    """What `renyi_reduce` gives. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    """[B], nats: the alpha-Renyi loss of each example."""
+    responsibilities: Tensor
+    """[K, B]: softmax over particles of alpha * logp; each column sums to 1."""
+    ess: Tensor
+    """[B], particles: the effective sample size 1 / sum_k r^2, from 1 to K."""
+    logp: Tensor
+    """[K, B], nats: the sequence log-likelihoods that were reduced."""
+
+
+def renyi_reduce(
+    logp: Tensor, alpha: float, *, mask: Tensor | None = None, backend: str | None = None
+) -> RenyiOutput:
+    """Couple K particles: ``loss_i = -(1/alpha) log((1/K) sum_k exp(alpha s_ki))``, eqs. (6), (18) of arXiv 2605.27747.
+
+    alpha = 0 is the limit, the mean of the particles' NLL; alpha = 1 the NLL of the predictive mixture (Lemma 1);
+    alpha > 1 is still a loss, outside the paper. The gradient is ``-r_ki`` with ``r = softmax_k(alpha s)``, (8), (21).
+    An example that every particle gives zero mass (all -inf) has loss +inf, uniform responsibilities and zero gradient.
+
+    >>> renyi_reduce(logp, 0.0).loss == -logp.mean(0)
+
+    Args:
+        logp: ``[K, B]`` sequence log-likelihoods in nats, or ``[K, B, T]`` token ones, summed over T.
+        alpha: finite, >= 0.
+        mask: ``[B, T]``, true where a token counts; only with token log-likelihoods. None: all count.
+        backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
+
+    Returns:
+        RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``) in fp32, or fp64 for fp64 input.
+        `loss` is differentiable, twice too, with respect to logp; the others are detached.
+
+    Raises:
+        ValueError: alpha negative, NaN or infinite; a shape does not fit. TypeError: not a number, not floating point.
+    """
+    alpha = check_alpha(alpha)
+    if not logp.is_floating_point():
+        raise TypeError(f"logp: expected a floating-point tensor; got {logp.dtype}")
+    if logp.dim() not in (2, 3) or logp.shape[0] < 1:
+        raise ValueError(f"logp: expected [K, B] or [K, B, T] with K >= 1; got {list(logp.shape)}")
+    if mask is not None and (logp.dim() != 3 or mask.shape != logp.shape[1:]):
+        raise ValueError(f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}")
+    path = resolve("renyi_reduce", PATHS, logp.device, backend)
+    if logp.dim() == 3:
+        logp = _sum_tokens(logp, mask)
+    logp = logp.to(at_least_fp32(logp.dtype))
+    loss, responsibilities, ess = PATHS[path](logp, alpha)
+    return RenyiOutput(loss, responsibilities, ess, logp.detach())
+
+
+def check_alpha(alpha: float) -> float:
+    """alpha as a float; ValueError unless finite and >= 0, TypeError unless a number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha: expected a number; got {type(alpha).__name__} {alpha!r}")
+    alpha = float(alpha)
+    if not (math.isfinite(alpha) and alpha >= 0.0):
+        raise ValueError(f"alpha: expected a finite number >= 0 (0 trains the particles independently); got {alpha}")
+    return alpha
+
+
+def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
+    logp = logp.to(at_least_fp32(logp.dtype))
+    if mask is not None:
+        # not a product: what stands at a masked position may be -inf or NaN
+        logp = logp.where(mask.bool(), 0.0)
+    return logp.sum(dim=-1)
