@@ -1,0 +1,412 @@
+"""LoraEnsemble: K LoRA adapters on one frozen Hugging Face decoder, run as one batch.
+
+Layout: K particles, B sequences, T tokens, M rows, D hidden size, I/O in/out features, R rank. Rows are particle-major:
+[K, B, ...] flattened to [K*B, ...].
+
+The model's own forward runs unchanged; forward hooks do the rest, and come off without a trace:
+
+    embedding and layers below the first adapted one      B rows, no gradient: the shared trunk
+    pre-hook on the first adapted layer                   B -> K*B rows
+    hook on every adapted linear map                      base output + scaling * (x A_k^T) B_k^T
+    maps that read the still-shared input (q, k, v)       base product on B rows, shared-input mode of grouped_lora
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from renyi_engine import adapter_folder, targets
+from renyi_engine.objective import sum_tokens
+from renyi_kernels import grouped_lora, linear_logprob
+
+IGNORE_INDEX = -100
+SPREAD_STD = 0.01
+"""Standard deviation of B under init="spread"."""
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """What defines an ensemble, with PEFT's names.
+
+    Attributes:
+        num_particles: K >= 1.
+        rank: R >= 1. lora_alpha: scaling is lora_alpha / R, or lora_alpha / sqrt(R) with use_rslora.
+        target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
+        layers_to_transform: decoder layers to adapt, or None for all. Layers below the first run once for all particles.
+        init: "standard" (A Kaiming-uniform per particle, B zero: every particle starts as the base) or "spread"
+            (B Gaussian of standard deviation 0.01 as well: particles start apart).
+        seed: particle k's init depends on (seed, k) alone.
+    """
+
+    num_particles: int = 8
+    rank: int = 8
+    lora_alpha: float = 16
+    target_modules: str | Sequence[str] = targets.ALL_LINEAR
+    layers_to_transform: Sequence[int] | None = None
+    init: Literal["standard", "spread"] = "standard"
+    seed: int = 0
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_particles", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
+        if self.init not in ("standard", "spread"):
+            raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1; got {self.seed!r}")
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class StackedAdapter(nn.Module):
+    """The K adapters of one linear map: A [K, R, I] and B [K, O, R], fp32."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+
+
+class LoraEnsemble(nn.Module):
+    """K coupled LoRA adapters on a frozen decoder. `parameters()` is exactly the stacked adapters.
+
+    While attached, the model itself runs the ensemble on particle-major rows; inside `disable_adapters()` it is the
+    bare base. `detach()` gives it back as it was.
+
+    >>> ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=8))
+    >>> logp = ensemble.sequence_logprob(batch)             # [K, B]
+    >>> renyi_reduce(logp, alpha=0.8).loss.mean().backward()
+    """
+
+    def __init__(self, model: PreTrainedModel, config: EnsembleConfig, adapters: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Use `attach` or `from_pretrained`."""
+        super().__init__()
+        self.config = config
+        self._model = (model,)  # in a tuple: the base is no submodule of the ensemble
+        self._was_training = [module for module in model.modules() if module.training]
+        self._was_trainable = [p for p in model.parameters() if p.requires_grad]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._enabled = True
+        self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
+        self._shared_input_maps: frozenset[str] = frozenset()
+        self._head = targets.logit_transform(model)
+        # a ModuleDict key may not hold a dot
+        self.adapters = nn.ModuleDict({path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()})
+        layers_path, layers = targets.decoder_layers(model)
+        self._layers = tuple(layers)
+        self._first_layer = min(targets.layer_index(path, layers_path) for path in adapters)
+
+    # ------------------------------------------------------------------ making and unmaking
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel, config: EnsembleConfig | None = None) -> LoraEnsemble:
+        """Put fresh adapters on `model` and freeze it.
+
+        Raises:
+            ValueError: no linear map matches, the model already carries an ensemble or PEFT adapters, or its head
+                does something to its logits that `linear_logprob` cannot reproduce.
+        """
+        config = config or EnsembleConfig()
+        _refuse_adapted(model)
+        maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
+        ensemble = cls(model, config, initial_adapters(maps, config))
+        ensemble._install()
+        return ensemble
+
+    @classmethod
+    def from_pretrained(cls, model: PreTrainedModel, directory: str | Path) -> LoraEnsemble:
+        """Put saved adapters on `model`: a folder that `save_pretrained` wrote, a folder of PEFT adapter folders, or one
+        PEFT adapter folder (K = 1).
+
+        Raises:
+            ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen or
+                not finite; a file does not match its checksum; weights are pickled (they are not opened).
+        """
+        _refuse_adapted(model)
+        saved = adapter_folder.read(Path(directory))
+        config = EnsembleConfig(**saved.config)
+        maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
+        adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
+        adapters = {}
+        for path, linear in maps.items():
+            A, B = saved.adapters[path]
+            device = next(linear.parameters()).device
+            adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
+        ensemble = cls(model, config, adapters)
+        ensemble._install()
+        return ensemble
+
+    def save_pretrained(self, directory: str | Path, *, alpha: float | None = None) -> None:
+        """Write `directory`/p000, p001, ...: PEFT adapter folders that PEFT and vLLM load; and ensemble.json, last.
+
+        `alpha`, if given, is recorded there: the one that the ensemble was trained with.
+        """
+        target_modules, layers = targets.describe(self.model, self.paths)
+        adapter_folder.write(
+            Path(directory),
+            config=self.config,
+            adapters=self.stacked(),
+            target_modules=target_modules,
+            layers_to_transform=layers,
+            base_model=self.model.config._name_or_path or None,
+            fan_in_fan_out=isinstance(self.model.get_submodule(self.paths[0]), targets.Conv1D),
+            alpha=alpha,
+        )
+
+    def detach(self) -> PreTrainedModel:
+        """Take every hook off and give the model back, bit for bit as it was, with its requires_grad and training flags."""
+        model = self.model
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        model.eval()
+        for module in self._was_training:
+            module.training = True
+        del model._renyi_ensemble  # type: ignore[attr-defined]
+        return model
+
+    # ------------------------------------------------------------------ running
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model[0]
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the adapted linear maps, in the model's order."""
+        return [key.replace("/", ".") for key in self.adapters]
+
+    def stacked(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A [K, R, I], B [K, O, R]) of every adapted map by path."""
+        adapters = cast(Mapping[str, StackedAdapter], self.adapters)
+        return {key.replace("/", "."): (adapter.A, adapter.B) for key, adapter in adapters.items()}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Final-norm hidden states ``[K, B, T, D]`` of every particle, in the model's dtype; K = 1 while disabled.
+
+        Args:
+            input_ids: ``[B, T]``. attention_mask: ``[B, T]``, 0 on padding, left or right; None: no padding.
+        """
+        if not self._handles:
+            raise RuntimeError("this ensemble was detached from its model; attach or load it again")
+        if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+            raise ValueError(
+                f"input_ids, attention_mask: expected [B, T] each; got {list(input_ids.shape)} and "
+                f"{None if attention_mask is None else list(attention_mask.shape)}"
+            )
+        if self.model.training:  # somebody called model.train(): dropout of the base would tell the particles apart
+            self.train(self.training)
+        positions = None
+        if attention_mask is not None:
+            # the first real token stands at position 0, whatever side the padding is on
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        try:
+            hidden: Tensor = self.model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        finally:
+            self._repeated.clear()
+        return hidden.view(-1, *input_ids.shape, hidden.shape[-1])
+
+    def token_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere.
+
+        `batch` holds input_ids, attention_mask (optional) and labels, each ``[B, T]``; labels as Hugging Face has them:
+        aligned with input_ids, -100 where no token counts. Entry t of the result belongs to the label at t + 1.
+        """
+        labels = batch["labels"]
+        hidden = self(batch["input_ids"], batch.get("attention_mask"))
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        weight = cast(Tensor, self.model.get_output_embeddings().weight)
+        return linear_logprob(hidden, weight.to(hidden.dtype), shifted.expand(hidden.shape[:3]), **self._head)
+
+    def sequence_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed, not averaged, over labelled tokens (4.1)."""
+        return sum_tokens(self.token_logprob(batch))
+
+    @contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside, the model is the bare base, and the ensemble is that one particle: ``[1, B, ...]``."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def train(self, mode: bool = True) -> LoraEnsemble:
+        """The frozen base stays deterministic: no dropout, ever. Only gradient checkpointing, which Hugging Face ties to
+        the training flag of the layer, is switched."""
+        super().train(mode)
+        if self._handles:
+            self.model.eval()
+            for layer in self._layers:
+                layer.training = mode and getattr(layer, "gradient_checkpointing", False)
+        return self
+
+    # ------------------------------------------------------------------ hooks
+
+    def _install(self) -> None:
+        model = self.model
+        model._renyi_ensemble = True  # type: ignore[attr-defined]
+        model.requires_grad_(False)
+        for layer in self._layers[self._first_layer :]:
+            hook = partial(self._enter_layer, layer is self._layers[self._first_layer])
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for path, adapter in zip(self.paths, self.adapters.values(), strict=True):
+            linear = model.get_submodule(path)
+            self._handles.append(linear.register_forward_pre_hook(partial(self._before_map, path)))
+            self._handles.append(linear.register_forward_hook(partial(self._after_map, path, adapter)))
+        self.train(self.training)
+        try:
+            self._probe()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _enter_layer(self, is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Bring what a layer is given to K*B rows: the hidden states where the trunk ends, masks and positions everywhere."""
+        if not self._enabled:
+            return None
+        K = self.config.num_particles
+        hidden = args[0] if args else kwargs["hidden_states"]
+        num_sequences = hidden.shape[0] if is_first else hidden.shape[0] // K
+
+        def repeat(value: Any) -> Any:
+            if value is hidden:
+                return _repeat_rows(value, K) if is_first else value
+            if isinstance(value, (tuple, list)):
+                return type(value)(repeat(item) for item in value)
+            if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == num_sequences > 1:
+                # one copy of a mask for all layers: autograd keeps every mask it meets
+                if id(value) not in self._repeated:
+                    self._repeated[id(value)] = (value, _repeat_rows(value, K))
+                return self._repeated[id(value)][1]
+            return value
+
+        return tuple(repeat(a) for a in args), {name: repeat(value) for name, value in kwargs.items()}
+
+    def _before_map(self, path: str, linear: nn.Module, args: tuple) -> tuple | None:
+        if not self._enabled:
+            return None
+        K = self.config.num_particles
+        x = args[0]
+        if x.shape[0] % K:
+            raise RuntimeError(
+                f"{path} was given {x.shape[0]} rows, which {K} particles do not divide: it does not see whole sequences "
+                "(a mixture of experts?) or the model was called directly; leave it out of target_modules, or call the "
+                "model inside disable_adapters()"
+            )
+        return (x[: x.shape[0] // K],) if path in self._shared_input_maps else None
+
+    def _after_map(self, path: str, adapter: StackedAdapter, linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not self._enabled:
+            return None
+        K = self.config.num_particles
+        x = args[0]
+        A, B = adapter.A.to(x.dtype), adapter.B.to(x.dtype)
+        if path in self._shared_input_maps:
+            out = grouped_lora(x.flatten(0, -2), A, B, self.config.scaling, output.flatten(0, -2))
+            return out.view(K * output.shape[0], *output.shape[1:])
+        base = output.reshape(K, -1, output.shape[-1])
+        return grouped_lora(x.reshape(K, -1, x.shape[-1]), A, B, self.config.scaling, base).view(output.shape)
+
+    def _probe(self) -> None:
+        """Run two tokens once: learn which maps read the shared input, and that this architecture is understood.
+
+        In the first adapted layer, the first adapted map called reads an input no particle has touched; so does every
+        map that is handed the very same tensor. That is a fact of the architecture, so it is learnt here and kept.
+        """
+        model, first = self.model, self._layers[self._first_layer]
+        inputs: dict[str, Tensor] = {}
+        called_first_layer: list[str] = []
+
+        def record(path: str, linear: nn.Module, args: tuple) -> None:
+            inputs[path] = args[0]
+            if linear in first_maps:
+                called_first_layer.append(path)
+
+        first_maps = set(first.modules())
+        handles = [model.get_submodule(p).register_forward_pre_hook(partial(record, p)) for p in self.paths]
+        ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+        try:
+            with torch.no_grad(), self.disable_adapters():
+                hidden = self(ids)[0]
+                logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        missed = [path for path in self.paths if path not in inputs]
+        if missed:
+            raise ValueError(
+                f"target_modules: {type(model).__name__} computes {missed[0]} (and {len(missed) - 1} more) without calling "
+                "the module, so an adapter there would be silently ignored; leave it out"
+            )
+        self._check_head(hidden, logits)
+        shared_input = inputs[called_first_layer[0]]
+        self._shared_input_maps = frozenset(path for path in called_first_layer if inputs[path] is shared_input)
+
+    def _check_head(self, hidden: Tensor, logits: Tensor) -> None:
+        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        weight = cast(Tensor, self.model.get_output_embeddings().weight)
+        with torch.no_grad():
+            ours = linear_logprob(hidden, weight.to(hidden.dtype), labels, **self._head)
+        theirs = torch.log_softmax(logits.float(), -1)[..., 0]
+        tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.5
+        if not torch.allclose(ours.float(), theirs, atol=tolerance, rtol=tolerance):
+            raise ValueError(
+                f"model: {type(self.model).__name__} transforms its logits in a way that is not understood "
+                f"(log-probabilities {ours.flatten().tolist()} instead of {theirs.flatten().tolist()})"
+            )
+
+
+def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fresh (A, B) of every map; particle k draws from a generator of its own, seeded by (seed, k)."""
+    generators = [torch.Generator().manual_seed((config.seed << 20) + k) for k in range(config.num_particles)]
+    adapters = {}
+    for path, linear in maps.items():
+        num_in, num_out = targets.features(linear)
+        # Kaiming-uniform with a = sqrt(5), as PEFT and nn.Linear have it: bound 1 / sqrt(I)
+        bound = 1.0 / math.sqrt(num_in)
+        A = torch.stack([torch.empty(config.rank, num_in).uniform_(-bound, bound, generator=g) for g in generators])
+        B = torch.zeros(config.num_particles, num_out, config.rank)
+        if config.init == "spread":
+            for k, generator in enumerate(generators):
+                B[k].normal_(0.0, SPREAD_STD, generator=generator)
+        device = next(linear.parameters()).device
+        adapters[path] = (A.to(device), B.to(device))
+    return adapters
+
+
+def _repeat_rows(value: Tensor, times: int) -> Tensor:
+    """[B, ...] -> [times * B, ...], particle-major."""
+    return value.expand(times, *value.shape).reshape(times * value.shape[0], *value.shape[1:])
+
+
+def _refuse_adapted(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: expected a transformers PreTrainedModel; got {type(model).__name__}; "
+            "of a PEFT model, pass model.unload() or its base model"
+        )
+    if getattr(model, "_renyi_ensemble", False):
+        raise ValueError("model: it already carries an ensemble; call detach() on that one first")
+    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_A" in name for name, _ in model.named_modules()):
+        raise ValueError("model: it already carries PEFT adapters; pass the bare base model")

@@ -1,0 +1,120 @@
+"""Which linear maps of a Hugging Face decoder are adapted, and where its layers, backbone and head are.
+
+`target_modules` and `layers_to_transform` mean what they mean to PEFT; one deliberate difference: PEFT ignores
+`layers_to_transform` beside "all-linear", here it holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEAR = "all-linear"
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(path, layers) of the decoder's stack, e.g. ("model.layers", ...)."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return path, module
+    raise ValueError(
+        f"model: {type(model).__name__} has no list of {num_layers} decoder layers; a decoder-only language model is needed"
+    )
+
+
+def logit_transform(model: PreTrainedModel) -> dict[str, Any]:
+    """`linear_logprob`'s bias, logit_softcap and logit_scale for this model's head."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None and getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    return {
+        "bias": getattr(model.get_output_embeddings(), "bias", None),
+        "logit_softcap": getattr(config, "final_logit_softcapping", None),  # Gemma-2
+        "logit_scale": 1.0 if scale is None else float(scale),
+    }
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a linear map: `nn.Linear`, a quantised one of the same attributes, or GPT-2's `Conv1D`."""
+    if isinstance(linear, Conv1D):
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
+
+
+def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear map of the decoder by path, the output head left out."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if module is not head
+        and (isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features")))
+    }
+
+
+def match_targets(
+    model: PreTrainedModel, target_modules: str | Sequence[str], layers_to_transform: Sequence[int] | None
+) -> dict[str, nn.Module]:
+    """The linear maps to adapt, by path, in the model's order.
+
+    `target_modules`: "all-linear", a regular expression that matches the whole path, or a list of names, each a
+    path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
+
+    Raises:
+        ValueError: nothing matches (the message lists what could have), or a layer number does not exist.
+    """
+    layers_path, layers = decoder_layers(model)
+    if layers_to_transform is not None:
+        stray = sorted(set(layers_to_transform) - set(range(len(layers))))
+        if stray or not layers_to_transform:
+            raise ValueError(f"layers_to_transform: expected layers from 0 to {len(layers) - 1}; got {stray or 'none'}")
+    candidates = {path: module for path, module in linear_maps(model).items() if path.startswith(f"{layers_path}.")}
+    matched = {}
+    for path, module in candidates.items():
+        # as in PEFT, a map named by its whole path is taken whatever layers_to_transform says
+        by_path = not isinstance(target_modules, str) and path in target_modules
+        in_layers = layers_to_transform is None or layer_index(path, layers_path) in layers_to_transform
+        if by_path or (in_layers and _name_matches(path, target_modules)):
+            matched[path] = module
+    if not matched:
+        endings = sorted({ending(path) for path in candidates})
+        raise ValueError(
+            f"target_modules: {target_modules!r} matches no linear map of {type(model).__name__}; "
+            f"it could be {ALL_LINEAR!r}, a regular expression for whole paths such as "
+            f"{next(iter(candidates), layers_path)!r}, or a list out of {endings}"
+        )
+    return matched
+
+
+def describe(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], list[int] | None]:
+    """(target_modules, layers_to_transform) that match exactly `paths`: names and layers where they can, else whole paths."""
+    layers_path, layers = decoder_layers(model)
+    names = sorted({ending(path) for path in paths})
+    numbers = sorted({layer_index(path, layers_path) for path in paths})
+    short = (names, None if len(numbers) == len(layers) else numbers)
+    return short if set(match_targets(model, *short)) == set(paths) else (sorted(paths), None)
+
+
+def layer_index(path: str, layers_path: str) -> int:
+    """Number of the decoder layer that the map at `path` belongs to."""
+    return int(path[len(layers_path) + 1 :].split(".", 1)[0])
+
+
+def ending(path: str) -> str:
+    """Last name of a path: "q_proj" of "model.layers.0.self_attn.q_proj"."""
+    return path.rsplit(".", 1)[-1]
+
+
+def _name_matches(path: str, target_modules: str | Sequence[str]) -> bool:
+    if isinstance(target_modules, str):
+        if target_modules.lower() == ALL_LINEAR:
+            return True
+        return re.fullmatch(target_modules, path) is not None
+    return any(path.endswith(f".{name}") for name in target_modules)
