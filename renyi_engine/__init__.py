@@ -1,5 +1,15 @@
 """Alpha-Renyi ensembles of LoRA adapters: K coupled particles on one frozen language model."""
 
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
+from renyi_engine.sft import SftConfig
+from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, TrainResult, train
 
-__all__ = ["EnsembleConfig", "LoraEnsemble"]
+__all__ = [
+    "EnsembleConfig",
+    "LoraEnsemble",
+    "SftConfig",
+    "TrainResult",
+    "TrainingDiverged",
+    "TrainingInterrupted",
+    "train",
+]

@@ -61,7 +61,7 @@ def write(
     """Write one PEFT folder a particle, then ensemble.json. Particles of an ensemble saved here before are replaced."""
     directory.mkdir(parents=True, exist_ok=True)
     _remove_previous(directory)
-    adapter_config = {
+    adapter_config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -107,7 +107,7 @@ def write(
 
 
 def read(directory: Path) -> SavedAdapters:
-    """Read and stack the adapters of `directory`; see `LoraEnsemble.from_pretrained` for what it may be and what is refused."""
+    """Read and stack the adapters of `directory`; `LoraEnsemble.from_pretrained` says what it may be."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder")
     seeds = {}
@@ -129,7 +129,9 @@ def read(directory: Path) -> SavedAdapters:
         if different:
             raise ValueError(
                 f"{folder}: particles must agree, but "
-                + "; ".join(f"{key} is {config[key]!r} beside {configs[0][key]!r} in {folders[0].name}" for key in different)
+                + "; ".join(
+                    f"{key} is {config[key]!r} beside {configs[0][key]!r} in {folders[0].name}" for key in different
+                )
             )
     particles = [_read_particle(folder, configs[0]["rank"]) for folder in folders]
     for folder, particle in zip(folders, particles, strict=True):
@@ -147,7 +149,11 @@ def read(directory: Path) -> SavedAdapters:
 
 
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:
-    """Hold what was read against the maps that its own config targets, {path: (in, out) features}; ValueError lists what differs."""
+    """Hold what was read against the maps that its own config targets, {path: (in, out) features}.
+
+    Raises:
+        ValueError: lists what is missing, extra or misshapen.
+    """
     _same_keys(saved.directory, set(saved.adapters), set(features), "its target_modules name them in this model")
     wrong = []
     rank = saved.config["rank"]
@@ -169,7 +175,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if unsupported:
-        raise ValueError(f"{folder / CONFIG_FILE}: {', '.join(unsupported)} cannot be represented by a plain stacked LoRA")
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: {', '.join(unsupported)} cannot be represented by a plain stacked LoRA"
+        )
     layers = config.get("layers_to_transform")
     targets = config["target_modules"]
     return {
@@ -184,12 +192,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_particle(folder: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     pickled = [file.name for file in folder.iterdir() if file.suffix in files.PICKLE_SUFFIXES]
     if not (folder / TENSORS_FILE).is_file() and pickled:
-        raise ValueError(f"{folder / pickled[0]}: pickled weights are refused unread; save them as {TENSORS_FILE} first")
+        raise ValueError(
+            f"{folder / pickled[0]}: pickled weights are refused unread; save them as {TENSORS_FILE} first"
+        )
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in files.read_tensors(files.inside(folder, TENSORS_FILE)).items():
         match = _KEY.fullmatch(key)
         if not match or tensor.dim() != 2:
-            raise ValueError(f"{folder / TENSORS_FILE}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear map")
+            raise ValueError(
+                f"{folder / TENSORS_FILE}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear map"
+            )
         sides.setdefault(match["path"], {})[match["side"]] = tensor
     halves = [f"{path}.lora_{side}" for path, pair in sides.items() for side in "AB" if side not in pair]
     if halves:
@@ -215,7 +227,8 @@ def _verify(directory: Path, checksums: Mapping[str, str]) -> None:
             raise ValueError(f"{path}: listed in {ENSEMBLE_FILE}, but missing")
         if files.sha256_of(path) != expected:
             raise ValueError(
-                f"{path}: sha256 differs from {ENSEMBLE_FILE}: damaged, or changed on purpose (then remove {ENSEMBLE_FILE})"
+                f"{path}: sha256 differs from {ENSEMBLE_FILE}: damaged, or changed on purpose "
+                f"(then remove {ENSEMBLE_FILE})"
             )
 
 

@@ -42,7 +42,7 @@ class EnsembleConfig:
         num_particles: K >= 1.
         rank: R >= 1. lora_alpha: scaling is lora_alpha / R, or lora_alpha / sqrt(R) with use_rslora.
         target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
-        layers_to_transform: decoder layers to adapt, or None for all. Layers below the first run once for all particles.
+        layers_to_transform: decoder layers to adapt, or None for all. Those below the first run once for all.
         init: "standard" (A Kaiming-uniform per particle, B zero: every particle starts as the base) or "spread"
             (B Gaussian of standard deviation 0.01 as well: particles start apart).
         seed: particle k's init depends on (seed, k) alone.
@@ -94,7 +94,9 @@ class LoraEnsemble(nn.Module):
     >>> renyi_reduce(logp, alpha=0.8).loss.mean().backward()
     """
 
-    def __init__(self, model: PreTrainedModel, config: EnsembleConfig, adapters: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: EnsembleConfig, adapters: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
         """Use `attach` or `from_pretrained`."""
         super().__init__()
         self.config = config
@@ -107,7 +109,9 @@ class LoraEnsemble(nn.Module):
         self._shared_input_maps: frozenset[str] = frozenset()
         self._head = targets.logit_transform(model)
         # a ModuleDict key may not hold a dot
-        self.adapters = nn.ModuleDict({path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()})
+        self.adapters = nn.ModuleDict(
+            {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
+        )
         layers_path, layers = targets.decoder_layers(model)
         self._layers = tuple(layers)
         self._first_layer = min(targets.layer_index(path, layers_path) for path in adapters)
@@ -131,12 +135,12 @@ class LoraEnsemble(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: PreTrainedModel, directory: str | Path) -> LoraEnsemble:
-        """Put saved adapters on `model`: a folder that `save_pretrained` wrote, a folder of PEFT adapter folders, or one
-        PEFT adapter folder (K = 1).
+        """Put saved adapters on `model`: a folder that `save_pretrained` wrote, a folder of PEFT adapter folders,
+        or one PEFT adapter folder (K = 1).
 
         Raises:
-            ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen or
-                not finite; a file does not match its checksum; weights are pickled (they are not opened).
+            ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen
+                or not finite; a file does not match its checksum; weights are pickled (they are not opened).
         """
         _refuse_adapted(model)
         saved = adapter_folder.read(Path(directory))
@@ -170,7 +174,7 @@ class LoraEnsemble(nn.Module):
         )
 
     def detach(self) -> PreTrainedModel:
-        """Take every hook off and give the model back, bit for bit as it was, with its requires_grad and training flags."""
+        """Take every hook off and give the model back, bit for bit as it was, its flags too."""
         model = self.model
         for handle in self._handles:
             handle.remove()
@@ -180,7 +184,7 @@ class LoraEnsemble(nn.Module):
         model.eval()
         for module in self._was_training:
             module.training = True
-        del model._renyi_ensemble  # type: ignore[attr-defined]
+        del model._renyi_ensemble
         return model
 
     # ------------------------------------------------------------------ running
@@ -196,8 +200,10 @@ class LoraEnsemble(nn.Module):
 
     def stacked(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [K, R, I], B [K, O, R]) of every adapted map by path."""
-        adapters = cast(Mapping[str, StackedAdapter], self.adapters)
-        return {key.replace("/", "."): (adapter.A, adapter.B) for key, adapter in adapters.items()}
+        return {path: (stack.A, stack.B) for path, stack in zip(self.paths, self._stacks(), strict=True)}
+
+    def _stacks(self) -> list[StackedAdapter]:
+        return [cast(StackedAdapter, stack) for stack in self.adapters.values()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Final-norm hidden states ``[K, B, T, D]`` of every particle, in the model's dtype; K = 1 while disabled.
@@ -239,7 +245,7 @@ class LoraEnsemble(nn.Module):
         return linear_logprob(hidden, weight.to(hidden.dtype), shifted.expand(hidden.shape[:3]), **self._head)
 
     def sequence_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed, not averaged, over labelled tokens (4.1)."""
+        """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed over labelled tokens (4.1)."""
         return sum_tokens(self.token_logprob(batch))
 
     @contextmanager
@@ -252,8 +258,8 @@ class LoraEnsemble(nn.Module):
             self._enabled = before
 
     def train(self, mode: bool = True) -> LoraEnsemble:
-        """The frozen base stays deterministic: no dropout, ever. Only gradient checkpointing, which Hugging Face ties to
-        the training flag of the layer, is switched."""
+        """The frozen base stays deterministic: no dropout, ever. Only gradient checkpointing, which Hugging Face
+        ties to the training flag of the layer, is switched."""
         super().train(mode)
         if self._handles:
             self.model.eval()
@@ -265,12 +271,12 @@ class LoraEnsemble(nn.Module):
 
     def _install(self) -> None:
         model = self.model
-        model._renyi_ensemble = True  # type: ignore[attr-defined]
+        model._renyi_ensemble = True
         model.requires_grad_(False)
         for layer in self._layers[self._first_layer :]:
             hook = partial(self._enter_layer, layer is self._layers[self._first_layer])
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for path, adapter in zip(self.paths, self.adapters.values(), strict=True):
+        for path, adapter in zip(self.paths, self._stacks(), strict=True):
             linear = model.get_submodule(path)
             self._handles.append(linear.register_forward_pre_hook(partial(self._before_map, path)))
             self._handles.append(linear.register_forward_hook(partial(self._after_map, path, adapter)))
@@ -282,7 +288,7 @@ class LoraEnsemble(nn.Module):
             raise
 
     def _enter_layer(self, is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Bring what a layer is given to K*B rows: the hidden states where the trunk ends, masks and positions everywhere."""
+        """Bring what a layer is given to K*B rows: hidden states where the trunk ends, masks and positions always."""
         if not self._enabled:
             return None
         K = self.config.num_particles
@@ -310,13 +316,15 @@ class LoraEnsemble(nn.Module):
         x = args[0]
         if x.shape[0] % K:
             raise RuntimeError(
-                f"{path} was given {x.shape[0]} rows, which {K} particles do not divide: it does not see whole sequences "
-                "(a mixture of experts?) or the model was called directly; leave it out of target_modules, or call the "
-                "model inside disable_adapters()"
+                f"{path} was given {x.shape[0]} rows, which {K} particles do not divide: it does not see whole "
+                "sequences (a mixture of experts?) or the model was called directly; leave it out of target_modules, "
+                "or call the model inside disable_adapters()"
             )
         return (x[: x.shape[0] // K],) if path in self._shared_input_maps else None
 
-    def _after_map(self, path: str, adapter: StackedAdapter, linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _after_map(
+        self, path: str, adapter: StackedAdapter, linear: nn.Module, args: tuple, output: Tensor
+    ) -> Tensor | None:
         if not self._enabled:
             return None
         K = self.config.num_particles
@@ -356,8 +364,8 @@ class LoraEnsemble(nn.Module):
         missed = [path for path in self.paths if path not in inputs]
         if missed:
             raise ValueError(
-                f"target_modules: {type(model).__name__} computes {missed[0]} (and {len(missed) - 1} more) without calling "
-                "the module, so an adapter there would be silently ignored; leave it out"
+                f"target_modules: {type(model).__name__} computes {missed[0]} (and {len(missed) - 1} more) without "
+                "calling the module, so an adapter there would be silently ignored; leave it out"
             )
         self._check_head(hidden, logits)
         shared_input = inputs[called_first_layer[0]]

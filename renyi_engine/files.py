@@ -21,7 +21,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, on CPU.
 
     Raises:
-        ValueError, in one line: missing, pickled (unread), not a whole safetensors file, or a tensor that is not finite.
+        ValueError, in one line: missing, pickled (unread), not a whole safetensors file, a tensor not finite.
     """
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path}: pickled weights are refused unread; convert them to .safetensors first")

@@ -12,7 +12,7 @@ from renyi_kernels import RenyiOutput, renyi_reduce
 
 
 def sum_tokens(token_logp: Tensor) -> Tensor:
-    """Supervised log-likelihood s[k, i] = sum_t log p_k(y_it | x_i, y_i<t) in nats, [K, B, T] -> [K, B]: summed, not averaged (4.1)."""
+    """Supervised log-likelihood s[k, i] = sum_t log p_k(y_it | x_i, y_i<t), nats, [K, B, T] -> [K, B] (4.1)."""
     return token_logp.sum(dim=-1)
 
 
@@ -23,8 +23,8 @@ def data_term(logp: Tensor, alpha: float, num_examples: int) -> tuple[Tensor, Re
         logp: [K, B] nats; B may be a part of the batch (a micro-batch).
         num_examples: |batch|, examples in the whole optimizer step.
 
-    A particle whose log-likelihood of an example is NaN is given no share of it, as if it were -inf: one broken particle
-    must not take the others along. Its own gradient stays NaN, and the trainer skips and counts its update.
+    A particle whose log-likelihood of an example is NaN is given no share of it, as if it were -inf: one broken
+    particle must not take the others along. Its own gradient stays NaN; the trainer skips and counts its update.
     """
     out = renyi_reduce(logp.where(~logp.isnan(), -torch.inf), alpha)
     return out.loss.sum() / num_examples, out

@@ -24,7 +24,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return path, module
     raise ValueError(
-        f"model: {type(model).__name__} has no list of {num_layers} decoder layers; a decoder-only language model is needed"
+        f"model: {type(model).__name__} has no list of {num_layers} decoder layers; "
+        "a decoder-only language model is needed"
     )
 
 
@@ -94,7 +95,7 @@ def match_targets(
 
 
 def describe(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], list[int] | None]:
-    """(target_modules, layers_to_transform) that match exactly `paths`: names and layers where they can, else whole paths."""
+    """(target_modules, layers_to_transform) that match exactly `paths`: by name and layer if possible, else by path."""
     layers_path, layers = decoder_layers(model)
     names = sorted({ending(path) for path in paths})
     numbers = sorted({layer_index(path, layers_path) for path in paths})

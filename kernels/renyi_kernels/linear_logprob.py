@@ -5,6 +5,8 @@ Layout: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,10 @@ from renyi_kernels import reference, torch_ops
 from renyi_kernels.backend import resolve
 from renyi_kernels.reference import IGNORE_INDEX
 
-PATHS = {"torch": torch_ops.linear_logprob, "reference": reference.linear_logprob}
+PATHS: dict[str, Callable[..., Tensor]] = {
+    "torch": torch_ops.linear_logprob,
+    "reference": reference.linear_logprob,
+}
 
 
 def linear_logprob(

@@ -31,9 +31,7 @@ class RenyiOutput(NamedTuple):
     """[K, B], nats: the sequence log-likelihoods that were reduced."""
 
 
-def renyi_reduce(
-    logp: Tensor, alpha: float, *, mask: Tensor | None = None, backend: str | None = None
-) -> RenyiOutput:
+def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, backend: str | None = None) -> RenyiOutput:
     """Couple K particles: ``loss_i = -(1/alpha) log((1/K) sum_k exp(alpha s_ki))``, eqs. (6), (18) of arXiv 2605.27747.
 
     alpha = 0 is the limit, the mean of the particles' NLL; alpha = 1 the NLL of the predictive mixture (Lemma 1);
@@ -49,7 +47,7 @@ def renyi_reduce(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``) in fp32, or fp64 for fp64 input.
+        RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``), fp32, or fp64 for fp64.
         `loss` is differentiable, twice too, with respect to logp; the others are detached.
 
     Raises:
@@ -61,7 +59,9 @@ def renyi_reduce(
     if logp.dim() not in (2, 3) or logp.shape[0] < 1:
         raise ValueError(f"logp: expected [K, B] or [K, B, T] with K >= 1; got {list(logp.shape)}")
     if mask is not None and (logp.dim() != 3 or mask.shape != logp.shape[1:]):
-        raise ValueError(f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}")
+        raise ValueError(
+            f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}"
+        )
     path = resolve("renyi_reduce", PATHS, logp.device, backend)
     if logp.dim() == 3:
         logp = _sum_tokens(logp, mask)

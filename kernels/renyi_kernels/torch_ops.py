@@ -61,7 +61,19 @@ class _LinearLogprob(torch.autograd.Function):
             logprob = hidden.new_zeros(labels.shape, dtype=at_least_fp32(hidden.dtype))
             # hidden's gradient of each labelled token, before the upstream gradient is known
             gradient = hidden.new_empty((rows.numel(), hidden.shape[1]) if need_grad else (0, 0))
-            _labelled_logprob(hidden, weight, labels, rows, *head, logprob, gradient if need_grad else None)
+            bias, logit_softcap, logit_scale, chunk_mib = head
+            _labelled_logprob(
+                hidden,
+                weight,
+                labels,
+                rows,
+                bias,
+                logit_softcap,
+                logit_scale,
+                chunk_mib,
+                logprob=logprob,
+                gradient=gradient if need_grad else None,
+            )
         ctx.save_for_backward(rows, gradient)
         ctx.hidden_shape = hidden.shape
         return logprob
@@ -92,6 +104,7 @@ def _labelled_logprob(
     logit_softcap: float | None,
     logit_scale: float,
     chunk_mib: float,
+    *,
     logprob: Tensor,
     gradient: Tensor | None,
 ) -> None:

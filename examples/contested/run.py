@@ -1,0 +1,155 @@
+"""Contested questions: the same data, model and seed, trained with coupling (alpha = 0.8) and without (alpha = 0).
+
+    python examples/contested/run.py [--output_dir runs/contested]
+
+Trains K = 4 particles on SmolLM2-135M-Instruct twice, asks both ensembles questions they have not seen, prints a table
+and writes one report. A few minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import questions as q
+import smollm2
+import torch
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from renyi_engine import SftConfig, TrainResult, train
+from renyi_engine.evaluation import evaluate
+from renyi_engine.report import Table, write_report
+from renyi_engine.sft import SftTask
+from renyi_kernels import renyi_reduce
+
+ALPHAS = (0.8, 0.0)
+HEADER = ("questions", "alpha", "mixture NLL", "mean-particle NLL", "spread of P(Yes)", "AUROC")
+NOTE = (
+    "NLL: nats an answer; a fair coin's is 0.693, and 0.500 is the best there is where four answers in five are Yes. "
+    "Spread: standard deviation of P(Yes) over the particles, mean over questions. AUROC: how well that spread tells "
+    "contested questions (even, uneven) from uncontested ones; 0.5 is chance."
+)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an ensemble answers to held-out questions of one kind. NLL in nats an answer, a mean over questions."""
+
+    mixture_nll: float
+    mean_particle_nll: float
+    p_yes: Tensor
+    """[K, questions]: P(Yes) of each particle, of the two answers."""
+
+    @property
+    def spread(self) -> Tensor:
+        """[questions]: standard deviation of P(Yes) over particles."""
+        return self.p_yes.std(dim=0, correction=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/contested"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_steps", type=int, default=120)
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    started = time.monotonic()
+    model = smollm2.obtain()
+    training, held_out = q.make_questions(options.seed)
+    shutil.rmtree(options.output_dir, ignore_errors=True)  # made here before, and made again the same
+    (options.output_dir / "data").mkdir(parents=True)
+    q.write_rows(training, options.output_dir / "data" / "train.jsonl")
+    q.write_rows(held_out, options.output_dir / "data" / "test.jsonl")
+    config = SftConfig(
+        model_name_or_path=str(model),
+        dataset_name=str(options.output_dir / "data"),
+        output_dir=str(options.output_dir / "coupled"),
+        num_particles=4,
+        alpha=ALPHAS[0],
+        layers_to_transform=list(range(22, 30)),
+        dtype="bfloat16",
+        learning_rate=5e-4,
+        lr_scheduler_type="cosine",
+        max_steps=options.max_steps,
+        logging_steps=5,
+        per_device_eval_batch_size=32,
+        seed=options.seed,
+    )
+    uncoupled = replace(config, alpha=ALPHAS[1], output_dir=str(options.output_dir / "uncoupled"))
+    answers = [ask(train(run), held_out) for run in (config, uncoupled)]
+    runs = [Path(run.output_dir) for run in (config, uncoupled)]
+    rows = table_rows(answers)
+    print_table(rows)
+    report = options.output_dir / "report.html"
+    table = Table("Held-out questions", HEADER, rows, NOTE)
+    write_report(runs, report, title="Contested questions: coupled and uncoupled particles", tables=[table])
+    print(f"report: {report}   ({time.monotonic() - started:.0f} s)")
+
+
+def ask(result: TrainResult, questions: list[q.Question]) -> dict[str, Answers]:
+    """Score both answers to every question, by kind."""
+    ensemble = result.ensemble
+    task = SftTask(AutoTokenizer.from_pretrained(ensemble.model.name_or_path), max_length=1024)
+    answers = {}
+    for kind in q.KINDS:
+        asked = [question for question in questions if question.kind == kind]
+        rows = [
+            {"prompt": q.messages(question.text), "completion": [{"role": "assistant", "content": answer}]}
+            for question in asked
+            for answer in q.ANSWERS
+        ]
+        examples = [task.example(number, row) for number, row in enumerate(rows)]
+        scored = evaluate(ensemble, examples, task.collate, task.logp, batch_size=32, device=ensemble.model.device)
+        s = scored.logp.view(len(scored.logp), len(asked), len(q.ANSWERS))  # [K, questions, answers]
+        given = torch.tensor([[question.share(answer) for answer in q.ANSWERS] for question in asked])
+        mixture = renyi_reduce(s.flatten(1), 1.0).loss.view_as(given)
+        answers[kind] = Answers(
+            mixture_nll=(mixture * given).sum(dim=1).mean().item(),
+            mean_particle_nll=(-s.mean(dim=0) * given).sum(dim=1).mean().item(),
+            p_yes=torch.sigmoid(s[..., 0] - s[..., 1]),
+        )
+    ensemble.detach()
+    return answers
+
+
+def auroc(answers: dict[str, Answers]) -> float:
+    """Chance that a contested question has more spread than an uncontested one, ties counted half (Mann-Whitney)."""
+    contested = torch.cat([answers["even"].spread, answers["uneven"].spread])
+    difference = contested[:, None] - answers["uncontested"].spread[None, :]
+    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
+
+
+def table_rows(answers: Sequence[dict[str, Answers]]) -> list[list[str]]:
+    return [
+        [
+            kind,
+            f"{alpha:g}",
+            f"{of[kind].mixture_nll:.3f}",
+            f"{of[kind].mean_particle_nll:.3f}",
+            f"{of[kind].spread.mean():.3f}",
+            f"{auroc(of):.3f}" if kind == q.KINDS[-1] else "",
+        ]
+        for kind in q.KINDS
+        for alpha, of in zip(ALPHAS, answers, strict=True)
+    ]
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    table = ConsoleTable(*HEADER, title="Held-out questions", caption=NOTE, caption_justify="left")
+    for number, row in enumerate(rows, start=1):
+        table.add_row(*row, end_section=number % len(ALPHAS) == 0)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

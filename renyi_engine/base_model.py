@@ -1,0 +1,65 @@
+"""The frozen base and its tokenizer, from a local folder or the hub."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from renyi_engine.config import TrainConfig
+
+
+def device_for(config: TrainConfig) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def load_config(config: TrainConfig) -> PretrainedConfig:
+    """The base's own configuration: small, and the first thing that fails where there is no such model."""
+    try:
+        return AutoConfig.from_pretrained(config.model_name_or_path, **_source(config))
+    except (OSError, ValueError) as error:
+        raise _unknown(config, error) from None
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(config.model_name_or_path, **_source(config))
+    except (OSError, ValueError) as error:
+        raise _unknown(config, error) from None
+
+
+def load_model(config: TrainConfig) -> PreTrainedModel:
+    """The causal language model in its compute dtype. Pickled weights are refused unread."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            **_source(config),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _unknown(config, error) from None
+    if model.dtype == torch.float16:
+        raise ValueError(
+            f"dtype: {config.model_name_or_path} is stored in float16, whose range gradients fall out of; "
+            "pass --dtype bfloat16 or float32"
+        )
+    return model.to(device_for(config))
+
+
+def _source(config: TrainConfig) -> dict:
+    return {"revision": config.model_revision or "main", "trust_remote_code": config.trust_remote_code}
+
+
+def _unknown(config: TrainConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"model_name_or_path: {config.model_name_or_path!r} cannot be loaded; expected a folder with config.json, a "
+        f"tokenizer and .safetensors weights, or the id of such a model on the hub ({str(error).splitlines()[0]})"
+    )

@@ -1,0 +1,102 @@
+"""renyi-engine: the command line.
+
+Exit codes: 0 done; 1 training failed; 2 bad input, told in one line; 75 stopped by a signal after saving (resume it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from renyi_engine import environment, export
+from renyi_engine.config import parse, to_yaml
+from renyi_engine.dry_run import dry_run
+from renyi_engine.progress import use_plain_warnings
+from renyi_engine.report import write_report
+from renyi_engine.sft import SftConfig
+from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="renyi-engine",
+        description="alpha-Renyi ensembles of LoRA adapters",
+        epilog="renyi-engine COMMAND --help tells more",
+    )
+    parser.add_argument(
+        "command", choices=sorted(_COMMANDS), help="; ".join(f"{n}: {c.__doc__}" for n, c in _COMMANDS.items())
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    command = parser.parse_args(argv[:1] or ["--help"]).command
+    use_plain_warnings()
+    _quiet_libraries()
+    try:
+        _COMMANDS[command](argv[1:])
+    except ValueError as error:
+        print(f"renyi-engine {command}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except TrainingInterrupted as stop:
+        print(f"renyi-engine {command}: {stop}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (TrainingDiverged, OSError) as error:
+        print(f"renyi-engine {command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _sft(argv: Sequence[str]) -> None:
+    """fine-tune an ensemble"""
+    config, options = parse(SftConfig, argv, "renyi-engine sft")
+    if options.print_config:
+        print(to_yaml(config), end="")
+    elif options.dry_run:
+        print(dry_run(config), end="")
+    else:
+        train(config)
+
+
+def _export(argv: Sequence[str]) -> None:
+    """write a checkpoint as PEFT adapter folders"""
+    parser = argparse.ArgumentParser(prog="renyi-engine export", description=export.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="RUN/checkpoint-N, or RUN for its newest")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where p000, p001, ... go")
+    options = parser.parse_args(argv)
+    print(export.export(options.checkpoint, options.output_dir))
+
+
+def _report(argv: Sequence[str]) -> None:
+    """make the HTML report of one run, or of several side by side"""
+    parser = argparse.ArgumentParser(prog="renyi-engine report")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--output", type=Path, help="default: report.html in the first run")
+    options = parser.parse_args(argv)
+    print(write_report(options.runs, options.output or options.runs[0] / "report.html"))
+
+
+def _env(argv: Sequence[str]) -> None:
+    """tell versions, devices and the path that each op takes here"""
+    argparse.ArgumentParser(prog="renyi-engine env").parse_args(argv)
+    print(environment.describe(), end="")
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sft": _sft, "export": _export, "report": _report, "env": _env}
+
+
+def _quiet_libraries() -> None:
+    # one progress display, ours; errors still come through
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Rows of a data set, token sequences, and the order in which training sees them.
+
+Layout: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from renyi_engine.ensemble import IGNORE_INDEX
+
+_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. `labels` is aligned with `input_ids`; -100 where no token counts."""
+
+    row: int
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_labels(self) -> int:
+        # the first token has no prediction
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+class Dropped(ValueError):
+    """A row that cannot be trained on; the message is the reason it is counted under."""
+
+
+def load_splits(name: str, split: str, config_name: str | None, argument: str) -> Mapping[str, Any]:
+    """Every split of a data set: a local file, whose rows are all called `split`, a folder, or a hub id.
+
+    Raises:
+        ValueError: it is not there or cannot be read.
+    """
+    import datasets  # heavy, and only reading data needs it
+
+    datasets.disable_progress_bars()
+    path = Path(name)
+    loader = _LOADERS.get(next((s for s in reversed(path.suffixes) if s != ".gz"), ""))
+    try:
+        if path.is_file() and loader is None:
+            raise ValueError(f"{argument}: {name}: expected a file that ends in {', '.join(_LOADERS)}")
+        if loader is not None:
+            if not path.is_file():
+                raise ValueError(f"{argument}: {name}: no such file")
+            return datasets.load_dataset(loader, data_files={split: str(path)})
+        if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+            loaded = datasets.load_from_disk(str(path))
+            return loaded if isinstance(loaded, Mapping) else {split: loaded}
+        if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+            raise ValueError(f"{argument}: {name}: no such file or folder")
+        return datasets.load_dataset(name, config_name)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{argument}: {name} cannot be read as a data set ({_first_line(error)})") from None
+
+
+def rows_of(splits: Mapping[str, Any], split: str, name: str, argument: str) -> Any:
+    """The rows of one split. Raises ValueError if there is no such split, or nothing in it."""
+    if split not in splits:
+        raise ValueError(f"{argument}: {name} has no split {split!r}; it has {sorted(splits)}")
+    if not len(splits[split]):
+        raise ValueError(f"{argument}: {name} is empty; at least one row is needed")
+    return splits[split]
+
+
+def tokenize(
+    rows: Iterable[Mapping[str, Any]], one: Callable[[int, Mapping[str, Any]], Example], argument: str = "dataset_name"
+) -> tuple[list[Example], Counter[str]]:
+    """(examples, dropped): every row through `one`, and how many rows were left out for which reason.
+
+    Raises:
+        ValueError: no row is left; the message says why each kind was dropped.
+    """
+    examples, dropped = [], Counter[str]()
+    for number, row in enumerate(rows):
+        try:
+            examples.append(one(number, row))
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+    if not examples:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
+        raise ValueError(f"{argument}: no row is left to use ({reasons})")
+    return examples, dropped
+
+
+def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:
+    """An error for a data set in none of the `wanted` forms, with the nearest of its columns."""
+    columns = list(columns)
+    near = {w: difflib.get_close_matches(w, columns, n=1) for form in wanted for w in form.split(" + ")}
+    hints = [f"is {found[0]!r} meant to be {name!r}?" for name, found in near.items() if found and found[0] != name]
+    return ValueError(
+        f"{argument}: expected the columns {' or '.join(wanted)}; got {columns}" + (f"; {hints[0]}" if hints else "")
+    )
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded input_ids, attention_mask and labels, each [B, T]."""
+
+    def pad(rows: Iterable[list[int]], value: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": pad((e.input_ids for e in examples), pad_token_id),
+        "attention_mask": pad(([1] * len(e.input_ids) for e in examples), 0),
+        "labels": pad((e.labels for e in examples), IGNORE_INDEX),
+    }
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad token, or else its end-of-sequence token: padding is masked, so either will do."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ValueError(
+        "tokenizer: it has neither a pad nor an end-of-sequence token; set tokenizer.pad_token and save it again"
+    )
+
+
+class StepSampler:
+    """Which examples each optimizer step sees: a function of (seed, step) alone, so that resuming needs no state.
+
+    The last step of an epoch may be smaller. `steps_per_epoch` is in optimizer steps.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], micro_batch_size: int, accumulation_steps: int, seed: int, group_by_length: bool
+    ) -> None:
+        self._lengths = list(lengths)
+        self._micro_batch_size = micro_batch_size
+        self._step_size = micro_batch_size * accumulation_steps
+        self._seed = seed
+        self._group_by_length = group_by_length
+        self._order: tuple[int, list[int]] | None = None  # of the epoch seen last
+        self.steps_per_epoch = -(-len(self._lengths) // self._step_size)
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Indices of the examples of each micro-batch of `step`, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = self._epoch_order(epoch)[position * self._step_size :][: self._step_size]
+        size = self._micro_batch_size
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+            if self._group_by_length:
+                order = get_length_grouped_indices(self._lengths, self._step_size, generator=generator)
+            else:
+                order = torch.randperm(len(self._lengths), generator=generator).tolist()
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return next(iter(str(cause).splitlines()), type(cause).__name__)

@@ -1,0 +1,73 @@
+"""What a run would do, before it does: the settings, one example with its loss mask, and the memory it will want."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from renyi_engine import base_model, targets
+from renyi_engine.config import TrainConfig, to_yaml
+from renyi_engine.data import Example
+from renyi_engine.ensemble import IGNORE_INDEX
+from renyi_engine.trainer import load_dataset, make_task
+
+LOGITS_CHUNK_MIB = 256
+
+
+def dry_run(config: TrainConfig) -> str:
+    """Resolved settings, a decoded example and a memory estimate, as text; no weights are loaded."""
+    task = make_task(config)
+    dataset = load_dataset(config, task)
+    dropped = "".join(f"dropped {count} rows: {reason}\n" for reason, count in dataset.dropped.items())
+    longest = max(len(example.input_ids) for example in dataset.train)
+    return (
+        f"# settings\n{to_yaml(config)}\n# data\n{len(dataset.train)} training and {len(dataset.held_out)} held-out "
+        f"examples, the longest of {longest} tokens\n{dropped}\n"
+        f"# row {dataset.train[0].row}; the loss is on what stands in [[ ]]\n"
+        f"{show(dataset.train[0], task.tokenizer)}\n\n"
+        f"# memory\n{memory_estimate(config, longest)}"
+    )
+
+
+def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The example's text, with the stretches that are learnt in double brackets."""
+    pieces: list[str] = []
+    start = 0
+    learnt = [label != IGNORE_INDEX for label in example.labels]
+    for end in range(1, len(learnt) + 1):
+        if end == len(learnt) or learnt[end] != learnt[start]:
+            text = tokenizer.decode(example.input_ids[start:end])
+            pieces.append(f"[[{text}]]" if learnt[start] else text)
+            start = end
+    return "".join(pieces)
+
+
+def memory_estimate(config: TrainConfig, longest: int) -> str:
+    """MiB of weights, adapters and activations at the largest micro-batch; activations are a rough count."""
+    base_config = base_model.load_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.trust_remote_code)
+    maps = targets.match_targets(model, config.ensemble_config().target_modules, config.layers_to_transform)
+    itemsize = (
+        (base_config.dtype or torch.float32).itemsize
+        if config.dtype == "auto"
+        else getattr(torch, config.dtype).itemsize
+    )
+    adapters = config.num_particles * config.lora_r * sum(sum(targets.features(m)) for m in maps.values())
+    layers_path, layers = targets.decoder_layers(model)
+    first = min(targets.layer_index(path, layers_path) for path in maps)
+    # what the backward keeps of a row: the input and the output of every linear map from the first adapted layer on
+    above = [m for path, m in targets.linear_maps(model).items() if targets.layer_index(path, layers_path) >= first]
+    kept = sum(sum(targets.features(m)) for m in above)
+    if config.gradient_checkpointing:
+        width = base_config.get_text_config().hidden_size
+        kept = width * (len(layers) - first) + kept // (len(layers) - first)
+    rows = config.num_particles * config.per_device_train_batch_size * longest
+    parts = {
+        "base weights": itemsize * sum(p.numel() for p in model.parameters()),
+        "adapters, gradients, AdamW moments": 16 * adapters,
+        f"activations of {rows} rows (rough)": itemsize * rows * kept,
+        "logits of a chunk": LOGITS_CHUNK_MIB * 2**20,
+    }
+    lines = [f"{name:40} {size / 2**20:10.0f} MiB" for name, size in parts.items()]
+    return "\n".join([*lines, f"{'in all':40} {sum(parts.values()) / 2**20:10.0f} MiB"]) + "\n"

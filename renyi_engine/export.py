@@ -1,0 +1,46 @@
+"""From a training checkpoint to the adapter folders that PEFT and vLLM load; the base's weights are not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from renyi_engine import adapter_folder, base_model, checkpoint, targets
+from renyi_engine.config import CONFIG_FILE, read_yaml
+from renyi_engine.sft import SftConfig
+
+
+def export(source: Path, output: Path) -> Path:
+    """Write the adapters of `source`, RUN/checkpoint-N or RUN for its newest, to `output`/p000, p001, ...
+
+    Raises:
+        ValueError: no such checkpoint, or damaged; the base's configuration cannot be had.
+    """
+    run = source if (source / CONFIG_FILE).is_file() else source.parent
+    if not (run / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"checkpoint: {source} is neither a run folder nor a checkpoint in one ({CONFIG_FILE} is missing)"
+        )
+    path = checkpoint.newest(run) if source == run else source
+    if path is None:
+        raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
+    config = SftConfig(**read_yaml(run / CONFIG_FILE))
+    with torch.device("meta"):  # the shape of the base, without its weights
+        skeleton = AutoModelForCausalLM.from_config(
+            base_model.load_config(config), trust_remote_code=config.trust_remote_code
+        )
+    adapters = checkpoint.adapters(path)
+    names, layers = targets.describe(skeleton, list(adapters))
+    adapter_folder.write(
+        output,
+        config=config.ensemble_config(),
+        adapters=adapters,
+        target_modules=names,
+        layers_to_transform=layers,
+        base_model=config.model_name_or_path,
+        fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
+        alpha=config.alpha,
+    )
+    return output

@@ -1,0 +1,157 @@
+"""The folder of a training run: what it was asked, what it measured, and whether it may be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from renyi_engine import checkpoint, files
+from renyi_engine.config import CONFIG_FILE, TrainConfig, read_yaml, to_yaml
+
+# what may differ between a run and its continuation: none of it changes how a step is computed
+_MAY_CHANGE = {
+    "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
+}  # fmt: skip
+
+
+class RunFolder:
+    """RUN/config.yaml, run.json, metrics.jsonl, evaluation.json, checkpoint-N/, particles/, report.html."""
+
+    def __init__(self, path: Path, resume_from: Path | None) -> None:
+        self.path = path
+        self.resume_from = resume_from
+        """The checkpoint to continue from; None starts at step 0."""
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> RunFolder:
+        """Make or take up the folder `config` names.
+
+        Raises:
+            ValueError: it cannot be written; holds another run; or is to be resumed with settings that differ.
+        """
+        path = Path(config.output_dir)
+        _probe_writable(path)
+        wanted = config.resume_from_checkpoint
+        has_run = (path / CONFIG_FILE).exists()
+        if wanted is None:
+            if has_run:
+                raise ValueError(
+                    f"output_dir: {path} already holds a run; choose another, remove it, or continue it with "
+                    "--resume_from_checkpoint true"
+                )
+            return cls(path, None)
+        if not has_run:
+            raise ValueError(
+                f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
+            )
+        _refuse_changes(config, read_yaml(path / CONFIG_FILE))
+        if wanted.lower() == "true":
+            found = checkpoint.newest(path)
+            if found is None:
+                warnings.warn(f"{path} holds no checkpoint yet; starting from step 0", stacklevel=2)
+            return cls(path, found)
+        explicit = Path(wanted)
+        if not explicit.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint: {explicit}: no such folder; 'true' takes the newest of output_dir"
+            )
+        if explicit.resolve().parent != path.resolve():
+            raise ValueError(f"resume_from_checkpoint: {explicit} belongs to another run than output_dir {path}")
+        checkpoint.verify(explicit)
+        return cls(path, explicit)
+
+    def begin(self, config: TrainConfig, step: int) -> None:
+        """Save the settings; forget what was measured after `step`, which will be measured again."""
+        saved = dataclasses.replace(config, resume_from_checkpoint=None)
+        (self.path / CONFIG_FILE).write_text(to_yaml(saved), encoding="utf-8")
+        if self._metrics.exists():
+            kept = [
+                line for line in self._metrics.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= step
+            ]
+            self._metrics.write_text("".join(kept), encoding="utf-8")
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; what is not a finite number becomes null."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(values)) + "\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        files.write_json(self.path / name, _finite(value))
+
+    def log_skip(self, values: dict[str, Any]) -> None:
+        """Append one line to skipped.jsonl: a step at which particles were not updated, and its rows."""
+        with self.skips.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    @property
+    def command(self) -> str:
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+    @property
+    def skips(self) -> Path:
+        return self.path / "skipped.jsonl"
+
+    @property
+    def particles(self) -> Path:
+        return self.path / "particles"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("renyi-engine", "torch", "triton", "transformers", "datasets", "safetensors", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _probe_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir: {path} cannot be written ({os.strerror(error.errno or 0)})") from None
+
+
+def _refuse_changes(config: TrainConfig, before: dict[str, Any]) -> None:
+    # through YAML and back, so that both sides have the same types
+    now = yaml.safe_load(to_yaml(config))
+    names = [n for n in sorted(now.keys() | before.keys()) if n not in _MAY_CHANGE and now.get(n) != before.get(n)]
+    if names:
+        diff = "".join(f"\n  {name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names)
+        raise ValueError(f"resume_from_checkpoint: {config.output_dir} was started with other settings:{diff}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut short
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

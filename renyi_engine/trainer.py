@@ -1,0 +1,451 @@
+"""Training: one loop for every objective. `train_step` is the whole of the method; the rest keeps it alive.
+
+Layout: K particles, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from renyi_engine import base_model, checkpoint, data
+from renyi_engine.config import TrainConfig
+from renyi_engine.data import Example, StepSampler
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.evaluation import Evaluation, evaluate, nll_per_token
+from renyi_engine.objective import data_term
+from renyi_engine.particle_optim import clip_grad_norms_, grad_norms, step_healthy
+from renyi_engine.prior import prior_term
+from renyi_engine.progress import TrainingProgress
+from renyi_engine.report import write_report
+from renyi_engine.run_folder import RunFolder, versions
+from renyi_engine.sft import SftConfig, SftTask
+
+# without held-out data, the report's heat map is of this many training examples
+TRAINING_EXAMPLES_SHOWN = 256
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. `ensemble` is still attached to its model; `evaluation` is the one at the end."""
+
+    output_dir: Path
+    global_step: int
+    ensemble: LoraEnsemble
+    evaluation: Evaluation
+
+
+class TrainingInterrupted(Exception):
+    """A signal asked to stop; the step was finished and saved."""
+
+    def __init__(self, signum: int, step: int, path: Path) -> None:
+        self.signum, self.step, self.checkpoint = signum, step, path
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}, saved as {path}; "
+            "run the same command with --resume_from_checkpoint true to go on"
+        )
+
+
+class TrainingDiverged(RuntimeError):
+    """A particle's gradient was not finite too many times in a row."""
+
+
+@dataclass
+class Dataset:
+    """Tokenised examples; `held_out` is empty where the data has no such split."""
+
+    train: list[Example]
+    held_out: list[Example]
+    dropped: Counter[str]
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps beside the tensors. `window` sums what was seen since the last line of metrics."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: list[int] = field(default_factory=list)
+    skipped_in_a_row: list[int] = field(default_factory=list)
+    window: Window = field(default_factory=lambda: Window())
+
+
+@dataclass
+class Window:
+    examples: int = 0
+    labels: int = 0
+    loss_nats: float = 0.0
+    ess: float = 0.0
+    mixture_nll_nats: float = 0.0
+    particle_nll_nats: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """logp [K, examples] nats of the step, its losses and ESS [examples], prior in nats, norms [K] before clipping."""
+
+    logp: Tensor
+    loss: Tensor
+    ess: Tensor
+    prior: Tensor
+    norms: Tensor
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an ensemble as `config` says; everything it makes is in `config.output_dir`.
+
+    Raises:
+        ValueError: a setting, the data, the model or the folder does not do; nothing was trained.
+        TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
+        TrainingDiverged: a particle's gradient stayed NaN or infinite.
+    """
+    base_model.load_config(config)
+    run = RunFolder.open(config)
+    task = make_task(config)
+    dataset = load_dataset(config, task)
+    model = base_model.load_model(config)
+    check_vocabulary(dataset, model.get_input_embeddings().weight.shape[0])
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
+    return _Trainer(config, run, task, dataset, ensemble).run_to_the_end()
+
+
+def train_step(
+    ensemble: LoraEnsemble,
+    task: SftTask,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Mapping[str, Tensor]],
+    config: TrainConfig,
+    num_train_examples: int,
+) -> StepResult:
+    """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself."""
+    parameters = list(ensemble.parameters())
+    num_examples = sum(len(batch["labels"]) for batch in micro_batches)
+    optimizer.zero_grad()
+    reductions = []
+    for batch in micro_batches:
+        logp = task.logp(ensemble, batch)
+        loss, reduction = data_term(logp, config.alpha, num_examples)
+        loss.backward()
+        reductions.append(reduction)
+    prior = prior_term(
+        config.prior,
+        parameters,
+        weight=config.prior_lambda,
+        num_examples=num_train_examples,
+        std=config.prior_std,
+        bandwidth=config.kernel_bandwidth,
+    )
+    if prior.requires_grad:
+        prior.backward()
+    norms = grad_norms(parameters)
+    clip_grad_norms_(parameters, norms, config.max_grad_norm)
+    step_healthy(optimizer, norms.isfinite())
+    return StepResult(
+        logp=torch.cat([r.logp for r in reductions], dim=1),
+        loss=torch.cat([r.loss.detach() for r in reductions]),
+        ess=torch.cat([r.ess for r in reductions]),
+        prior=prior.detach(),
+        norms=norms,
+    )
+
+
+def make_task(config: TrainConfig) -> SftTask:
+    """The kind of training that `config` asks for."""
+    if isinstance(config, SftConfig):
+        return SftTask(base_model.load_tokenizer(config), config.max_length)
+    raise TypeError(f"config: expected an SftConfig; got {type(config).__name__}")
+
+
+def load_dataset(config: TrainConfig, task: SftTask) -> Dataset:
+    """Tokenised training and held-out examples."""
+    splits = data.load_splits(config.dataset_name, config.dataset_train_split, config.dataset_config, "dataset_name")
+    rows = data.rows_of(splits, config.dataset_train_split, config.dataset_name, "dataset_name")
+    task.check_columns(rows.column_names, "dataset_name")
+    examples, dropped = data.tokenize(rows, task.example, "dataset_name")
+    held_out: list[Example] = []
+    argument, name, split = "dataset_name", config.dataset_name, config.dataset_test_split
+    if config.eval_dataset_name:
+        argument, name = "eval_dataset_name", config.eval_dataset_name
+        splits = data.load_splits(name, split, None, argument)
+    if config.eval_dataset_name or split in splits:
+        rows = data.rows_of(splits, split, name, argument)
+        task.check_columns(rows.column_names, argument)
+        held_out, dropped_held_out = data.tokenize(rows, task.example, argument)
+        dropped += Counter({f"held out: {reason}": count for reason, count in dropped_held_out.items()})
+    return Dataset(examples, held_out, dropped)
+
+
+def check_vocabulary(dataset: Dataset, num_embeddings: int) -> None:
+    """ValueError if the tokenizer knows tokens that the model does not."""
+    largest = max(max(example.input_ids) for example in [*dataset.train, *dataset.held_out])
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"model_name_or_path: the tokenizer gives token {largest}, the model has {num_embeddings} embeddings; "
+            "they do not belong together"
+        )
+
+
+class _Trainer:
+    def __init__(
+        self, config: TrainConfig, run: RunFolder, task: SftTask, dataset: Dataset, ensemble: LoraEnsemble
+    ) -> None:
+        self.config, self.run, self.task, self.dataset, self.ensemble = config, run, task, dataset, ensemble
+        K = config.num_particles
+        self.device = base_model.device_for(config)
+        self.sampler = StepSampler(
+            [len(example.input_ids) for example in dataset.train],
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+            config.group_by_length,
+        )
+        epochs = round(config.num_train_epochs * self.sampler.steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else max(1, epochs)
+        self.optimizer = torch.optim.AdamW(
+            ensemble.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.learning_rate_factor = _schedule(config, self.optimizer, self.total_steps)
+        self.fingerprint = checkpoint.fingerprint(ensemble.model)
+        self.state = State(skipped=[0] * K, skipped_in_a_row=[0] * K)
+        if run.resume_from:
+            self._restore(run.resume_from)
+        self.started = self.window_started = time.monotonic()
+        self.window_tokens = 0
+
+    def run_to_the_end(self) -> TrainResult:
+        config, state = self.config, self.state
+        self.run.begin(config, state.step)
+        self._describe("running")
+        with _Signals() as signals, TrainingProgress(self.total_steps, state.step, config.num_particles) as progress:
+            self.progress = progress
+            self._announce()
+            while state.step < self.total_steps:
+                self._one_step()
+                at_the_end = state.step == self.total_steps
+                if at_the_end or state.step % config.save_steps == 0 or signals.received:
+                    path = self._save()
+                if signals.received and not at_the_end:
+                    self._describe("interrupted")
+                    raise TrainingInterrupted(signals.received, state.step, path)
+                if config.eval_steps and state.step % config.eval_steps == 0 and not at_the_end:
+                    self._evaluate()
+            evaluation = self._evaluate()
+            self.ensemble.save_pretrained(self.run.particles, alpha=config.alpha)
+            self._describe("finished")
+            report = write_report([self.run.path], self.run.path / "report.html")
+            progress.say(f"particles: {self.run.particles}\nreport: {report}")
+        return TrainResult(self.run.path, state.step, self.ensemble, evaluation)
+
+    def _one_step(self) -> None:
+        config, state = self.config, self.state
+        learning_rate = config.learning_rate * self.learning_rate_factor(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        micro_batches = [
+            {
+                name: value.to(self.device)
+                for name, value in self.task.collate([self.dataset.train[i] for i in part]).items()
+            }
+            for part in self.sampler.micro_batches(state.step)
+        ]
+        result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, config, len(self.dataset.train))
+        labels = sum(self.dataset.train[i].num_labels for part in self.sampler.micro_batches(state.step) for i in part)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+        state.step += 1
+        self.progress.advance(state.step)
+        state.tokens += tokens
+        self.window_tokens += tokens
+        self._count_skips(result)
+        self._add_to_window(result, labels)
+        if state.step % config.logging_steps == 0 or state.step == self.total_steps:
+            self._log(result, learning_rate)
+
+    # ------------------------------------------------------------------ what is measured
+
+    def _add_to_window(self, result: StepResult, labels: int) -> None:
+        window = self.state.window
+        nll = nll_per_token(result.logp, 1)
+        particles = nll["particle_nll_nats_per_token"]
+        window.examples += result.loss.numel()
+        window.labels += labels
+        window.loss_nats += result.loss.sum().item()
+        window.ess += result.ess.sum().item()
+        window.mixture_nll_nats += nll["mixture_nll_nats_per_token"]
+        window.particle_nll_nats = [
+            a + b for a, b in zip(window.particle_nll_nats or [0.0] * len(particles), particles, strict=True)
+        ]
+
+    def _log(self, result: StepResult, learning_rate: float) -> None:
+        state, window, now = self.state, self.state.window, time.monotonic()
+        particles = [nll / window.labels for nll in window.particle_nll_nats]
+        metrics = {
+            "step": state.step,
+            "epoch": state.step / self.sampler.steps_per_epoch,
+            "loss_nats": window.loss_nats / window.examples,
+            "mixture_nll_nats_per_token": window.mixture_nll_nats / window.labels,
+            "mean_particle_nll_nats_per_token": sum(particles) / len(particles),
+            "particle_nll_nats_per_token": particles,
+            "ess_particles": window.ess / window.examples,
+            "alpha": self.config.alpha,
+            "prior_nats": result.prior.item(),
+            "learning_rate": learning_rate,
+            "grad_norm": result.norms.tolist(),
+            "skipped_updates": state.skipped,
+            "tokens": state.tokens,
+            "tokens_per_s": self.window_tokens / (now - self.window_started),
+            "elapsed_s": now - self.started,
+        }
+        self.run.log(metrics)
+        self.progress.show(metrics)
+        state.window = Window()
+        self.window_started, self.window_tokens = now, 0
+
+    def _evaluate(self) -> Evaluation:
+        examples = self.dataset.held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
+        evaluation = evaluate(
+            self.ensemble,
+            examples,
+            self.task.collate,
+            self.task.logp,
+            self.config.per_device_eval_batch_size,
+            self.device,
+        )
+        summary = evaluation.summary(self.config.alpha)
+        if self.dataset.held_out:
+            epoch = self.state.step / self.sampler.steps_per_epoch
+            self.run.log({"step": self.state.step, "epoch": epoch} | {f"eval_{k}": v for k, v in summary.items()})
+        self.run.write_json(
+            "evaluation.json",
+            {
+                "step": self.state.step,
+                "split": "held-out" if self.dataset.held_out else "training",
+                "alpha": self.config.alpha,
+                "example_ids": evaluation.rows,
+                "num_tokens": evaluation.num_tokens.tolist(),
+                "logp_nats": evaluation.logp.tolist(),
+            },
+        )
+        kind = "held-out" if self.dataset.held_out else "training examples:"
+        self.progress.say(
+            f"{kind} mixture NLL {summary['mixture_nll_nats_per_token']:.3f}, mean particle "
+            f"{summary['mean_particle_nll_nats_per_token']:.3f} nats/token, "
+            f"ESS {summary['ess_particles']:.2f}/{self.config.num_particles}"
+        )
+        return evaluation
+
+    def _describe(self, status: str) -> None:
+        """run.json: what the report says of the run beside its settings."""
+        per_particle = sum(p[0].numel() for p in self.ensemble.parameters())
+        self.run.write_json(
+            "run.json",
+            {
+                "command": self.run.command,
+                "status": status,
+                "versions": versions(),
+                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+                "dtype": str(self.ensemble.model.dtype).removeprefix("torch."),
+                "num_train_examples": len(self.dataset.train),
+                "num_eval_examples": len(self.dataset.held_out),
+                "num_parameters_per_particle": per_particle,
+                "adapted_maps": len(self.ensemble.paths),
+                "dropped_rows": dict(self.dataset.dropped),
+                "elapsed_s": time.monotonic() - self.started,
+            },
+        )
+
+    def _announce(self) -> None:
+        config, dataset = self.config, self.dataset
+        resumed = f", from {self.run.resume_from}" if self.run.resume_from else ""
+        self.progress.say(
+            f"{config.num_particles} particles at alpha {config.alpha:g} on {config.model_name_or_path}: "
+            f"{len(dataset.train)} training and {len(dataset.held_out)} held-out examples, "
+            f"{self.total_steps} steps{resumed}"
+        )
+        for reason, count in dataset.dropped.items():
+            self.progress.say(f"{count} rows dropped: {reason}")
+
+    # ------------------------------------------------------------------ what can go wrong
+
+    def _count_skips(self, result: StepResult) -> None:
+        """Count the particles whose update was skipped; record the rows; stop when one cannot recover."""
+        state, limit = self.state, self.config.max_consecutive_skips
+        sick = [k for k, finite in enumerate(result.norms.isfinite().tolist()) if not finite]
+        state.skipped_in_a_row = [n + 1 if k in sick else 0 for k, n in enumerate(state.skipped_in_a_row)]
+        if not sick:
+            return
+        for k in sick:
+            state.skipped[k] += 1
+        rows = [self.dataset.train[i].row for part in self.sampler.micro_batches(state.step - 1) for i in part]
+        self.run.log_skip({"step": state.step, "particles": sick, "rows": rows})
+        self.progress.say(
+            f"step {state.step}: gradient of particles {sick} not finite; their update is skipped (rows {rows})"
+        )
+        lost = [k for k in sick if state.skipped_in_a_row[k] >= limit]
+        if lost:
+            raise TrainingDiverged(
+                f"particles {lost} had a gradient that is not finite "
+                f"{limit} steps in a row (max_consecutive_skips); the rows are in {self.run.skips}; lower the "
+                "learning rate, or resume from an earlier checkpoint"
+            )
+
+    def _save(self) -> Path:
+        state = asdict(self.state)
+        state |= {"fingerprint": self.fingerprint, "num_train_examples": len(self.dataset.train)}
+        keep = self.config.save_total_limit
+        return checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
+
+    def _restore(self, path: Path) -> None:
+        saved = checkpoint.load(path, self.ensemble, self.optimizer)
+        for name, now in (("fingerprint", self.fingerprint), ("num_train_examples", len(self.dataset.train))):
+            then = saved.pop(name)
+            if then != now:
+                what = "base model's weights" if name == "fingerprint" else "number of training examples"
+                raise ValueError(f"resume_from_checkpoint: {path}: the {what} changed: {then} then, {now} now")
+        self.state = State(**saved | {"window": Window(**saved["window"])})
+
+
+class _Signals:
+    """SIGINT and SIGTERM ask to stop after the step; a second one exits at once. Handlers are put back at the end."""
+
+    received = 0
+
+    def __enter__(self) -> _Signals:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = signum
+
+
+def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """The learning rate's factor as a function of the step: no state to save."""
+    warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * total_steps
+    name = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
+    return get_scheduler(name, optimizer, num_warmup_steps=int(warmup), num_training_steps=total_steps).lr_lambdas[0]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # most tensors here are tiny, and threads that wait for each other are slow on a busy machine
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def normals():
+    """normals(seed) is a function of a shape that draws standard normals, in fp64."""
+
+    def with_seed(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return with_seed
+
+
+@pytest.fixture(scope="session")
+def value_and_grads():
+    """(f(*inputs), its gradients at `upstream`); None where an input is None. Strides of the inputs are kept."""
+
+    def run(f, inputs, upstream):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        value = f(*leaves)
+        present = [x for x in leaves if x is not None]
+        found = iter(torch.autograd.grad(value, present, upstream.to(value.dtype)))
+        return value.detach(), [None if x is None else next(found) for x in leaves]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def uneven():
+    """An upstream gradient of a shape, in fp64: no two entries alike, of both signs, none above 2."""
+
+    def like(shape):
+        count = torch.Size(shape).numel()
+        return 2 * torch.sin(torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
+
+    return like
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)

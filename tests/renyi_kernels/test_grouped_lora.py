@@ -1,0 +1,243 @@
+"""The low-rank update of K particles. Layout: M rows, I/O in/out features, R rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from renyi_kernels import grouped_lora, use_backend
+
+SCALING = 1.75
+PARTS = ["x", "A", "B", "base_out"]
+
+every_x = pytest.mark.parametrize("shared_x", [False, True], ids=["own_x", "shared_x"])
+every_base = pytest.mark.parametrize("base", [None, "own", "shared"])
+every_backend = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+@pytest.fixture(scope="session")
+def inputs(normals):
+    """[x, A, B, base_out] in fp64, sized so that the update is of order 1."""
+
+    def build(K, M, I, O, R, shared_x, base, seed=0):  # noqa: E741
+        draw = normals(seed)
+        x, A, B = draw(*([M] if shared_x else [K, M]), I), draw(K, R, I) / I**0.5, draw(K, O, R) / R**0.5
+        base_out = {None: None, "own": (K, M, O), "shared": (M, O)}[base]
+        return [x, A, B, None if base_out is None else draw(*base_out)]
+
+    return build
+
+
+def cast(tensors, dtype):
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def through(backend):
+    return lambda x, A, B, base_out: grouped_lora(x, A, B, SCALING, base_out, backend=backend)
+
+
+def loop_of_linears(x, A, B, base_out):
+    """One F.linear at a time, as a single adapter would run it."""
+    outs = []
+    for k in range(A.shape[0]):
+        update = SCALING * F.linear(F.linear(x if x.dim() == 2 else x[k], A[k]), B[k])
+        base = 0.0 if base_out is None else base_out if base_out.dim() == 2 else base_out[k]
+        outs.append(base + update)
+    return torch.stack(outs)
+
+
+def largest(x):
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+# values and gradients
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "K": st.integers(1, 5),
+            "M": st.integers(0, 6),
+            "I": st.integers(1, 9),
+            "O": st.integers(1, 9),
+            "R": st.sampled_from([1, 2, 3, 5, 8]),
+            "shared_x": st.booleans(),
+            "base": st.sampled_from([None, "own", "shared"]),
+            "seed": st.integers(0, 2**31),
+        }
+    )
+)
+def test_value_and_all_gradients_equal_gold_at_any_shape(inputs, value_and_grads, uneven, dtype, relative, shape):
+    given_, out_shape = cast(inputs(**shape), dtype), (shape["K"], shape["M"], shape["O"])
+    value, grads = value_and_grads(through("torch"), given_, uneven(out_shape))
+    gold, gold_grads = value_and_grads(through("reference"), cast(given_, torch.float64), uneven(out_shape))
+    assert value.shape == out_shape
+    for ours, truth in zip([value, *grads], [gold, *gold_grads], strict=True):
+        if truth is not None:
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.double(), truth, rtol=0, atol=relative * max(1.0, largest(truth)))
+
+
+@every_backend
+@every_x
+@every_base
+def test_value_and_all_gradients_equal_a_loop_of_linears(inputs, value_and_grads, uneven, backend, shared_x, base):
+    given_, upstream = inputs(3, 4, 5, 7, 2, shared_x, base), uneven((3, 4, 7))
+    value, grads = value_and_grads(through(backend), given_, upstream)
+    expected, expected_grads = value_and_grads(loop_of_linears, given_, upstream)
+    for ours, truth in zip([value, *grads], [expected, *expected_grads], strict=True):
+        if truth is not None:
+            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+@every_backend
+@every_x
+@every_base
+def test_first_and_second_derivatives_agree_with_finite_differences(inputs, backend, shared_x, base):
+    given_ = [None if x is None else x.requires_grad_() for x in inputs(2, 3, 3, 2, 1, shared_x, base)]
+    assert gradcheck(through(backend), given_)
+    assert gradgradcheck(through(backend), given_)
+
+
+@every_backend
+@every_x
+@every_base
+def test_zero_b_gives_the_base_output_exactly_and_a_gradient_to_b_alone(
+    inputs, value_and_grads, uneven, backend, shared_x, base
+):
+    x, A, B, base_out = inputs(3, 4, 5, 7, 2, shared_x, base)
+    value, grads = value_and_grads(through(backend), [x, A, torch.zeros_like(B), base_out], uneven((3, 4, 7)))
+    assert torch.equal(value, torch.zeros(3, 4, 7).double() if base is None else base_out.expand(3, 4, 7))
+    grads = dict(zip(PARTS, grads, strict=True))
+    assert largest(grads["A"]) == largest(grads["x"]) == 0
+    assert (grads["B"].abs().amax(dim=(1, 2)) > 0).all()
+
+
+@every_backend
+def test_base_output_passes_the_upstream_gradient_through_unscaled(inputs, value_and_grads, uneven, backend):
+    upstream = uneven((3, 4, 7))
+    for base, expected in (("own", upstream), ("shared", upstream.sum(dim=0))):
+        _, grads = value_and_grads(through(backend), inputs(3, 4, 5, 7, 2, False, base), upstream)
+        torch.testing.assert_close(grads[-1], expected, rtol=1e-12, atol=1e-12)
+
+
+@every_backend
+def test_without_a_base_output_it_is_zero(inputs, backend):
+    x, A, B, _ = inputs(3, 4, 5, 7, 2, False, None)
+    zero = torch.zeros(3, 4, 7, dtype=torch.float64)
+    torch.testing.assert_close(through(backend)(x, A, B, None), through(backend)(x, A, B, zero))
+
+
+@every_x
+def test_strided_inputs_equal_contiguous_ones(inputs, value_and_grads, uneven, shared_x):
+    x, A, B, base_out = inputs(6, 8, 10, 14, 4, shared_x, "own")
+    strided = [x[..., ::2, 1::2] if shared_x else x[::2, ::2, 1::2], A[::2, :, ::2], B[::2].mT.contiguous().mT]
+    strided.append(base_out[::2, ::2].transpose(1, 2).contiguous().transpose(1, 2))
+    assert not any(x.is_contiguous() for x in strided)
+    value, grads = value_and_grads(through("torch"), strided, uneven((3, 4, 14)))
+    expected, expected_grads = value_and_grads(through("torch"), [x.contiguous() for x in strided], uneven((3, 4, 14)))
+    for ours, truth in zip([value, *grads], [expected, *expected_grads], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+# particles do not touch each other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("changed", "shared_x"), [*((part, False) for part in PARTS), *((part, True) for part in PARTS[1:])]
+)
+@pytest.mark.parametrize("to", [5.0, float("nan"), float("inf")])
+def test_changing_one_particle_changes_no_bit_of_another(inputs, value_and_grads, uneven, dtype, changed, to, shared_x):
+    given_, upstream = cast(inputs(4, 33, 65, 70, 5, shared_x, "own"), dtype), uneven((4, 33, 70))
+    other = [x.clone() for x in given_]
+    other[PARTS.index(changed)][1] = to
+    value, grads = value_and_grads(through("torch"), given_, upstream)
+    changed_value, changed_grads = value_and_grads(through("torch"), other, upstream)
+    bystanders = [0, 2, 3]
+    assert not torch.equal(changed_value[1], value[1])
+    assert torch.equal(changed_value[bystanders], value[bystanders])
+    for ours, theirs in zip(changed_grads, grads, strict=True):
+        if ours.shape[0] == 4 and ours.dim() == 3:
+            assert torch.equal(ours[bystanders], theirs[bystanders])
+
+
+@every_backend
+@every_x
+@every_base
+def test_inputs_are_left_alone(inputs, backend, shared_x, base):
+    given_ = inputs(3, 4, 5, 7, 2, shared_x, base)
+    before = [None if x is None else x.clone() for x in given_]
+    out = through(backend)(*given_)
+    assert all(x is None or torch.equal(x, y) for x, y in zip(given_, before, strict=True))
+    out.add_(1.0)  # nor does the result share memory with them
+    assert all(x is None or torch.equal(x, y) for x, y in zip(given_, before, strict=True))
+
+
+def test_two_runs_are_bitwise_equal(two_threads, inputs, value_and_grads, uneven):
+    given_ = cast(inputs(4, 33, 65, 70, 5, True, "shared"), torch.float32)
+    first, second = (value_and_grads(through("torch"), given_, uneven((4, 33, 70))) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(x, y) for x, y in zip(first[1], second[1], strict=True))
+
+
+# low precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_x
+@every_base
+def test_low_precision_errs_at_most_half_again_as_much_as_naive(inputs, value_and_grads, uneven, dtype, shared_x, base):
+    given_ = cast(inputs(4, 64, 65, 97, 7, shared_x, base), dtype)
+    upstream = uneven((4, 64, 97)).to(dtype).double()
+    gold, gold_grads = value_and_grads(through("reference"), cast(given_, torch.float64), upstream)
+    naive, naive_grads = value_and_grads(through("reference"), given_, upstream)
+    value, grads = value_and_grads(through("torch"), given_, upstream)
+    for ours, theirs, truth in zip([value, *grads], [naive, *naive_grads], [gold, *gold_grads], strict=True):
+        if truth is not None:
+            assert ours.dtype == dtype
+            error, naive_error = largest(ours.double() - truth), largest(theirs.double() - truth)
+            assert error <= 1.5 * naive_error + 1e-3 * largest(truth)
+
+
+# errors
+
+FITTING = {
+    "x": torch.zeros(2, 3, 4),
+    "A": torch.zeros(2, 5, 4),
+    "B": torch.zeros(2, 6, 5),
+    "scaling": 1.0,
+    "base_out": torch.zeros(2, 3, 6),
+}
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("name", "error", "change"),
+    [
+        ("x", ValueError, {"x": torch.zeros(4)}),
+        ("x", ValueError, {"x": torch.zeros(2, 3, 5)}),
+        ("x", ValueError, {"x": torch.zeros(3, 3, 4)}),
+        ("x", ValueError, {"x": torch.zeros(1, 3, 4)}),
+        ("x", ValueError, {"x": torch.zeros(1, 2, 3, 4)}),
+        ("A", ValueError, {"A": torch.zeros(5, 4)}),
+        ("B", ValueError, {"B": torch.zeros(6, 5)}),
+        ("B", ValueError, {"B": torch.zeros(1, 6, 5)}),
+        ("B", ValueError, {"B": torch.zeros(2, 6, 4)}),
+        ("base_out", ValueError, {"base_out": torch.zeros(6)}),
+        ("base_out", ValueError, {"base_out": torch.zeros(1, 3, 6)}),
+        ("base_out", ValueError, {"base_out": torch.zeros(2, 3, 5)}),
+        ("A", TypeError, {"A": torch.zeros(2, 5, 4).double()}),
+        ("B", TypeError, {"B": torch.zeros(2, 6, 5).bfloat16()}),
+        ("base_out", TypeError, {"base_out": torch.zeros(2, 3, 6).double()}),
+    ],
+)
+def test_what_does_not_fit_is_named(backend, name, error, change):
+    with use_backend(backend), pytest.raises(error, match=f"^{name}:"):
+        grouped_lora(**FITTING | change)

@@ -1,0 +1,464 @@
+"""Log-probability under a frozen head. Layout: K particles, B sequences, N or T tokens, D hidden size, V vocabulary.
+
+Gold is the reference path in fp64, and that path in turn is held to cross_entropy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import ProfilerActivity, profile
+
+from renyi_kernels import linear_logprob
+
+IGNORE = -100
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"logit_softcap": 4.0},
+    "scale": {"logit_scale": 0.4},
+    "all": {"bias": True, "logit_softcap": 3.0, "logit_scale": 1.7},
+    "negative_scale": {"bias": True, "logit_softcap": 7.5, "logit_scale": -0.6},
+}
+every_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+
+
+@pytest.fixture
+def case(normals):
+    """(hidden, weight, labels, head with its bias drawn), in fp64; logits have standard deviation `size`."""
+
+    def build(lead, D, V, head=(), *, size=3.0, seed=0, labelled=0.8):
+        draw, head = normals(seed), dict(head)
+        hidden, weight = draw(*lead, D), draw(V, D) * size / math.sqrt(D)
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, V, lead, generator=generator)
+        labels[torch.rand(lead, generator=generator) >= labelled] = IGNORE
+        if head.get("bias"):
+            head["bias"] = draw(V)
+        return hidden, weight, labels, head
+
+    return build
+
+
+def cast(head, dtype):
+    return {name: x.to(dtype) if isinstance(x, torch.Tensor) else x for name, x in head.items()}
+
+
+def mib_of_rows(rows, V, itemsize):
+    return rows * V * itemsize / 2**20
+
+
+# values and gradients
+
+
+@every_head
+def test_reference_is_cross_entropy_of_the_capped_and_scaled_logits(case, value_and_grads, uneven, head):
+    hidden, weight, labels, head = case((4, 5), 7, 11, head)
+
+    def by_hand(hidden):
+        logits = head.get("logit_scale", 1.0) * F.linear(hidden, weight, head.get("bias"))
+        if "logit_softcap" in head:
+            logits = torch.tanh(logits / head["logit_softcap"]) * head["logit_softcap"]
+        return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+
+    ours = lambda hidden: linear_logprob(hidden, weight, labels, backend="reference", **head)
+    upstream = uneven((4, 5))
+    value, (grad,) = value_and_grads(ours, [hidden], upstream)
+    expected, (expected_grad,) = value_and_grads(by_hand, [hidden], upstream)
+    assert value.dtype == torch.float64
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    lead=st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    D=st.integers(1, 9),
+    V=st.integers(1, 40),
+    head=st.sampled_from(list(HEADS.values())),
+    labelled=st.sampled_from([0.0, 0.5, 1.0]),
+    rows=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 2**31),
+)
+def test_fp64_equals_gold_at_any_shape_option_and_chunk(
+    normals, value_and_grads, uneven, lead, D, V, head, labelled, rows, seed
+):
+    draw, head = normals(seed), dict(head)
+    hidden, weight = draw(*lead, D), draw(V, D)
+    labels = (draw(*lead).abs() * 1e6).long() % V
+    labels = labels.where(torch.special.ndtr(draw(*lead)) < labelled, IGNORE)
+    if "bias" in head:
+        head["bias"] = draw(V)
+    chunk_mib = mib_of_rows(rows, V, 8)
+
+    def run(backend):
+        f = lambda hidden: linear_logprob(hidden, weight, labels, chunk_mib=chunk_mib, backend=backend, **head)
+        return value_and_grads(f, [hidden], uneven(lead))
+
+    (value, (grad,)), (gold, (gold_grad,)) = run("torch"), run("reference")
+    assert value.shape == labels.shape
+    torch.testing.assert_close(value, gold, rtol=0, atol=1e-10)
+    torch.testing.assert_close(grad, gold_grad, rtol=0, atol=1e-10)
+
+
+@every_head
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_fp32_is_within_1e5_nats_and_gradients_within_5e4_of_the_largest(
+    case, value_and_grads, uneven, head, rows, backend
+):
+    hidden, weight, labels, head = case((2, 3, 5), 13, 101, head)
+    hidden, weight, head, upstream = hidden.float(), weight.float(), cast(head, torch.float32), uneven((2, 3, 5))
+
+    def run(dtype, **kwargs):
+        f = lambda hidden: linear_logprob(hidden, weight.to(dtype), labels, **cast(head, dtype), **kwargs)
+        return value_and_grads(f, [hidden.to(dtype)], upstream)
+
+    value, (grad,) = run(torch.float32, backend=backend, chunk_mib=mib_of_rows(rows, 101, 4))
+    gold, (gold_grad,) = run(torch.float64, backend="reference")
+    assert value.dtype == grad.dtype == torch.float32
+    assert (value - gold).abs().max() <= 1e-5
+    assert (grad - gold_grad).abs().max() <= 5e-4 * gold_grad.abs().max()
+
+
+@every_head
+def test_gradient_agrees_with_finite_differences(case, head):
+    hidden, weight, labels, head = case((2, 3), 5, 7, head)
+    f = lambda hidden: linear_logprob(hidden, weight, labels, chunk_mib=mib_of_rows(2, 7, 8), backend="torch", **head)
+    assert gradcheck(f, hidden.requires_grad_())
+
+
+def test_each_token_takes_its_own_upstream_gradient(case):
+    hidden, weight, labels, _ = case((6,), 5, 7, labelled=1.0)
+    hidden.requires_grad_()
+    logprob = linear_logprob(hidden, weight, labels, backend="torch")
+    one_by_one = []
+    for n in range(6):
+        (grad,) = torch.autograd.grad(logprob, hidden, 2.0 * F.one_hot(torch.tensor(n), 6).double(), retain_graph=True)
+        assert torch.equal(grad[torch.arange(6) != n], torch.zeros(5, 5, dtype=torch.float64))
+        one_by_one.append(grad[n])
+    upstream = torch.arange(6.0).double() - 2
+    (grad,) = torch.autograd.grad(logprob, hidden, upstream)
+    torch.testing.assert_close(grad, torch.stack(one_by_one) * upstream[:, None] / 2)
+
+
+def test_a_single_token_needs_no_leading_dimension(case):
+    hidden, weight, labels, _ = case((1,), 5, 7, labelled=1.0)
+    whole = linear_logprob(hidden, weight, labels, backend="torch")
+    assert torch.equal(linear_logprob(hidden[0], weight, labels[0], backend="torch"), whole[0])
+
+
+@pytest.mark.parametrize("lead", [(0,), (3, 0, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_labels_all_is_zero(case, value_and_grads, uneven, lead, backend, dtype):
+    hidden, weight, labels, _ = case(lead, 5, 7, labelled=0.0)
+    f = lambda hidden: linear_logprob(hidden, weight.to(dtype), labels, backend=backend)
+    value, (grad,) = value_and_grads(f, [hidden.to(dtype)], uneven(lead))
+    assert torch.equal(value, torch.zeros(lead))
+    assert torch.equal(grad, torch.zeros(*lead, 5, dtype=dtype))
+
+
+@every_head
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_an_unlabelled_token_is_exactly_zero_whatever_its_hidden_state(case, value_and_grads, uneven, head, junk):
+    hidden, weight, labels, head = case((3, 4), 5, 7, head, labelled=0.5)
+    off, upstream = labels == IGNORE, uneven((3, 4))
+    f = lambda hidden: linear_logprob(hidden, weight, labels, chunk_mib=mib_of_rows(2, 7, 8), backend="torch", **head)
+    clean, (clean_grad,) = value_and_grads(f, [hidden], upstream)
+    hidden[off] = junk
+    value, (grad,) = value_and_grads(f, [hidden], upstream.where(~off, junk))
+    assert 0 < off.sum() < off.numel()
+    assert torch.equal(value[off], torch.zeros(int(off.sum()), dtype=torch.float64))
+    assert torch.equal(value, clean)
+    assert torch.equal(grad[off], torch.zeros(int(off.sum()), 5, dtype=torch.float64))
+    assert torch.equal(grad, clean_grad)
+
+
+def test_strided_inputs_equal_contiguous_ones(case, value_and_grads, uneven):
+    wide_hidden, wide_weight, wide_labels, _ = case((4, 6), 10, 22)
+    hidden, weight = wide_hidden.transpose(0, 1)[:, :, ::2], wide_weight[::2, 1::2]
+    labels = (wide_labels.T // 2).where(wide_labels.T != IGNORE, IGNORE)
+    assert not any(x.is_contiguous() for x in (hidden, weight, labels))
+
+    def run(*inputs):
+        f = lambda hidden: linear_logprob(hidden, *inputs[1:], backend="torch")
+        return value_and_grads(f, [inputs[0]], uneven((6, 4)))
+
+    value, (grad,) = run(hidden, weight, labels)
+    expected, (expected_grad,) = run(hidden.contiguous(), weight.contiguous(), labels.contiguous())
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_logits_of_1e4_neither_overflow_nor_give_nan(case, value_and_grads, uneven, backend):
+    hidden, weight, labels, _ = case((20,), 8, 31, size=1e4, labelled=1.0)
+    hidden, weight = hidden.float(), weight.float()
+    f = lambda hidden: linear_logprob(hidden, weight.to(hidden.dtype), labels, backend=backend)
+    value, (grad,) = value_and_grads(f, [hidden], uneven((20,)))
+    gold, (gold_grad,) = value_and_grads(f, [hidden.double()], uneven((20,)))
+    torch.testing.assert_close(value.double(), gold, rtol=1e-5, atol=1e-2)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(grad.double(), gold_grad, rtol=0, atol=1e-2 * gold_grad.abs().max().item())
+
+
+def test_tokens_banned_by_a_bias_of_minus_inf_take_no_mass(case, value_and_grads, uneven):
+    hidden, weight, labels, _ = case((20,), 5, 7)
+    labels[labels >= 0] %= 4
+    bias = torch.tensor([0.0] * 4 + [-math.inf] * 3, dtype=torch.float64)
+    banned = lambda hidden: linear_logprob(hidden, weight, labels, bias=bias, backend="torch")
+    shorter = lambda hidden: linear_logprob(hidden, weight[:4], labels, backend="torch")
+    value, (grad,) = value_and_grads(banned, [hidden], uneven((20,)))
+    expected, (expected_grad,) = value_and_grads(shorter, [hidden], uneven((20,)))
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+# low precision
+
+
+@every_head
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("lead", "D", "V"), [((2, 100), 33, 501), ((100,), 64, 9001)], ids=str)
+def test_low_precision_errs_at_most_half_again_as_much_as_naive(case, value_and_grads, uneven, head, dtype, lead, D, V):
+    hidden, weight, labels, head = case(lead, D, V, head)
+    hidden, weight, head, upstream = hidden.to(dtype), weight.to(dtype), cast(head, dtype), uneven(lead)
+
+    def run(compute, **kwargs):
+        f = lambda hidden: linear_logprob(hidden, weight.to(compute), labels, **cast(head, compute), **kwargs)
+        value, (grad,) = value_and_grads(f, [hidden.to(compute)], upstream)
+        assert grad.dtype == compute
+        return value, grad.double()
+
+    gold, gold_grad = run(torch.float64, backend="reference")
+    naive, naive_grad = run(dtype, backend="reference")
+    value, grad = run(dtype, backend="torch", chunk_mib=mib_of_rows(11, V, 6))
+    assert value.dtype == torch.float32
+    error = lambda x, truth: (x - truth).abs().max()
+    assert error(value, gold) <= 1.5 * error(naive, gold) + 1e-3
+    assert error(grad, gold_grad) <= 1.5 * error(naive_grad, gold_grad) + 1e-3 * gold_grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [1001, 9001])
+def test_logits_between_16_and_32_are_not_rounded_to_low_precision(case, dtype, V):
+    hidden, weight, _, _ = case((100,), 64, V, size=8.0)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    logits = hidden.double() @ weight.double().T
+    labels = logits.topk(3).indices[:, 2]
+    assert ((logits.amax(dim=1) > 16) & (logits.amax(dim=1) < 64)).all()
+    gold = linear_logprob(hidden.double(), weight.double(), labels, backend="reference")
+    naive = linear_logprob(hidden, weight, labels, backend="reference")
+    value = linear_logprob(hidden, weight, labels, backend="torch")
+    rms_of_naive = (naive - gold).square().mean().sqrt()
+    # bf16 keeps 8 bits and fp16 keeps 11
+    assert rms_of_naive > (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert (value - gold).abs().max() < 1e-4
+
+
+def test_fp16_gradient_survives_a_flat_distribution_over_a_large_vocabulary(case, value_and_grads, uneven):
+    # unnormalised, the softmax sums to V, beyond the largest fp16
+    _, weight, labels, _ = case((4,), 8, 70_000, labelled=1.0)
+    hidden, weight = torch.zeros(4, 8, dtype=torch.float16), weight.half()
+    f = lambda hidden: linear_logprob(hidden, weight.to(hidden.dtype), labels, backend="torch")
+    _, (grad,) = value_and_grads(f, [hidden], uneven((4,)))
+    _, (gold,) = value_and_grads(f, [hidden.double()], uneven((4,)))
+    assert (grad.double() - gold).abs().max() <= 5e-3 * gold.abs().max()
+
+
+def test_autocast_changes_nothing(case, value_and_grads, uneven):
+    hidden, weight, labels, _ = case((3, 4), 16, 50)
+    f = lambda hidden: linear_logprob(hidden, weight.float(), labels, backend="torch")
+    plain, (plain_grad,) = value_and_grads(f, [hidden.float()], uneven((3, 4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast_, (cast_grad,) = value_and_grads(f, [hidden.float()], uneven((3, 4)))
+    assert torch.equal(cast_, plain)
+    assert torch.equal(cast_grad, plain_grad)
+
+
+# what the derivative refuses
+
+
+@pytest.mark.parametrize(
+    "loss_of", [lambda logprob: -logprob.sum(), lambda logprob: logprob.square().sum()], ids=["linear", "nonlinear"]
+)
+@pytest.mark.parametrize("through", ["backward", "grad"])
+@pytest.mark.parametrize("alone", [True, False], ids=["penalty", "loss_and_penalty"])
+def test_second_derivative_raises_on_the_torch_path(case, loss_of, through, alone):
+    hidden, weight, labels, _ = case((6,), 5, 7)
+    hidden.requires_grad_()
+    loss = loss_of(linear_logprob(hidden, weight, labels, backend="torch"))
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    penalised = grad.square().sum() if alone else loss + grad.square().sum()
+    with pytest.raises(RuntimeError):
+        penalised.backward() if through == "backward" else torch.autograd.grad(penalised, hidden)
+
+
+@every_head
+def test_second_derivative_of_the_reference_path_agrees_with_finite_differences(case, head):
+    hidden, weight, labels, head = case((3,), 4, 5, head)
+    f = lambda hidden: linear_logprob(hidden, weight, labels, backend="reference", **head)
+    assert gradcheck(f, hidden.requires_grad_())
+    assert gradgradcheck(f, hidden)
+
+
+@pytest.mark.parametrize("hidden_requires_grad", [True, False])
+def test_a_trainable_weight_is_refused_in_the_backward_by_name(case, hidden_requires_grad):
+    hidden, weight, labels, _ = case((6,), 5, 7)
+    expected = linear_logprob(hidden, weight, labels, backend="torch")
+    hidden.requires_grad_(hidden_requires_grad)
+    logprob = linear_logprob(hidden, weight.requires_grad_(), labels, backend="torch")
+    assert torch.equal(logprob, expected)
+    with pytest.raises(RuntimeError, match="weight"):
+        logprob.sum().backward()
+
+
+def test_backward_can_run_twice_with_other_upstreams(case):
+    hidden, weight, labels, _ = case((6,), 5, 7)
+    hidden.requires_grad_()
+    logprob = linear_logprob(hidden, weight, labels, backend="torch")
+    once = torch.autograd.grad(logprob.sum(), hidden, retain_graph=True)[0]
+    thrice = torch.autograd.grad(3 * logprob.sum(), hidden)[0]
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+# memory
+
+
+def peak_mib(step, folder):
+    """The most MiB of CPU tensors alive at once that `step` allocated, its result included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = step()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    del kept
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda e: e["ts"])
+    return max(itertools.accumulate(e["args"]["Bytes"] for e in events)) / 2**20
+
+
+N, D, V, CHUNK_MIB = 600, 32, 50_000, 16.0
+
+
+def forward_backward(normals, dtype, softcap, backend, requires_grad=True):
+    draw = normals(0)
+    hidden, weight = draw(N, D).to(dtype).requires_grad_(requires_grad), draw(V, D).to(dtype)
+    labels, upstream = torch.arange(N) * 83 % V, torch.linspace(-1, 1, N)
+
+    def step():
+        logprob = linear_logprob(hidden, weight, labels, logit_softcap=softcap, chunk_mib=CHUNK_MIB, backend=backend)
+        if requires_grad:
+            logprob.backward(upstream)
+        return logprob, hidden.grad
+
+    return step
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward_hold_less_than_one_and_a_half_chunks(normals, tmp_path, dtype, softcap):
+    outputs = (4 * N + 2 * N * D * dtype.itemsize) / 2**20  # log-probabilities; d logp / d hidden; hidden's gradient
+    peak = peak_mib(forward_backward(normals, dtype, softcap, "torch"), tmp_path)
+    assert 0.5 * CHUNK_MIB < peak < 1.5 * CHUNK_MIB + outputs
+
+
+def test_forward_alone_holds_less_than_one_and_a_half_chunks(normals, tmp_path):
+    peak = peak_mib(forward_backward(normals, torch.float32, None, "torch", requires_grad=False), tmp_path)
+    assert 0.5 * CHUNK_MIB < peak < 1.5 * CHUNK_MIB + 4 * N / 2**20
+
+
+def test_the_memory_measure_sees_the_whole_logits_of_the_reference(normals, tmp_path):
+    whole_logits = 4 * N * V / 2**20
+    peak = peak_mib(forward_backward(normals, torch.float32, None, "reference"), tmp_path)
+    assert peak > 2 * whole_logits > 10 * CHUNK_MIB
+
+
+# determinism and global state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bitwise_equal(two_threads, case, value_and_grads, uneven, dtype):
+    hidden, weight, labels, _ = case((4, 50), 65, 1001)
+    f = lambda hidden: linear_logprob(hidden, weight.to(dtype), labels, chunk_mib=0.1, backend="torch")
+    first, second = (value_and_grads(f, [hidden.to(dtype)], uneven((4, 50))) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1][0], second[1][0])
+
+
+def test_inputs_are_left_alone(case, value_and_grads, uneven):
+    hidden, weight, labels, head = case((3, 4), 5, 7, HEADS["all"])
+    before = [x.clone() for x in (hidden, weight, labels, head["bias"])]
+    value_and_grads(lambda hidden: linear_logprob(hidden, weight, labels, **head), [hidden], uneven((3, 4)))
+    assert all(torch.equal(x, y) for x, y in zip((hidden, weight, labels, head["bias"]), before, strict=True))
+
+
+@pytest.fixture(params=["none", "ieee"])
+def setting(request):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_the_matmul_precision_setting_is_put_back_also_after_an_error(case, monkeypatch, setting):
+    hidden, weight, labels, _ = case((3, 4), 16, 50)
+    matmul = torch.backends.mkldnn.matmul
+    call = lambda: linear_logprob(hidden.bfloat16(), weight.bfloat16(), labels, backend="torch")
+    call()
+    assert matmul.fp32_precision == setting
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "mm", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call()
+    assert matmul.fp32_precision == setting
+
+
+# errors
+
+FITTING = {"hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(2, 3, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("stray", [5, -1, -101, 2**40])
+def test_a_label_outside_the_vocabulary_is_a_value_error_that_shows_it(backend, stray):
+    labels = torch.tensor([[0, 4, IGNORE], [1, 2, stray]])
+    with pytest.raises(ValueError, match=f"labels.*got {stray}"):
+        linear_logprob(**FITTING | {"labels": labels}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("name", "error", "change"),
+    [
+        ("weight", ValueError, {"weight": torch.zeros(5, 3)}),
+        ("weight", ValueError, {"weight": torch.zeros(4)}),
+        ("weight", TypeError, {"weight": torch.zeros(5, 4).double()}),
+        ("weight", TypeError, {"hidden": torch.zeros(2, 3, 4).bfloat16()}),
+        ("labels", ValueError, {"labels": torch.zeros(3).long()}),
+        ("labels", ValueError, {"labels": torch.zeros(6).long()}),
+        ("labels", TypeError, {"labels": torch.zeros(2, 3).int()}),
+        ("labels", TypeError, {"labels": torch.zeros(2, 3)}),
+        ("bias", ValueError, {"bias": torch.zeros(4)}),
+        ("bias", ValueError, {"bias": torch.zeros(5, 1)}),
+        ("logit_softcap", ValueError, {"logit_softcap": 0.0}),
+        ("logit_softcap", ValueError, {"logit_softcap": -3.0}),
+        ("logit_softcap", ValueError, {"logit_softcap": math.nan}),
+        ("chunk_mib", ValueError, {"chunk_mib": 0.0}),
+        ("chunk_mib", ValueError, {"chunk_mib": math.nan}),
+    ],
+)
+def test_what_does_not_fit_is_named(backend, name, error, change):
+    with pytest.raises(error, match=f"^{name}:"):
+        linear_logprob(**FITTING | change, backend=backend)
