@@ -339,7 +339,7 @@ def _axes(height: float, top: float = 8, right: float = 8) -> tuple[Figure, Any]
 def _svg(figure: Figure, name: str, description: str) -> str:
     """An inline SVG that fits its column, takes the page's colours and fonts, and shares no id with another."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", dpi=216, metadata={})
+    figure.savefig(file, format="svg", dpi=216, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     _, head, body = re.split(r"(<svg[^>]*>)", file.getvalue(), maxsplit=1)
     head = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)

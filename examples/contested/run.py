@@ -79,7 +79,7 @@ def main() -> None:
         layers_to_transform=list(range(22, 30)),
         dtype="bfloat16",
         learning_rate=5e-4,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant",
         max_steps=options.max_steps,
         logging_steps=5,
         per_device_eval_batch_size=32,
@@ -111,7 +111,7 @@ def ask(result: TrainResult, questions: list[q.Question]) -> dict[str, Answers]:
         examples = [task.example(number, row) for number, row in enumerate(rows)]
         scored = evaluate(ensemble, examples, task.collate, task.logp, batch_size=32, device=ensemble.model.device)
         s = scored.logp.view(len(scored.logp), len(asked), len(q.ANSWERS))  # [K, questions, answers]
-        given = torch.tensor([[question.share(answer) for answer in q.ANSWERS] for question in asked])
+        given = torch.tensor([[question.share_of_yes, 1.0 - question.share_of_yes] for question in asked])
         mixture = renyi_reduce(s.flatten(1), 1.0).loss.view_as(given)
         answers[kind] = Answers(
             mixture_nll=(mixture * given).sum(dim=1).mean().item(),

@@ -102,11 +102,9 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., dict[str, Tensor]]:
-    """make_batch(lengths, padding="right" | "left", prompt=2, seed=0): random tokens; prompt and padding carry no label."""
+    """make_batch(lengths, padding="right", prompt=2, seed=0): random tokens; prompt and padding carry no label."""
 
-    def build(
-        lengths: Sequence[int], *, padding: str = "right", prompt: int = 2, seed: int = 0
-    ) -> dict[str, Tensor]:
+    def build(lengths: Sequence[int], *, padding: str = "right", prompt: int = 2, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         width = max(lengths)
         batch = {

@@ -93,10 +93,7 @@ def alone(particle, ids, mask):
     """Final hidden states of the real tokens, each sequence run alone."""
     backbone = particle.get_base_model().base_model
     return torch.cat(
-        [
-            backbone(input_ids=row[keep][None]).last_hidden_state[0]
-            for row, keep in zip(ids, mask.bool(), strict=True)
-        ]
+        [backbone(input_ids=row[keep][None]).last_hidden_state[0] for row, keep in zip(ids, mask.bool(), strict=True)]
     )
 
 
@@ -110,7 +107,7 @@ def test_gradient_of_each_particle_is_its_responsibility_times_its_own(trained, 
 
     s = torch.stack([naive_logprob(particle, batch) for particle in trained.particles])
     r = torch.softmax(alpha * s.detach(), dim=0)
-    assert 0.02 < r.min() and r.max() < 0.98, "one particle has all responsibility: nothing is tested"
+    assert r.min() > 0.02, "one particle has all responsibility: nothing is tested"
     close(out.responsibilities, r)
     for k, particle in enumerate(trained.particles):
         particle.zero_grad()
@@ -133,10 +130,13 @@ def test_one_particle_has_the_gradients_of_plain_lora(trained, tiny_model, make_
 
 
 def assert_same_gradients(ensemble, k, particle):
-    """PEFT trains in the dtype of this fp64 base, the ensemble keeps fp32 masters, so its gradients are rounded to fp32."""
+    """To fp32: the ensemble keeps fp32 masters, while PEFT trains in the dtype of the base."""
     for path, (A, B) in ensemble.stacked().items():
         lora = particle.get_base_model().get_submodule(path)
-        for ours, theirs in ((A.grad[k], lora.lora_A["default"].weight.grad), (B.grad[k], lora.lora_B["default"].weight.grad)):
+        for ours, theirs in (
+            (A.grad[k], lora.lora_A["default"].weight.grad),
+            (B.grad[k], lora.lora_B["default"].weight.grad),
+        ):
             assert theirs.abs().max() > 0
             close(ours, theirs)
 

@@ -167,18 +167,14 @@ def test_a_row_of_padding_alone_takes_no_part(tiny_model, make_batch, architectu
 def test_the_result_does_not_depend_on_the_padding_side(llama, make_batch):
     ensemble = attach(llama)
     right, left = make_batch([3, 8, 5], padding="right"), make_batch([3, 8, 5], padding="left")
-    torch.testing.assert_close(
-        ensemble.sequence_logprob(right), ensemble.sequence_logprob(left), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ensemble.sequence_logprob(right), ensemble.sequence_logprob(left), rtol=0, atol=1e-5)
 
 
 def test_no_mask_means_no_padding(llama, make_batch):
     ensemble = attach(llama)
     batch = make_batch([7, 7])
     unmasked = {name: batch[name] for name in ("input_ids", "labels")}
-    torch.testing.assert_close(
-        ensemble.sequence_logprob(batch), ensemble.sequence_logprob(unmasked), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ensemble.sequence_logprob(batch), ensemble.sequence_logprob(unmasked), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +355,10 @@ def test_init_does_not_depend_on_or_disturb_the_global_generator(tiny_model):
 
 
 @settings(deadline=None)
-@given(seeds=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2, unique=True), init=st.sampled_from(["standard", "spread"]))
+@given(
+    seeds=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2, unique=True),
+    init=st.sampled_from(["standard", "spread"]),
+)
 @example(seeds=[0, 1], init="standard")
 @example(seeds=[0, 2**12], init="standard")
 @example(seeds=[7, 7 + 2**31], init="standard")
@@ -429,7 +428,9 @@ def test_a_bf16_model_has_fp32_adapters(tiny_model, batch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_bf16_model_is_as_exact_as_peft_in_bf16(tiny_model, make_batch, naive_logprob, load_peft, tmp_path, architecture):
+def test_a_bf16_model_is_as_exact_as_peft_in_bf16(
+    tiny_model, make_batch, naive_logprob, load_peft, tmp_path, architecture
+):
     batch = make_batch([8, 9, 10, 11, 12, 13, 14, 15])
     half = tiny_model(architecture, dtype=torch.bfloat16)
     ensemble = attach(copy.deepcopy(half))
@@ -444,9 +445,7 @@ def test_an_fp64_model_gives_fp64_logprobs(tiny_model, batch):
     wide, narrow = attach(tiny_model("llama", dtype=torch.float64)), attach(tiny_model("llama"))
     assert wide.sequence_logprob(batch).dtype == torch.float64
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
-    torch.testing.assert_close(
-        wide.sequence_logprob(batch).float(), narrow.sequence_logprob(batch), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(wide.sequence_logprob(batch).float(), narrow.sequence_logprob(batch), rtol=0, atol=1e-5)
 
 
 def test_a_deep_copy_of_the_base_is_a_model_of_its_own(llama, naive_logprob, batch):
@@ -585,7 +584,12 @@ class SilentLinear(torch.nn.Module):
 
     def __init__(self, mlp):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
 
     def forward(self, x):
         return self.down_proj(self.act_fn(F.linear(x, self.gate_proj.weight)) * self.up_proj(x))
@@ -613,7 +617,9 @@ def test_a_map_that_is_read_but_never_called_is_refused_by_name(llama):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj"):
         LoraEnsemble.attach(llama)
     assert_clean(llama)
-    LoraEnsemble.attach(llama, EnsembleConfig(2, 2, target_modules=["up_proj", "gate_proj"], layers_to_transform=[0, 2]))
+    LoraEnsemble.attach(
+        llama, EnsembleConfig(2, 2, target_modules=["up_proj", "gate_proj"], layers_to_transform=[0, 2])
+    )
 
 
 # ---------------------------------------------------------------------- training mode
@@ -776,9 +782,7 @@ def test_the_shared_trunk_changes_nothing_but_the_work(llama, tiny_model, batch,
         for path, (A, B) in part.items():
             whole[path][0].copy_(A)
             whole[path][1].copy_(B)
-    torch.testing.assert_close(
-        everywhere.sequence_logprob(batch), ensemble.sequence_logprob(batch), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(everywhere.sequence_logprob(batch), ensemble.sequence_logprob(batch), rtol=0, atol=1e-5)
     for each in (ensemble, everywhere):
         data_term(each.sequence_logprob(batch), 0.7, 3)[0].backward()
     for path in part:

@@ -233,6 +233,15 @@ def test_only_config_and_metrics_are_needed(make_run: MakeRun, tmp_path: Path) -
     assert "1 min 20 s" in page.text  # elapsed, from the last logged step
 
 
+def test_elapsed_of_a_run_in_progress_is_that_of_its_last_step(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("running")
+    for facts in ({"status": "running", "elapsed_s": 0.01}, {"elapsed_s": None}):
+        (run / "run.json").write_text(json.dumps(facts))
+        assert "1 min 20 s" in Page(write_report([run], tmp_path / "report.html")).text
+    write_metrics(run, [{"step": 1}])
+    assert "Elapsed not recorded" in Page(write_report([run], tmp_path / "report.html")).text
+
+
 def test_nulls_missing_keys_and_skipped_updates_survive(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("gaps")
     lines = read_metrics(run)

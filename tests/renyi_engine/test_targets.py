@@ -115,7 +115,9 @@ def paths_of(prefix, names):
     return [f"{prefix}.{layer}.{name}" for layer in range(3) for name in names]
 
 
-LLAMA_PATHS = paths_of("model.layers", [f"self_attn.{n}" for n in LLAMA_MAPS[:4]] + [f"mlp.{n}" for n in LLAMA_MAPS[4:]])
+LLAMA_PATHS = paths_of(
+    "model.layers", [f"self_attn.{n}" for n in LLAMA_MAPS[:4]] + [f"mlp.{n}" for n in LLAMA_MAPS[4:]]
+)
 GPT2_PATHS = paths_of("transformer.h", GPT2_MAPS)
 
 
@@ -153,7 +155,6 @@ def test_peft_understands_what_describe_says(described, tiny_model, data):
     model, everything = described[architecture]
     paths = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
     assert peft_matches(tiny_model(architecture), *describe(model, paths)) == set(paths)
-
 
 
 @pytest.mark.parametrize("architecture", ALL)

@@ -1,0 +1,139 @@
+"""Rows, batches and their order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from renyi_engine.data import Dropped, Example, StepSampler, collate, load_splits, pad_token_id, rows_of, tokenize
+
+ROWS = [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c", "n": 3}]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    micro=st.integers(1, 7),
+    accumulation=st.integers(1, 4),
+    grouped=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_sees_every_example_once_in_steps_of_the_asked_size(lengths, micro, accumulation, grouped, epoch):
+    sampler = StepSampler(lengths, micro, accumulation, seed=3, group_by_length=grouped)
+    first = epoch * sampler.steps_per_epoch
+    steps = [sampler.micro_batches(first + i) for i in range(sampler.steps_per_epoch)]
+    assert sorted(i for step in steps for part in step for i in part) == list(range(len(lengths)))
+    assert all(len(part) == micro for step in steps for part in step[:-1])
+    assert all(len(step) == accumulation for step in steps[:-1])
+
+
+def test_the_order_depends_on_seed_and_step_alone():
+    def order(seed, steps):
+        sampler = StepSampler([1] * 30, 4, 2, seed, False)
+        return {step: sampler.micro_batches(step) for step in steps}
+
+    assert order(1, range(8)) == order(1, reversed(range(8)))
+    torch.manual_seed(99)
+    assert order(1, [5]) == {5: order(1, range(8))[5]}
+    assert order(1, range(8)) != order(2, range(8))
+    assert order(1, range(4))[0] != order(1, range(8))[4]  # the next epoch is shuffled anew
+
+
+def test_grouping_by_length_leaves_less_padding():
+    lengths = [1 + (37 * i) % 101 for i in range(200)]
+
+    def padding(grouped):
+        sampler = StepSampler(lengths, 8, 1, 0, grouped)
+        parts = [part for s in range(sampler.steps_per_epoch) for part in sampler.micro_batches(s)]
+        return sum(max(lengths[i] for i in part) * len(part) - sum(lengths[i] for i in part) for part in parts)
+
+    assert padding(True) < 0.5 * padding(False)
+
+
+def test_collate_pads_on_the_right_and_masks_what_it_pads():
+    batch = collate([Example(0, [5, 6, 7], [-100, 6, 7]), Example(1, [8], [8])], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "jsonl.gz", "csv", "parquet", "folder", "saved"])
+def test_every_local_form_gives_the_same_rows(tmp_path, form):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    path = tmp_path / f"train.{form}"
+    split = "train"
+    if form == "json":
+        path.write_text(json.dumps(ROWS))
+    elif form == "jsonl":
+        path.write_text(lines)
+    elif form == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif form == "csv":
+        path.write_text("text,n\na,1\nb,2\nc,3\n")
+    elif form == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif form == "folder":
+        path.mkdir()
+        (path / "train.jsonl").write_text(lines)
+        (path / "test.jsonl").write_text(lines)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    splits = load_splits(str(path), split, None, "dataset_name")
+    assert list(rows_of(splits, split, str(path), "dataset_name")) == ROWS
+    assert ("test" in splits) == (form == "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "no such file"),
+        ("data.txt", "x", "expected a file that ends in .json"),
+        ("broken.json", '{"text": ', "cannot be read as a data set"),
+        ("gone/folder/deep", None, "no such file or folder"),
+    ],
+)
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_splits(str(tmp_path / name), "train", None, "dataset_name")
+    assert str(error.value).startswith("dataset_name: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_split_and_an_empty_one_are_told_apart():
+    splits = {"train": [], "validation": [1]}
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train', 'validation'\]"):
+        rows_of(splits, "test", "x", "dataset_name")
+    with pytest.raises(ValueError, match="x is empty"):
+        rows_of(splits, "train", "x", "dataset_name")
+
+
+def test_dropped_rows_are_counted_by_reason_and_nothing_left_is_an_error():
+    def one(number, row):
+        if row == "good":
+            return Example(number, [1, 2], [1, 2])
+        raise Dropped(f"it is {row}")
+
+    examples, dropped = tokenize(["bad", "good", "bad", "ugly"], one)
+    assert [e.row for e in examples] == [1]
+    assert dropped == {"it is bad": 2, "it is ugly": 1}
+    with pytest.raises(ValueError, match=r"dataset_name: no row is left to use \(2 rows: it is bad\)"):
+        tokenize(["bad", "bad"], one)
+
+
+def test_padding_falls_back_to_eos_and_then_gives_up():
+    class Tokenizer:
+        pad_token_id, eos_token_id = None, 0
+
+    tokenizer = Tokenizer()
+    assert pad_token_id(tokenizer) == 0
+    tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="neither a pad nor an end-of-sequence token"):
+        pad_token_id(tokenizer)
