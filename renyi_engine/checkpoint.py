@@ -120,8 +120,8 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
     """
     verify(path)
     parameters = dict(_named(ensemble))
-    saved = files.read_tensors(path / "adapters.safetensors")
-    moments = files.read_tensors(path / "optimizer.safetensors")
+    saved = files.read_tensors(path / "adapters.safetensors", stacked=True)
+    moments = files.read_tensors(path / "optimizer.safetensors", stacked=True)
     wrong = sorted(parameters.keys() ^ saved.keys())
     wrong += [name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape]
     if wrong:
@@ -140,7 +140,7 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
 def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """(A [K, R, I], B [K, O, R]) by path of a verified checkpoint, with no model needed."""
     verify(path)
-    tensors = files.read_tensors(path / "adapters.safetensors")
+    tensors = files.read_tensors(path / "adapters.safetensors", stacked=True)
     maps = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in maps}
 

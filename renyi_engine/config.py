@@ -203,5 +203,6 @@ def _as_flags(values: dict[str, Any], known: list[str], source: Path) -> list[st
 
 
 def _unknown(kind: str, name: str, known: Sequence[str], source: str) -> str:
-    near = difflib.get_close_matches(name.split("=")[0], known, n=1)
+    name = name.split("=")[0]
+    near = difflib.get_close_matches(name, known, n=1)
     return f"{source}: unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")

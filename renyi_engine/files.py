@@ -17,8 +17,8 @@ from torch import Tensor
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on CPU.
+def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, on CPU. `stacked`: the first axis counts particles, and errors name them.
 
     Raises:
         ValueError, in one line: missing, pickled (unread), not a whole safetensors file, a tensor not finite.
@@ -34,7 +34,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
+            first = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            particle = f"particle {first[0]}: " if stacked and first else ""
+            raise ValueError(f"{path}: {particle}tensor {name} holds NaN or infinite values")
     return tensors
 
 

@@ -63,6 +63,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    # positions go to each layer, and the head has a bias
+    "gptj": {
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "rotary_dim": 4,
+        "initializer_range": 0.3,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "granite": LLAMA_LIKE
     | {
         "logits_scaling": 0.7,

@@ -25,6 +25,7 @@ MODELS = {
     "gemma2": ("gemma2", {}),
     "gpt2": ("gpt2", {}),
     "gpt2-eager": ("gpt2", {"attn_implementation": "eager"}),
+    "gptj": ("gptj", {}),
     "granite": ("granite", {}),
     "cohere": ("cohere", {}),
 }

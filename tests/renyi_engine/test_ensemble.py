@@ -200,7 +200,7 @@ def test_labels_outside_the_vocabulary_are_refused(llama, batch):
         attach(llama).sequence_logprob(batch | {"labels": torch.full_like(batch["labels"], 97)})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "granite", "cohere", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "granite", "cohere", "gemma2", "gpt2", "gptj"])
 def test_disabled_adapters_are_the_bare_base(tiny_model, naive_logprob, batch, architecture):
     ensemble = attach(tiny_model(architecture), layers_to_transform=[1, 2])
     truth = naive_logprob(tiny_model(architecture), batch)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.targets import decoder_layers, describe, features, linear_maps, logit_transform, match_targets
 
-ALL = ["llama", "qwen2", "phi3", "nemotron", "mistral", "qwen3", "gemma2", "gpt2", "granite", "cohere"]
+ALL = ["llama", "qwen2", "phi3", "nemotron", "mistral", "qwen3", "gemma2", "gpt2", "gptj", "granite", "cohere"]
 LLAMA_MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # the same ending twice in a layer (c_proj), and layers that are named by "h" in place of "layers"
 GPT2_MAPS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -37,7 +37,7 @@ def peft_matches(model, target_modules, layers_to_transform=None):
 def test_all_linear_is_what_peft_takes_it_to_be(tiny_model, architecture):
     matched = match_targets(tiny_model(architecture), "all-linear", None)
     assert set(matched) == peft_matches(tiny_model(architecture), "all-linear")
-    assert len(matched) == 3 * {"phi3": 4, "nemotron": 6, "gpt2": 4}.get(architecture, 7)
+    assert len(matched) == 3 * {"phi3": 4, "nemotron": 6, "gpt2": 4, "gptj": 6}.get(architecture, 7)
 
 
 @pytest.mark.parametrize("layers", [None, [1], [0, 2]])
@@ -161,7 +161,7 @@ def test_peft_understands_what_describe_says(described, tiny_model, data):
 def test_decoder_layers_are_the_three_of_the_stack(tiny_model, architecture):
     model = tiny_model(architecture)
     path, layers = decoder_layers(model)
-    assert path == ("transformer.h" if architecture == "gpt2" else "model.layers")
+    assert path == ("transformer.h" if architecture in ("gpt2", "gptj") else "model.layers")
     assert model.get_submodule(path) is layers
     assert len(layers) == 3
 
@@ -181,6 +181,9 @@ def test_features_are_in_and_out_for_linear_and_conv1d():
 def test_logit_transform_is_that_of_the_architecture(tiny_model):
     plain = {"bias": None, "logit_softcap": None, "logit_scale": 1.0}
     assert logit_transform(tiny_model("llama")) == plain
+    gptj = tiny_model("gptj")
+    assert logit_transform(gptj) == plain | {"bias": gptj.lm_head.bias}
+    assert gptj.lm_head.bias.abs().min() > 0
     assert logit_transform(tiny_model("gemma2")) == plain | {"logit_softcap": 5.0}
     assert logit_transform(tiny_model("granite")) == plain | {"logit_scale": pytest.approx(1 / 0.7)}
     assert logit_transform(tiny_model("cohere")) == plain | {"logit_scale": 1.5}

@@ -1,0 +1,187 @@
+"""The command line as a person meets it: exit codes, one-line errors, signals. Each test starts real processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from renyi_engine.adapter_folder import read
+from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, main
+from renyi_engine.files import read_json, sha256_of
+
+
+@pytest.fixture
+def sft_flags(model_folder, data_file, tmp_path):
+    def make(**overrides):
+        settings = {
+            "model_name_or_path": model_folder,
+            "dataset_name": data_file,
+            "output_dir": tmp_path / "run",
+            "num_particles": 2,
+            "lora_r": 2,
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "use_cpu": True,
+        }
+        return ["sft", *(f"--{name}={value}" for name, value in (settings | overrides).items())]
+
+    return make
+
+
+def start(argv, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "renyi_engine.cli", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} within the time-out")
+
+
+def test_training_exporting_and_reporting_from_the_command_line(sft_flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(sft_flags(save_steps=2)) == 0
+    assert main(["export", str(run), "--output_dir", str(tmp_path / "newest")]) == 0
+    assert main(["export", str(run / "checkpoint-2"), "--output_dir", str(tmp_path / "earlier")]) == 0
+    assert main(["report", str(run), "--output", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").exists()
+    particles, newest, earlier = (read(tmp_path / name) for name in ("run/particles", "newest", "earlier"))
+    assert newest.config == particles.config == earlier.config
+    for path, (A, B) in particles.adapters.items():
+        assert A.equal(newest.adapters[path][0])
+        assert B.equal(newest.adapters[path][1])
+    assert any(not B.equal(earlier.adapters[path][1]) for path, (_, B) in particles.adapters.items())
+    assert "0.8" in (tmp_path / "newest" / "ensemble.json").read_text()
+
+
+def test_print_config_prints_what_would_be_saved(sft_flags, capsys, tmp_path):
+    assert main([*sft_flags(), "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert "num_particles: 2\n" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_the_loss_mask_and_memory_and_loads_no_weights(sft_flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("renyi_engine.base_model.load_model", None)
+    assert main([*sft_flags(), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 and 0: [[yes</s>]]" in printed
+    assert "base weights" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_env_says_which_path_each_op_takes_and_why(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for op in ("grouped_lora", "linear_logprob", "renyi_reduce"):
+        assert f"{op:14} torch (" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"alpha": -1}, "alpha: expected a finite number >= 0"),
+        ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
+        ({"model_name_or_path": "/no/such/folder"}, "model_name_or_path: '/no/such/folder' cannot be loaded"),
+        ({"dataset_name": "/no/such.jsonl"}, "dataset_name: /no/such.jsonl: no such file"),
+        ({"lora_target_modules": "no_such_proj"}, "target_modules: ['no_such_proj'] matches no linear map"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flags, message):
+    capsys.readouterr()
+    assert main(sft_flags(**flags)) == EXIT_BAD_INPUT
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("renyi-engine sft: ")
+    assert message in last
+
+
+def test_off_a_terminal_progress_is_plain_lines(sft_flags):
+    output, _ = (process := start(sft_flags(logging_steps=2))).communicate(timeout=120)
+    assert process.returncode == 0, output
+    steps = [line for line in output.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["2/4", "4/4"]
+    assert all(word in steps[0] for word in ("loss", "mixture NLL", "ESS", "tokens/s", "ETA"))
+    assert "\x1b" not in output
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(sft_flags, tmp_path, signum):
+    run = tmp_path / "run"
+    process = start(sft_flags(max_steps=100_000, logging_steps=1))
+    wait_for_step(run, 3, process)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, output
+    assert "--resume_from_checkpoint true" in output.splitlines()[-1]
+    assert read_json(run / "run.json")["status"] == "interrupted"
+    (checkpoint,) = run.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert main([*sft_flags(max_steps=step + 1, logging_steps=1), "--resume_from_checkpoint=true"]) == 0
+
+
+def test_a_second_signal_exits_at_once(sft_flags, tmp_path, monkeypatch):
+    """The step is made to last an hour, so that only the second signal can end it."""
+    program = (
+        "import sys, time; from renyi_engine.sft import SftTask; from renyi_engine.cli import main\n"
+        "SftTask.logp = lambda *_: (print('in the step', flush=True), [time.sleep(0.05) for _ in range(72000)])\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *sft_flags()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    while "in the step" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+def test_killed_at_random_moments_it_always_resumes_to_the_same_end(sft_flags, tmp_path):
+    """kill -9, again and again; what comes out in the end is bit for bit what an undisturbed run gives."""
+    flags = {"max_steps": 120, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
+    assert main(sft_flags(output_dir=tmp_path / "whole", **flags)) == 0
+    run = tmp_path / "run"
+    argv = sft_flags(**flags)
+    rng = random.Random(0)
+    kills = 0
+    while True:
+        process = start(argv)
+        try:
+            # the delay counts from the first step, so that kills fall into training and saving, not into imports
+            done = len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+            wait_for_step(run, min(done, 3) + 1, process)
+            process.wait(timeout=rng.uniform(0.05, 1.0) if kills < 4 else 120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        process.communicate()
+        if (run / "config.yaml").exists():
+            argv = [*sft_flags(**flags), "--resume_from_checkpoint=true"]
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0
+            break
+    assert kills >= 2
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        assert sha256_of(run / "checkpoint-120" / name) == sha256_of(tmp_path / "whole" / "checkpoint-120" / name)

@@ -1,0 +1,122 @@
+"""Settings: one way in, and errors that name the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from renyi_engine.config import parse, to_yaml
+from renyi_engine.sft import SftConfig
+
+NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+
+
+def parsed(*argv):
+    return parse(SftConfig, [*NEEDED, *argv], "renyi-engine sft")[0]
+
+
+def config_file(tmp_path, **values):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_flags_have_the_form_that_trl_users_type():
+    config = parsed(
+        "--lora_target_modules", "q_proj", "v_proj", "--layers_to_transform", "1", "2", "--group_by_length",
+        "--learning-rate", "3e-4", "--gradient_checkpointing", "false",
+    )  # fmt: skip
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+    assert config.layers_to_transform == [1, 2]
+    assert config.group_by_length is True
+    assert config.gradient_checkpointing is False
+    assert config.learning_rate == 3e-4
+
+
+def test_a_file_is_read_with_the_same_types_and_flags_override_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    # YAML reads 1e-4 as a string
+    path.write_text("learning_rate: 1e-4\nalpha: 0.3\nlora_target_modules: [q_proj]\nuse_rslora: true\neval_steps: null\n")
+    config = parsed("--config", str(path), "--alpha", "0.5")
+    assert config.learning_rate == 1e-4
+    assert config.alpha == 0.5
+    assert config.lora_target_modules == ["q_proj"]
+    assert config.use_rslora is True
+    assert config.eval_steps is None
+
+
+def test_what_is_saved_reads_back_as_the_same_settings(tmp_path):
+    config = parsed("--alpha", "0.35", "--layers_to_transform", "0", "2", "--kernel_bandwidth", "1.5", "--use_rslora")
+    path = tmp_path / "saved.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(SftConfig, ["--config", str(path)], "x")[0] == config
+
+
+def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="unknown key 'num_partcles'; did you mean 'num_particles'"):
+        parsed("--config", config_file(tmp_path, num_partcles=3))
+    with pytest.raises(ValueError, match="unknown flag '--leraning_rate'; did you mean '--learning_rate'"):
+        parse(SftConfig, ["--leraning_rate=1"], "renyi-engine sft")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("alpha", "-0.1", "alpha: expected a finite number >= 0"),
+        ("alpha", "nan", "alpha: expected a finite number >= 0"),
+        ("num_particles", "0", "num_particles: expected a whole number of at least 1; got 0"),
+        ("lora_r", "0", "rank: expected a whole number of at least 1; got 0"),
+        ("learning_rate", "abc", "learning_rate.*invalid float value: 'abc'"),
+        ("learning_rate", "0", "learning_rate: expected a number above 0; got 0"),
+        ("max_steps", "0", "max_steps: expected -1, or a whole number of at least 1; got 0"),
+        ("save_total_limit", "1", "save_total_limit: expected a whole number of at least 2; got 1"),
+        ("max_length", "1", "max_length: expected a whole number of at least 2"),
+        ("kernel_bandwidth", "-1", "kernel_bandwidth: expected a number above 0, or nothing"),
+        ("init", "zeros", "init.*invalid choice: 'zeros'"),
+        ("adam_beta2", "1", "adam_beta2: expected a number from 0 to 1, 1 excluded"),
+        ("warmup_steps", "-3", "warmup_steps: expected a number of at least 0"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_expected(flag, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parsed(f"--{flag}", value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name", "output_dir"])
+def test_what_is_needed_is_asked_for_by_name(missing):
+    given = [f"--{n}=x" for n in ("model_name_or_path", "dataset_name", "output_dir") if n != missing]
+    with pytest.raises(ValueError, match=f"{missing}: needed, but not given; pass --{missing}"):
+        parse(SftConfig, given, "x")
+
+
+def test_a_file_that_is_no_mapping_or_not_there_is_told_in_one_line(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="expected 'name: value' lines; got list"):
+        parsed("--config", str(path))
+    with pytest.raises(ValueError, match="not a readable YAML file"):
+        parsed("--config", str(tmp_path / "gone.yaml"))
+
+
+def test_no_value_of_a_file_is_evaluated(tmp_path):
+    marker = tmp_path / "marker"
+    path = tmp_path / "evil.yaml"
+    path.write_text(f"alpha: !!python/object/apply:os.system ['touch {marker}']\n")
+    with pytest.raises(ValueError, match="not a readable YAML file"):
+        parsed("--config", str(path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["all-linear"], "all-linear"),
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+    ],
+)
+def test_one_target_that_is_no_name_is_a_regular_expression(given, expected):
+    config = parsed("--lora_target_modules", *given)
+    assert config.ensemble_config().target_modules == expected

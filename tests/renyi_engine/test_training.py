@@ -1,0 +1,479 @@
+"""Training runs of a tiny model: what is learnt, what is written, and that a stopped run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import renyi_engine.trainer as trainer
+from renyi_engine import EnsembleConfig, LoraEnsemble, TrainingDiverged, train
+from renyi_engine.data import collate
+from renyi_engine.files import sha256_of
+from renyi_engine.sft import SftTask
+
+TIMINGS = {"tokens_per_s", "elapsed_s"}
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def fingerprint(run: Path, step: int) -> dict[str, str]:
+    folder = run / f"checkpoint-{step}"
+    return {name: sha256_of(folder / name) for name in ("adapters.safetensors", "optimizer.safetensors", "state.json")}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the software catches it."""
+
+
+def kill_in_micro_batch(monkeypatch, number: int) -> None:
+    """Die in the given forward pass, counted over the whole run."""
+    original, seen = SftTask.logp, []
+
+    def logp(self, ensemble, batch):
+        seen.append(None)
+        if len(seen) == number:
+            raise Killed
+        return original(self, ensemble, batch)
+
+    monkeypatch.setattr(SftTask, "logp", logp)
+
+
+# ---------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8, 3.0])
+def test_a_step_of_one_particle_is_a_plain_peft_step(sft_config, tokenizer, alpha):
+    config = sft_config(num_particles=1, alpha=alpha, max_grad_norm=0.5, weight_decay=0.1, prior="none")
+    task = SftTask(tokenizer, 64)
+    rows = [{"prompt": f"q{i}", "completion": "a" * (i + 1)} for i in range(5)]
+    examples = [task.example(i, row) for i, row in enumerate(rows)]
+    batches = [collate(part, 0) for part in (examples[:2], examples[2:])]
+
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+    ensemble = LoraEnsemble.attach(model, config.ensemble_config())
+    with torch.no_grad():
+        for _, B in ensemble.stacked().values():
+            B.normal_(0, 0.3, generator=torch.Generator().manual_seed(B.numel()))
+    base = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+    names = {path.rsplit(".", 1)[-1] for path in ensemble.paths}
+    peft = get_peft_model(base, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names)).eval()
+    weights = {}
+    for path, (A, B) in ensemble.stacked().items():
+        lora = peft.base_model.model.get_submodule(path)
+        lora.lora_A["default"].weight.data.copy_(A[0])
+        lora.lora_B["default"].weight.data.copy_(B[0])
+        weights[path] = (lora.lora_A["default"].weight, lora.lora_B["default"].weight)
+
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+    result = trainer.train_step(ensemble, task, adamw(ensemble.parameters()), batches, config, 5)
+
+    trainable = [p for p in peft.parameters() if p.requires_grad]
+    losses = []
+    for batch in batches:
+        logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        token = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+        losses.append(token.sum(dim=1))
+    torch.cat(losses).mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(trainable, 0.5)
+    torch.testing.assert_close(result.loss, torch.cat(losses), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.norms[0], norm, rtol=1e-5, atol=1e-5)
+    for path, (A, B) in ensemble.stacked().items():
+        for ours, theirs in zip((A, B), weights[path], strict=True):
+            torch.testing.assert_close(ours.grad[0], theirs.grad, rtol=1e-5, atol=1e-5)
+    # Adam divides by the gradient's size: where that is near 0, rounding decides, so compare where it is not
+    adamw(trainable).step()
+    for path, (A, B) in ensemble.stacked().items():
+        for ours, theirs in zip((A, B), weights[path], strict=True):
+            clear = theirs.grad.abs() > 1e-4
+            torch.testing.assert_close(ours[0][clear], theirs[clear], rtol=1e-5, atol=1e-5)
+
+
+def test_splitting_a_batch_into_micro_batches_changes_nothing(sft_config, tmp_path):
+    whole = sft_config(per_device_train_batch_size=8, max_steps=3)
+    parts = sft_config(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=3, output_dir=str(tmp_path / "parts")
+    )
+    ours, theirs = train(whole).ensemble, train(parts).ensemble
+    for (_, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prior_enters_once_a_step_whatever_the_accumulation(sft_config, tokenizer):
+    config = sft_config(prior="potential", prior_lambda=50.0, prior_std=0.5, max_grad_norm=0.0)
+    task = SftTask(tokenizer, 64)
+    examples = [task.example(i, {"prompt": "q", "completion": "a" * (i + 1)}) for i in range(4)]
+    gradients = {}
+    for prior in ("none", "potential"):
+        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+        ensemble = LoraEnsemble.attach(model, replace(config.ensemble_config(), init="spread"))
+        before = {name: p.detach().clone() for name, p in ensemble.named_parameters()}
+        optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.0)
+        batches = [collate(examples[:2], 0), collate(examples[2:], 0)]
+        trainer.train_step(ensemble, task, optimizer, batches, replace(config, prior=prior), num_train_examples=40)
+        gradients[prior] = {name: p.grad for name, p in ensemble.named_parameters()}
+    for name, value in before.items():
+        expected = 50.0 / 40 / 3 * value / 0.5**2
+        torch.testing.assert_close(gradients["potential"][name] - gradients["none"][name], expected, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+def test_training_lowers_the_loss_and_writes_everything(sft_config, data_file, tmp_path):
+    config = sft_config(max_steps=12, eval_dataset_name=str(data_file), eval_steps=6, dataset_test_split="train")
+    result = train(config)
+    lines = metrics(result.output_dir)
+    steps = [line for line in lines if "loss_nats" in line]
+    evaluations = [line for line in lines if "eval_loss_nats" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert steps[-1]["loss_nats"] < 0.7 * steps[0]["loss_nats"]
+    assert evaluations[-1]["eval_mixture_nll_nats_per_token"] <= evaluations[-1]["eval_mean_particle_nll_nats_per_token"]
+    assert all(1 <= line["ess_particles"] <= 3 for line in steps)
+    files = {path.name for path in result.output_dir.iterdir()}
+    assert files == {
+        "checkpoint-12", "config.yaml", "evaluation.json", "metrics.jsonl", "particles", "report.html", "run.json",
+    }  # fmt: skip
+    assert json.loads((result.output_dir / "run.json").read_text())["status"] == "finished"
+    # what was written is what is in memory
+    batch = collate([SftTask(*_tokenizer(config)).example(0, {"prompt": "1 and 1: ", "completion": "yes"})], 0)
+    expected = result.ensemble.sequence_logprob(batch)
+    again = LoraEnsemble.from_pretrained(result.ensemble.detach(), result.output_dir / "particles")
+    assert torch.equal(again.sequence_logprob(batch), expected)
+
+
+def _tokenizer(config):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(config.model_name_or_path), 64
+
+
+def test_metrics_average_over_the_window_between_two_lines(sft_config, tmp_path):
+    fine = metrics(train(sft_config(max_steps=6)).output_dir)
+    coarse = metrics(train(sft_config(max_steps=6, logging_steps=3, output_dir=str(tmp_path / "coarse"))).output_dir)
+    assert [line["step"] for line in coarse] == [3, 6]
+    # 22 examples in batches of 4: the sixth step has 2
+    sizes = [4, 4, 4, 4, 4, 2]
+    expected = sum(line["loss_nats"] * n for line, n in zip(fine[3:], sizes[3:], strict=True)) / sum(sizes[3:])
+    assert coarse[1]["loss_nats"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_learning_rate_warms_up_and_follows_its_schedule(sft_config, schedule):
+    config = sft_config(lr_scheduler_type=schedule, warmup_steps=2, max_steps=6, learning_rate=1e-3)
+    rates = [line["learning_rate"] / 1e-3 for line in metrics(train(config).output_dir)]
+    decay = {"constant": [1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.853553, 0.5, 0.146447]}
+    assert rates == pytest.approx([0, 0.5, *decay[schedule]], abs=1e-5)
+
+
+def test_two_runs_are_bitwise_equal(sft_config, tmp_path):
+    for name in ("a", "b"):
+        torch.manual_seed(hash(name) % 1000)  # nothing may depend on it
+        train(sft_config(output_dir=str(tmp_path / name), max_steps=4))
+    assert fingerprint(tmp_path / "a", 4) == fingerprint(tmp_path / "b", 4)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_bfloat16_trains_and_keeps_fp32_masters(sft_config):
+    result = train(sft_config(dtype="bfloat16", max_steps=3))
+    assert result.ensemble.model.dtype == torch.bfloat16
+    assert {p.dtype for p in result.ensemble.parameters()} == {torch.float32}
+
+
+def test_train_can_run_outside_the_main_thread(sft_config):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train(sft_config(max_steps=1)).global_step))
+    thread.start()
+    thread.join()
+    assert done == [1]
+
+
+# ---------------------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.parametrize("prior", ["potential", "smoothed_kl"])
+def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_config, tmp_path, monkeypatch, prior):
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 14,  # 6 steps an epoch: the third epoch is begun
+        "save_steps": 4,
+        "logging_steps": 3,  # the window of metrics spans a checkpoint
+        "lr_scheduler_type": "cosine",
+        "group_by_length": True,
+        "prior": prior,
+        "prior_lambda": 1.0,
+    }
+    whole = sft_config(output_dir=str(tmp_path / "whole"), **settings)
+    train(whole)
+    broken = sft_config(output_dir=str(tmp_path / "broken"), **settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_micro_batch(patch, 20)  # in step 11, after its first micro-batch; the last checkpoint is of step 8
+        train(broken)
+    assert not (tmp_path / "broken" / "checkpoint-12").exists()
+    torch.manual_seed(123)
+    train(replace(broken, resume_from_checkpoint="true"))
+    assert fingerprint(tmp_path / "broken", 14) == fingerprint(tmp_path / "whole", 14)
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    read = lambda run: (tmp_path / run / "evaluation.json").read_text()
+    assert read("broken") == read("whole")
+
+
+def test_resuming_with_other_settings_is_refused_with_a_diff(sft_config):
+    config = sft_config(max_steps=2)
+    train(config)
+    for name, value in {
+        "num_particles": 2,
+        "lora_r": 3,
+        "alpha": 0.1,
+        "lora_target_modules": ["q_proj"],
+        "model_name_or_path": config.model_name_or_path + "/.",
+    }.items():
+        with pytest.raises(ValueError, match=f"started with other settings:\n  {name}: .* then, .* now"):
+            train(replace(config, resume_from_checkpoint="true", **{name: value}))
+    train(replace(config, resume_from_checkpoint="true", max_steps=3, logging_steps=2))
+
+
+def test_resuming_on_other_weights_under_the_same_name_is_refused(sft_config, model_folder, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    config = sft_config(max_steps=1, model_name_or_path=str(model))
+    train(config)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the base model's weights changed"):
+        train(replace(config, resume_from_checkpoint="true", max_steps=2))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(sft_config):
+    config = sft_config(max_steps=1)
+    train(config)
+    with pytest.raises(ValueError, match=r"already holds a run; .* --resume_from_checkpoint true"):
+        train(config)
+
+
+def test_there_must_be_a_run_to_resume_but_it_need_not_have_saved_yet(sft_config, monkeypatch, tmp_path):
+    config = sft_config(max_steps=2, resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match="holds no run to continue"):
+        train(config)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_micro_batch(patch, 1)
+        train(replace(config, resume_from_checkpoint=None))
+    with pytest.warns(UserWarning, match="holds no checkpoint yet; starting from step 0"):
+        assert train(config).global_step == 2
+
+
+@pytest.fixture
+def saved_run(sft_config):
+    """A finished run with the checkpoints of steps 2 and 4, and the settings to resume it."""
+    config = sft_config(max_steps=4, save_steps=2)
+    train(config)
+    return Path(config.output_dir), replace(config, resume_from_checkpoint="true", max_steps=6)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no manifest"])
+def test_a_newest_checkpoint_that_was_cut_short_is_passed_over_naming_both(saved_run, damage):
+    run, config = saved_run
+    newest = run / "checkpoint-4"
+    if damage == "truncated":
+        whole = (newest / "adapters.safetensors").read_bytes()
+        (newest / "adapters.safetensors").write_bytes(whole[: len(whole) // 2])
+    else:
+        (newest / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-4.*falling back to .*checkpoint-2"):
+        assert train(config).global_step == 6
+
+
+def test_one_flipped_bit_is_an_error_that_names_the_file(saved_run):
+    run, config = saved_run
+    path = run / "checkpoint-4" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors: sha256 differs"):
+        train(config)
+
+
+def test_a_nan_in_a_checkpoint_is_refused_naming_tensor_and_particle(saved_run):
+    run, config = saved_run
+    folder = run / "checkpoint-4"
+    tensors = load_file(folder / "adapters.safetensors")
+    name = "model.layers.1.mlp.up_proj.lora_A"
+    tensors[name][2, 0, 0] = float("nan")
+    save_file(tensors, folder / "adapters.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["adapters.safetensors"] = {
+        "bytes": (folder / "adapters.safetensors").stat().st_size,
+        "sha256": sha256_of(folder / "adapters.safetensors"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"particle 2: tensor {re.escape(name)} holds NaN"):
+        train(config)
+
+
+def test_what_a_kill_left_half_written_is_removed_with_a_warning(saved_run):
+    run, config = saved_run
+    leftover = run / ".tmp-checkpoint-6"
+    leftover.mkdir()
+    (leftover / "adapters.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"\.tmp-checkpoint-6: removed"):
+        train(config)
+    assert not leftover.exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(saved_run, monkeypatch):
+    run, config = saved_run
+    import renyi_engine.files as files
+
+    def no_space(path, value):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(files, "write_json", no_space)
+        trainer.checkpoint.save(run, 6, *_loaded(config), {}, keep=2)
+    assert not list(run.glob(".tmp-*"))
+    assert trainer.checkpoint.newest(run) == run / "checkpoint-4"
+
+
+def _loaded(config):
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+    ensemble = LoraEnsemble.attach(model, config.ensemble_config())
+    return ensemble, torch.optim.AdamW(ensemble.parameters())
+
+
+# ---------------------------------------------------------------------- sick particles
+
+
+def poison(monkeypatch, particle, steps):
+    """Make the log-likelihoods of one particle (None: of all) NaN in the given steps, counted from 1."""
+    original, seen = SftTask.logp, []
+
+    def logp(self, ensemble, batch):
+        seen.append(None)
+        out = original(self, ensemble, batch)
+        if len(seen) in steps:
+            factor = torch.ones(len(out), 1)
+            factor[slice(None) if particle is None else particle] = float("nan")
+            out = out * factor
+        return out
+
+    monkeypatch.setattr(SftTask, "logp", logp)
+
+
+def test_a_sick_particle_is_skipped_counted_and_its_rows_recorded(sft_config, monkeypatch):
+    poison(monkeypatch, 1, {2, 3})
+    result = train(sft_config(max_steps=4))
+    lines = metrics(result.output_dir)
+    assert [line["skipped_updates"] for line in lines] == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 2, 0]]
+    assert lines[1]["grad_norm"][1] is None
+    skips = [json.loads(line) for line in (result.output_dir / "skipped.jsonl").read_text().splitlines()]
+    assert [(s["step"], s["particles"], len(s["rows"])) for s in skips] == [(2, [1], 4), (3, [1], 4)]
+    assert all(p.isfinite().all() for p in result.ensemble.parameters())
+
+
+@pytest.mark.parametrize("particle", [0, None])
+def test_too_many_skips_in_a_row_stop_the_run(sft_config, monkeypatch, particle):
+    poison(monkeypatch, particle, set(range(2, 9)))
+    with pytest.raises(TrainingDiverged, match="not finite 3 steps in a row"):
+        train(sft_config(max_steps=8, max_consecutive_skips=3))
+
+
+# ---------------------------------------------------------------------- bad input, before anything expensive
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def load(config):
+        raise AssertionError("the model was loaded before the input was checked")
+
+    monkeypatch.setattr(trainer.base_model, "load_model", load)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"promt": "a", "completion": "b"}], "is 'promt' meant to be 'prompt'"),
+        ([{"prompt": "x" * 80, "completion": "b"}] * 3, r"no row is left to use \(3 rows: the prompt alone fills max_length"),
+        ([{"text": "a"}, {"text": None}], "row 1: text: expected a string"),
+    ],
+)
+def test_bad_data_is_told_before_the_model_is_loaded(sft_config, jsonl, tmp_path, no_model, rows, message):
+    path = jsonl(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        train(sft_config(dataset_name=str(path), max_length=32))
+
+
+def test_an_unknown_model_is_told_in_one_line(sft_config, tmp_path):
+    with pytest.raises(ValueError, match=r"model_name_or_path: '.*' cannot be loaded; expected a folder") as error:
+        train(sft_config(model_name_or_path=str(tmp_path / "none")))
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_base_weights_are_refused_unread(sft_config, model_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    marker = tmp_path / "unpickled"
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+
+    torch.save({"x": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors"):
+        train(sft_config(model_name_or_path=str(folder)))
+    assert not marker.exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_told(sft_config, tmp_path, no_model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output_dir: .* cannot be written"):
+        train(sft_config(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_tokenizer_of_another_model_is_told(sft_config, model_folder, tmp_path):
+    import shutil
+
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path / "small"
+    shutil.copytree(model_folder, folder)
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="the tokenizer gives token .* they do not belong together"):
+        train(sft_config(model_name_or_path=str(folder)))
+
+
+def test_rows_that_are_dropped_are_counted_in_the_run(sft_config, jsonl, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "a", "completion": ""}] * 2
+    config = sft_config(dataset_name=str(jsonl(tmp_path / "d.jsonl", rows)), max_steps=1)
+    train(config)
+    facts = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert facts["dropped_rows"] == {"no token to learn: the completion is empty": 2}
+    assert facts["num_train_examples"] == 3
+
+
+def test_particles_of_an_ensemble_config_start_from_the_seed_of_the_run(sft_config):
+    config = sft_config(seed=7)
+    assert config.ensemble_config() == EnsembleConfig(num_particles=3, rank=2, lora_alpha=16.0, seed=7)
