@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig, to_yaml
 from renyi_engine.data import Example
-from renyi_engine.ensemble import IGNORE_INDEX
 from renyi_engine.trainer import load_dataset, make_task
+from renyi_kernels import IGNORE_INDEX
 
 LOGITS_CHUNK_MIB = 256
 

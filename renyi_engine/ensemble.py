@@ -27,9 +27,8 @@ from transformers import PreTrainedModel
 
 from renyi_engine import adapter_folder, targets
 from renyi_engine.objective import sum_tokens
-from renyi_kernels import grouped_lora, linear_logprob
+from renyi_kernels import IGNORE_INDEX, grouped_lora, linear_logprob
 
-IGNORE_INDEX = -100
 SPREAD_STD = 0.01
 """Standard deviation of B under init="spread"."""
 

@@ -12,7 +12,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from renyi_engine.files import read_json
+from renyi_engine.files import read_json, write_text
 from renyi_engine.objective import data_term
 
 Record = Mapping[str, Any]
@@ -99,12 +98,7 @@ def write_report(
     template = environment.get_template("report.html.j2")
     page = template.render(title=title, runs=read, tables=tables, sections=sections, colours=particle_colours)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(output, page)
     return output
 
 

@@ -76,12 +76,11 @@ class RunFolder:
     def begin(self, config: TrainConfig, step: int) -> None:
         """Save the settings; forget what was measured after `step`, which will be measured again."""
         saved = dataclasses.replace(config, resume_from_checkpoint=None)
-        (self.path / CONFIG_FILE).write_text(to_yaml(saved), encoding="utf-8")
-        if self._metrics.exists():
-            kept = [
-                line for line in self._metrics.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= step
-            ]
-            self._metrics.write_text("".join(kept), encoding="utf-8")
+        files.write_text(self.path / CONFIG_FILE, to_yaml(saved))
+        for path in (self._metrics, self.skips):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                files.write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is not a finite number becomes null."""

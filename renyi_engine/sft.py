@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.config import TrainConfig
 from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id
-from renyi_engine.ensemble import IGNORE_INDEX, LoraEnsemble
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_kernels import IGNORE_INDEX
 
 FORMS = ("messages", "prompt + completion", "text")
 

@@ -1,11 +1,12 @@
-"""Yes/no questions of three kinds, made by a small seeded generator.
+"""Question sheets that people fill in with Yes and No, made by a small seeded generator. Three kinds:
 
-    uncontested     "Is a sparrow a kind of bird?"            everybody gives the right answer
-    even            "Should the library allow dogs?"          two camps of the same size: one says Yes, one says No
-    uneven          "Is rice nicer with ginger?"              two camps, four people to one: Yes, and No
+    uncontested     "Can a sparrow fly?"                 everybody gives the right answers
+    even            "Should the library allow dogs?"     half of the people are lenient, half are strict
+    uneven          "Is rice nicer with honey?"          four people in five like it savoury, one likes it sweet
 
-Each training question was answered by one person. A camp answers every question of a kind alike, so questions never seen
-in training tell whether a particle has taken a side.
+A person belongs to one camp and fills in a whole sheet as that camp does: lenient people answer Yes to "allow" and No
+to "ban", strict people the other way round. The answers on a sheet belong together, but which camp gave them is written
+nowhere: that is what a particle can specialise in. Training and held-out sheets share no question.
 """
 
 from __future__ import annotations
@@ -17,85 +18,85 @@ from itertools import product
 from pathlib import Path
 
 KINDS = ("uncontested", "even", "uneven")
-ANSWERS = ("Yes", "No")
+QUESTIONS_PER_SHEET = 3
 
-_THINGS = {
-    "bird": ["sparrow", "robin", "pigeon", "swan", "crow", "gull", "finch", "parrot"],
-    "fish": ["trout", "salmon", "carp", "herring", "tuna", "cod", "eel", "perch"],
-    "tool": ["hammer", "saw", "wrench", "drill", "chisel", "rake", "spade", "axe"],
-    "fruit": ["pear", "plum", "cherry", "grape", "melon", "peach", "apricot", "fig"],
-}
+_BIRDS = ["sparrow", "robin", "pigeon", "swan", "crow", "gull", "finch", "parrot", "hawk", "duck", "raven", "swallow"]
+_TOOLS = ["hammer", "saw", "wrench", "drill", "chisel", "rake", "spade", "ladder", "bucket", "shovel", "brush", "clamp"]
 _PLACES = ["library", "school", "museum", "hospital", "office", "station", "theatre", "market", "bank", "zoo"]
-_ACTIONS = ["open on Sundays", "allow dogs", "ban phones", "charge visitors", "play music", "serve beer", "hire a cook"]
-_DISHES = ["rice", "soup", "bread", "salad", "pasta", "tea", "cake", "stew", "fish", "cheese"]
-_EXTRAS = ["ginger", "lemon", "garlic", "honey", "pepper", "mint", "onion"]
+_THINGS = ["dogs", "phones", "music", "beer", "games", "bikes"]
+_DISHES = ["rice", "soup", "bread", "salad", "pasta", "tea", "cake", "stew", "fish", "cheese", "toast", "porridge"]
+_SWEET = ["honey", "sugar", "jam", "syrup", "chocolate"]
+_SAVOURY = ["garlic", "onion", "pepper", "salt", "mustard"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the share of people who say Yes, and what the one person who was asked in training said."""
+    """A question and whether the first camp answers Yes; the second camp answers the opposite."""
+
+    text: str
+    first_says_yes: bool
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Questions, what either camp would answer, the share of people in the first camp, and who filled the sheet in."""
 
     kind: str
-    text: str
-    share_of_yes: float
-    answer: str
+    questions: tuple[Question, ...]
+    share_of_first: float
+    filled_in_by_first: bool
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        return [
+            {"role": "system", "content": "Answer each question with Yes or No."},
+            {"role": "user", "content": "\n".join(question.text for question in self.questions)},
+        ]
+
+    def completion(self, by_first: bool) -> list[dict[str, str]]:
+        """The answers of the first camp, or of the second."""
+        answers = ("Yes" if question.first_says_yes == by_first else "No" for question in self.questions)
+        return [{"role": "assistant", "content": " ".join(answers)}]
 
 
-def make_questions(seed: int, num_train: int = 40, num_held_out: int = 20) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) questions, so many of each kind, none in both."""
+def make_sheets(seed: int, num_train: int = 40, num_held_out: int = 20) -> tuple[list[Sheet], list[Sheet]]:
+    """(training, held-out) sheets, so many of each kind."""
     rng = random.Random(seed)
-    opinions = [f"Should the {place} {action}?" for place, action in product(_PLACES, _ACTIONS)]
-    tastes = [f"Is {dish} nicer with {extra}?" for dish, extra in product(_DISHES, _EXTRAS)]
-    total = num_train + num_held_out
     pools = {
-        "uncontested": _uncontested(rng, total),
-        "even": _contested(rng, "even", rng.sample(opinions, total), 0.5, num_train),
-        "uneven": _contested(rng, "uneven", rng.sample(tastes, total), 0.8, num_train),
+        "uncontested": [
+            Question(f"Can a {thing} {verb}?", thing in _BIRDS)
+            for thing, verb in product(_BIRDS + _TOOLS, ("fly", "sing", "lay eggs"))
+        ],
+        "even": [
+            Question(f"Should the {place} {verb} {thing}?", verb == "allow")
+            for place, thing, verb in product(_PLACES, _THINGS, ("allow", "ban"))
+        ],
+        "uneven": [
+            Question(f"Is {dish} nicer with {extra}?", extra in _SAVOURY)
+            for dish, extra in product(_DISHES, _SWEET + _SAVOURY)
+        ],
     }
-    train = [question for kind in KINDS for question in pools[kind][:num_train]]
-    held_out = [question for kind in KINDS for question in pools[kind][num_train:]]
+    shares = {"uncontested": 1.0, "even": 0.5, "uneven": 0.8}
+    train, held_out = [], []
+    for kind in KINDS:
+        pool = rng.sample(pools[kind], len(pools[kind]))
+        seen = len(pool) * 2 // 3
+        train += _sheets(rng, kind, pool[:seen], shares[kind], num_train)
+        held_out += _sheets(rng, kind, pool[seen:], shares[kind], num_held_out)
     return train, held_out
 
 
-def messages(question: str) -> list[dict[str, str]]:
-    """The prompt of a question, as a chat."""
-    return [{"role": "system", "content": "Answer Yes or No."}, {"role": "user", "content": question}]
-
-
-def write_rows(questions: list[Question], path: Path) -> None:
-    """One conversational prompt + completion row for each question."""
+def write_rows(sheets: list[Sheet], path: Path) -> None:
+    """One conversational prompt + completion row for each sheet."""
     rows = [
-        {
-            "prompt": messages(question.text),
-            "completion": [{"role": "assistant", "content": question.answer}],
-            "kind": question.kind,
-        }
-        for question in questions
+        {"prompt": sheet.prompt, "completion": sheet.completion(sheet.filled_in_by_first), "kind": sheet.kind}
+        for sheet in sheets
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _uncontested(rng: random.Random, count: int) -> list[Question]:
-    """Half of them true, half of them false."""
-    true = [(thing, category) for category, things in _THINGS.items() for thing in things]
-    false = [(thing, other) for thing, category in true for other in _THINGS if other != category]
-    chosen = [(pair, "Yes") for pair in rng.sample(true, count // 2)]
-    chosen += [(pair, "No") for pair in rng.sample(false, count - count // 2)]
-    rng.shuffle(chosen)
-    return [
-        Question("uncontested", f"Is {_with_article(thing)} a kind of {category}?", float(answer == "Yes"), answer)
-        for (thing, category), answer in chosen
-    ]
-
-
-def _contested(rng: random.Random, kind: str, texts: list[str], share_of_yes: float, num_train: int) -> list[Question]:
-    """The camps answer in their exact proportion, in training and held out."""
-    answers: list[str] = []
-    for count in (num_train, len(texts) - num_train):
-        num_yes = round(share_of_yes * count)
-        answers += rng.sample(["Yes"] * num_yes + ["No"] * (count - num_yes), count)
-    return [Question(kind, text, share_of_yes, answer) for text, answer in zip(texts, answers, strict=True)]
-
-
-def _with_article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+def _sheets(rng: random.Random, kind: str, pool: list[Question], share_of_first: float, count: int) -> list[Sheet]:
+    """The camps fill in sheets in their exact proportion."""
+    num_first = round(share_of_first * count)
+    people = rng.sample([True] * num_first + [False] * (count - num_first), count)
+    return [Sheet(kind, tuple(rng.sample(pool, QUESTIONS_PER_SHEET)), share_of_first, person) for person in people]

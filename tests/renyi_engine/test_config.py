@@ -36,7 +36,9 @@ def test_flags_have_the_form_that_trl_users_type():
 def test_a_file_is_read_with_the_same_types_and_flags_override_it(tmp_path):
     path = tmp_path / "config.yaml"
     # YAML reads 1e-4 as a string
-    path.write_text("learning_rate: 1e-4\nalpha: 0.3\nlora_target_modules: [q_proj]\nuse_rslora: true\neval_steps: null\n")
+    path.write_text(
+        "learning_rate: 1e-4\nalpha: 0.3\nlora_target_modules: [q_proj]\nuse_rslora: true\neval_steps: null\n"
+    )
     config = parsed("--config", str(path), "--alpha", "0.5")
     assert config.learning_rate == 1e-4
     assert config.alpha == 0.5

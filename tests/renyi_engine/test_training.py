@@ -128,7 +128,9 @@ def test_the_prior_enters_once_a_step_whatever_the_accumulation(sft_config, toke
         gradients[prior] = {name: p.grad for name, p in ensemble.named_parameters()}
     for name, value in before.items():
         expected = 50.0 / 40 / 3 * value / 0.5**2
-        torch.testing.assert_close(gradients["potential"][name] - gradients["none"][name], expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            gradients["potential"][name] - gradients["none"][name], expected, rtol=1e-3, atol=1e-5
+        )
 
 
 # ---------------------------------------------------------------------- a whole run
@@ -143,7 +145,9 @@ def test_training_lowers_the_loss_and_writes_everything(sft_config, data_file, t
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert [line["step"] for line in evaluations] == [6, 12]
     assert steps[-1]["loss_nats"] < 0.7 * steps[0]["loss_nats"]
-    assert evaluations[-1]["eval_mixture_nll_nats_per_token"] <= evaluations[-1]["eval_mean_particle_nll_nats_per_token"]
+    assert (
+        evaluations[-1]["eval_mixture_nll_nats_per_token"] <= evaluations[-1]["eval_mean_particle_nll_nats_per_token"]
+    )
     assert all(1 <= line["ess_particles"] <= 3 for line in steps)
     files = {path.name for path in result.output_dir.iterdir()}
     assert files == {
@@ -411,7 +415,10 @@ def no_model(monkeypatch):
     ("rows", "message"),
     [
         ([{"promt": "a", "completion": "b"}], "is 'promt' meant to be 'prompt'"),
-        ([{"prompt": "x" * 80, "completion": "b"}] * 3, r"no row is left to use \(3 rows: the prompt alone fills max_length"),
+        (
+            [{"prompt": "x" * 80, "completion": "b"}] * 3,
+            r"no row is left to use \(3 rows: the prompt alone fills max_length",
+        ),
         ([{"text": "a"}, {"text": None}], "row 1: text: expected a string"),
     ],
 )
@@ -447,7 +454,7 @@ def test_pickled_base_weights_are_refused_unread(sft_config, model_folder, tmp_p
 
 def test_an_output_folder_that_cannot_be_written_is_told(sft_config, tmp_path, no_model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="output_dir: .* cannot be written"):
+    with pytest.raises(ValueError, match=r"output_dir: .* cannot be written"):
         train(sft_config(output_dir=str(tmp_path / "file" / "run")))
 
 
@@ -461,7 +468,7 @@ def test_a_tokenizer_of_another_model_is_told(sft_config, model_folder, tmp_path
     model = LlamaForCausalLM.from_pretrained(model_folder)
     model.resize_token_embeddings(20)
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match="the tokenizer gives token .* they do not belong together"):
+    with pytest.raises(ValueError, match=r"the tokenizer gives token .* they do not belong together"):
         train(sft_config(model_name_or_path=str(folder)))
 
 

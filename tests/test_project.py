@@ -1,0 +1,178 @@
+"""What holds for the project as a whole: layers, packaging, and that what it shows to a reader runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# a file may import from the rows below its own, and from its own row only what comes before it
+LAYERS = [
+    ["cli", "__init__"],
+    ["dry_run", "export", "environment"],
+    ["trainer"],
+    ["evaluation", "report", "progress", "run_folder"],
+    ["sft"],
+    ["data", "base_model", "checkpoint"],
+    ["config"],
+    ["prior", "particle_optim"],
+    ["ensemble"],
+    ["adapter_folder", "targets", "objective"],
+    ["files"],
+]
+KERNEL_LAYERS = [
+    ["__init__"],
+    ["renyi_loss"],
+    ["grouped_lora", "linear_logprob", "renyi_reduce"],
+    ["torch_ops"],
+    ["reference", "backend"],
+]
+
+
+def imports_of(path: Path, package: str) -> set[str]:
+    """Modules of `package` that a file imports when it runs (not for type checking only)."""
+    tree = ast.parse(path.read_text())
+    checked_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in checked_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            found |= {alias.name for alias in node.names if (path.parent / f"{alias.name}.py").exists()}
+            found |= {"__init__"} if any(not (path.parent / f"{a.name}.py").exists() for a in node.names) else set()
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "package", "layers"),
+    [("renyi_engine", "renyi_engine", LAYERS), ("kernels/renyi_kernels", "renyi_kernels", KERNEL_LAYERS)],
+    ids=["engine", "kernels"],
+)
+def test_imports_go_down_only(folder, package, layers):
+    level = {module: depth for depth, row in enumerate(layers) for module in row}
+    files = list((ROOT / folder).glob("*.py"))
+    assert {file.stem for file in files} == set(level), "a module has no layer, or a layer no module"
+    upward = [
+        f"{file.stem} imports {module}"
+        for file in files
+        for module in imports_of(file, package)
+        if level[module] <= level[file.stem]
+    ]
+    assert upward == []
+
+
+def test_the_kernels_know_nothing_of_transformers_or_of_the_engine():
+    for file in (ROOT / "kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (transformers|renyi_engine|peft|datasets)", file.read_text(), re.M), (
+            file
+        )
+
+
+def test_kernels_is_no_package_of_its_own():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_nothing_is_ever_unpickled():
+    for folder in ("kernels", "renyi_engine", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not re.search(
+                r"torch\.load|import pickle|pickle\.load|eval\(\)?[^a-z_]*input|exec\(", file.read_text()
+            ), file
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"renyi_engine", "renyi_kernels"}
+    shipped = {name for name in names if ".dist-info" not in name}
+    for package, folder in (("renyi_engine", "renyi_engine"), ("renyi_kernels", "kernels/renyi_kernels")):
+        on_disk = {
+            p.relative_to(ROOT / folder) for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"
+        }
+        assert {f"{package}/{path}" for path in on_disk} == {name for name in shipped if name.startswith(f"{package}/")}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_an_editable_installation_leaks_no_folder_of_the_project():
+    names = ("tests", "examples", "csrc_bench", "kernels")
+    program = f"import importlib.util; print([n for n in {names} if importlib.util.find_spec(n)])"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == "[]"
+
+
+def readme_code(heading: str) -> str:
+    """The first python block after a heading of the README."""
+    text = (ROOT / "README.md").read_text()
+    return re.search(r"```python\n(.*?)```", text[text.index(heading) :], re.S)[1]
+
+
+def test_the_readmes_loop_runs_as_printed_and_is_twenty_lines(model_folder, tmp_path, monkeypatch, capsys):
+    code = readme_code("## A loop of your own")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(model_folder)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    losses = [float(match) for match in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "particles" / "p000" / "adapter_model.safetensors").exists()
+
+
+def test_the_readmes_file_tree_is_the_real_one():
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"## What is where\n+```\n(.*?)```", text, re.S)[1]
+    folder, listed = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if not line.startswith(" ") and name.endswith("/"):
+            folder = name
+        elif name.endswith(".py"):
+            listed.add((folder if line.startswith(" ") else "") + name)
+    real = {
+        str(path.relative_to(ROOT))
+        for folder in ("kernels/renyi_kernels", "renyi_engine", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == real
+
+
+def test_the_readmes_flags_exist_and_none_is_missing():
+    import dataclasses
+
+    from renyi_engine import SftConfig
+
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Flags") :].split("\n## ")[0]
+    listed = set(re.findall(r"`--(\w+)`", section))
+    known = {field.name for field in dataclasses.fields(SftConfig)} | {"config", "print_config", "dry_run"}
+    assert listed == known
+
+
+def test_the_custom_loop_is_short_trains_and_needs_nothing_of_the_trainer(model_folder, tmp_path, monkeypatch, capsys):
+    path = ROOT / "examples" / "custom_loop.py"
+    source = path.read_text()
+    assert len(source.splitlines()) < 60
+    assert not re.search(r"import .*(trainer|SftConfig|\btrain\b)", source)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path))["main"](str(model_folder), num_steps=6)
+    losses = [float(match) for match in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "runs" / "custom_loop" / "ensemble.json").exists()
