@@ -2,7 +2,7 @@
 
     python examples/contested/run.py [--output_dir runs/contested]
 
-Trains K = 4 particles on SmolLM2-135M-Instruct twice, hands both ensembles question sheets they have not seen, prints
+Trains K = 4 particles on SmolLM2-135M-Instruct twice, asks both ensembles questions they have not seen, prints
 a table and writes one report. A few minutes on two CPU cores.
 """
 
@@ -31,27 +31,27 @@ from renyi_engine.sft import SftTask
 from renyi_kernels import renyi_reduce
 
 ALPHAS = (0.8, 0.0)
-HEADER = ("sheets", "alpha", "mixture NLL", "mean-particle NLL", "spread of P(answers)", "AUROC")
+HEADER = ("questions", "alpha", "mixture NLL", "mean-particle NLL", "spread of P(answer)", "AUROC")
 NOTE = (
-    "NLL: nats a sheet of three answers. Nobody can do better than 0 where all agree, 0.693 with two camps of one "
-    "size, 0.500 with four to one. Spread: standard deviation over the particles of the probability of the first "
-    "camp's answers, mean over sheets. AUROC: how well the spread tells contested sheets (even, uneven) from "
-    "uncontested ones; 0.5 is chance."
+    "NLL: nats an answer; nobody can do better than 0 where all agree, 0.693 with two camps of one size, 0.500 with "
+    "four to one. Spread: standard deviation over the particles of the probability of the first camp's answer, mean "
+    "over questions. AUROC: how well the spread tells contested questions (even, uneven) from uncontested ones; 0.5 is "
+    "chance."
 )
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What an ensemble answers to held-out sheets of one kind. NLL in nats a sheet, a mean over sheets."""
+    """What an ensemble answers to held-out questions of one kind. NLL in nats an answer, a mean over questions."""
 
     mixture_nll: float
     mean_particle_nll: float
     p_first: Tensor
-    """[K, sheets]: probability that each particle gives to the first camp's answers, of the two camps'."""
+    """[K, questions]: probability that each particle gives to the first camp's answer, of the two."""
 
     @property
     def spread(self) -> Tensor:
-        """[sheets]: standard deviation of that probability over particles."""
+        """[questions]: standard deviation of that probability over particles."""
         return self.p_first.std(dim=0, correction=0)
 
 
@@ -66,7 +66,7 @@ def main() -> None:
 
     started = time.monotonic()
     model = smollm2.obtain()
-    training, held_out = q.make_sheets(options.seed)
+    training, held_out = q.make_questions(options.seed)
     shutil.rmtree(options.output_dir, ignore_errors=True)  # made here before, and made again the same
     (options.output_dir / "data").mkdir(parents=True)
     q.write_rows(training, options.output_dir / "data" / "train.jsonl")
@@ -92,23 +92,23 @@ def main() -> None:
     rows = table_rows(answers)
     print_table(rows)
     report = options.output_dir / "report.html"
-    table = Table("Held-out sheets", HEADER, rows, NOTE)
+    table = Table("Held-out questions", HEADER, rows, NOTE)
     write_report(runs, report, title="Contested questions: coupled and uncoupled particles", tables=[table])
     print(f"report: {report}   ({time.monotonic() - started:.0f} s)")
 
 
-def ask(result: TrainResult, sheets: Sequence[q.Sheet]) -> dict[str, Answers]:
-    """Score both camps' answers to every sheet, by kind."""
+def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answers]:
+    """Score both camps' answers to every question, by kind."""
     ensemble = result.ensemble
     task = SftTask(AutoTokenizer.from_pretrained(ensemble.model.name_or_path), max_length=1024)
     answers = {}
     for kind in q.KINDS:
-        asked = [sheet for sheet in sheets if sheet.kind == kind]
-        rows = [{"prompt": s.prompt, "completion": s.completion(by_first)} for s in asked for by_first in (True, False)]
+        asked = [question for question in questions if question.kind == kind]
+        rows = [question.row(by_first) for question in asked for by_first in (True, False)]
         examples = [task.example(number, row) for number, row in enumerate(rows)]
         scored = evaluate(ensemble, examples, task.collate, task.logp, batch_size=32, device=ensemble.model.device)
-        s = scored.logp.view(len(scored.logp), len(asked), 2)  # [K, sheets, camps]
-        given = torch.tensor([[sheet.share_of_first, 1.0 - sheet.share_of_first] for sheet in asked])
+        s = scored.logp.view(len(scored.logp), len(asked), 2)  # [K, questions, camps]
+        given = torch.tensor([[question.share_of_first, 1.0 - question.share_of_first] for question in asked])
         mixture = renyi_reduce(s.flatten(1), 1.0).loss.view_as(given)
         answers[kind] = Answers(
             mixture_nll=(mixture * given).sum(dim=1).mean().item(),
@@ -120,7 +120,7 @@ def ask(result: TrainResult, sheets: Sequence[q.Sheet]) -> dict[str, Answers]:
 
 
 def auroc(answers: dict[str, Answers]) -> float:
-    """Chance that a contested sheet has more spread than an uncontested one, ties counted half (Mann-Whitney)."""
+    """Chance that a contested question has more spread than an uncontested one, ties counted half (Mann-Whitney)."""
     contested = torch.cat([answers["even"].spread, answers["uneven"].spread])
     difference = contested[:, None] - answers["uncontested"].spread[None, :]
     return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
@@ -142,7 +142,7 @@ def table_rows(answers: Sequence[dict[str, Answers]]) -> list[list[str]]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    table = ConsoleTable(*HEADER, title="Held-out sheets", caption=NOTE, caption_justify="left")
+    table = ConsoleTable(*HEADER, title="Held-out questions", caption=NOTE, caption_justify="left")
     for number, row in enumerate(rows, start=1):
         table.add_row(*row, end_section=number % len(ALPHAS) == 0)
     Console(width=110).print(table)

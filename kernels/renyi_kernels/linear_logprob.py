@@ -5,6 +5,7 @@ Layout: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -52,7 +53,7 @@ def linear_logprob(
 
     Raises:
         ValueError: a shape or value does not fit. TypeError: a dtype does not.
-        RuntimeError: in the backward, if the weight requires a gradient.
+        RuntimeError: in the backward, if the weight or the bias requires a gradient.
     """
     _check(hidden, weight, labels, bias, logit_softcap, chunk_mib)
     path = resolve("linear_logprob", PATHS, hidden.device, backend)
@@ -82,10 +83,10 @@ def _check(
         raise TypeError(f"labels: expected int64; got {labels.dtype}; use labels.long()")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected [V] = [{weight.shape[0]}]; got {list(bias.shape)}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap: expected a number above 0, or None; got {logit_softcap}")
-    if not chunk_mib > 0:
-        raise ValueError(f"chunk_mib: expected MiB above 0; got {chunk_mib}")
+    if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
+        raise ValueError(f"logit_softcap: expected a finite number above 0, or None; got {logit_softcap}")
+    if not (chunk_mib > 0 and math.isfinite(chunk_mib)):
+        raise ValueError(f"chunk_mib: expected a finite number of MiB above 0; got {chunk_mib}")
     # on a GPU this look would stall the stream; there the gather itself asserts
     if labels.device.type == "cpu" and labels.numel():
         stray = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))]

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 
@@ -41,66 +40,65 @@ def linear_logprob(
     logit_scale: float,
     chunk_mib: float,
 ) -> Tensor:
-    head = (bias, logit_softcap, logit_scale, chunk_mib)
-    logprob: Tensor = _LinearLogprob.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), head)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    settings = (logit_softcap, logit_scale, chunk_mib, hidden.requires_grad and torch.is_grad_enabled())
+    # nothing of hidden but its place in the graph: a second derivative has to pass through it, and is refused there
+    anchor = hidden[:0].clone()
+    logprob: Tensor = _LinearLogprob.apply(hidden, weight, bias, labels.reshape(-1), settings, anchor)
     return logprob.view(labels.shape)
 
 
 class _LinearLogprob(torch.autograd.Function):
     """Two GEMMs a chunk: logits, then G = d logp / d hidden. The backward only scales G by the token's gradient.
 
-    With e = exp(z - max z) and S = sum e over the vocabulary, d logp / d z = onehot - e / S = -(e - S onehot) / S.
-    The target column e_y - S is formed in fp32 before it is rounded to the compute dtype.
+    With e = exp(z - max z) and S = sum e over the vocabulary, d logp / d z = onehot - e / S = -(e - S onehot) / S,
+    formed in fp32 before it is rounded to the compute dtype.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, head):
+    def forward(ctx, hidden, weight, bias, labels, settings, anchor):
+        *head, need_grad = settings
         with torch.autocast(hidden.device.type, enabled=False):
             rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
-            need_grad = ctx.needs_input_grad[0]
             logprob = hidden.new_zeros(labels.shape, dtype=at_least_fp32(hidden.dtype))
-            # hidden's gradient of each labelled token, before the upstream gradient is known
-            gradient = hidden.new_empty((rows.numel(), hidden.shape[1]) if need_grad else (0, 0))
-            bias, logit_softcap, logit_scale, chunk_mib = head
-            _labelled_logprob(
-                hidden,
-                weight,
-                labels,
-                rows,
-                bias,
-                logit_softcap,
-                logit_scale,
-                chunk_mib,
-                logprob=logprob,
-                gradient=gradient if need_grad else None,
-            )
-        ctx.save_for_backward(rows, gradient)
+            gradient = hidden.new_empty((rows.numel(), hidden.shape[1])) if need_grad else None
+            _labelled_logprob(hidden, weight, bias, labels, rows, *head, logprob=logprob, gradient=gradient)
+        ctx.save_for_backward(rows, gradient, anchor)
         ctx.hidden_shape = hidden.shape
         return logprob
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
-        if ctx.needs_input_grad[1]:
-            raise RuntimeError(
-                "linear_logprob: the head's weight is taken as frozen, but a gradient of it was asked for; "
-                "call weight.requires_grad_(False), or use backend='reference'"
-            )
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        rows, gradient = ctx.saved_tensors
-        scaled = (gradient * upstream[rows, None]).to(gradient.dtype)
-        grad_hidden = gradient.new_zeros(ctx.hidden_shape)
-        grad_hidden[rows] = scaled
-        return grad_hidden, None, None, None
+        for name, needed in zip(("weight", "bias"), ctx.needs_input_grad[1:3], strict=True):
+            if needed:
+                raise RuntimeError(
+                    f"linear_logprob: the head's {name} is taken as frozen, but a gradient of it was asked for; "
+                    f"call {name}.requires_grad_(False), or use backend='reference'"
+                )
+        rows, gradient, anchor = ctx.saved_tensors
+        return _ScaleGradient.apply(upstream, anchor, rows, gradient, ctx.hidden_shape), None, None, None, None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """G times the upstream gradient of its token, put back at the labelled rows; G is a constant."""
+
+    @staticmethod
+    def forward(ctx, upstream, anchor, rows, gradient, shape):
+        grad_hidden = gradient.new_zeros(shape)
+        grad_hidden[rows] = (gradient * upstream[rows, None]).to(gradient.dtype)
+        return grad_hidden
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("linear_logprob: this path has no second derivative; use backend='reference'")
 
 
 def _labelled_logprob(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     rows: Tensor,
-    bias: Tensor | None,
     logit_softcap: float | None,
     logit_scale: float,
     chunk_mib: float,
@@ -145,9 +143,13 @@ def _labelled_logprob(
         e.scatter_add_(1, target, -total)
         if slope is not None:
             e.mul_(slope)
-        if narrow_buffer is not None:
-            e = narrow_buffer[: part.numel()].copy_(e)
-        gradient[start : start + chunk] = (e @ weight) * (-logit_scale / total)
+        factor = -logit_scale / total
+        part_gradient = gradient[start : start + chunk]
+        if narrow_buffer is None:
+            torch.mm(e, weight, out=part_gradient).mul_(factor)
+        else:
+            narrow = narrow_buffer[: part.numel()].copy_(e.mul_(factor))
+            torch.mm(narrow, weight, out=part_gradient)
 
 
 def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:

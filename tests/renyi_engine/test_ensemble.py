@@ -6,6 +6,7 @@ Layout: K particles, B sequences, T tokens, D hidden size, I/O in/out features, 
 from __future__ import annotations
 
 import copy
+import gc
 
 import peft
 import pytest
@@ -168,6 +169,19 @@ def test_the_result_does_not_depend_on_the_padding_side(llama, make_batch):
     ensemble = attach(llama)
     right, left = make_batch([3, 8, 5], padding="right"), make_batch([3, 8, 5], padding="left")
     torch.testing.assert_close(ensemble.sequence_logprob(right), ensemble.sequence_logprob(left), rtol=0, atol=1e-5)
+
+
+def test_a_forward_keeps_no_tensor_alive(llama, make_batch):
+    ensemble = attach(llama)
+
+    def living(seed):
+        with torch.no_grad():
+            ensemble.sequence_logprob(make_batch([3, 8, 5], seed=seed))
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    living(0)
+    assert living(1) == living(2)
 
 
 def test_no_mask_means_no_padding(llama, make_batch):

@@ -203,6 +203,16 @@ def test_argument_block_and_default_choose_the_path(op):
         assert not ran_on_reference(lambda hidden: op(hidden, "auto"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the block may be obeyed without an error")
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_the_argument_wins_over_the_block_in_both_ops_of_the_loss(backend):
+    hidden = torch.ones(2, 3, 4, 5, dtype=torch.float64)
+    with use_backend("triton"):
+        assert loss(hidden, backend).isfinite().all()
+        with pytest.raises(ValueError, match="triton"):
+            loss(hidden)
+
+
 def test_blocks_nest_and_restore_also_after_an_error():
     with use_backend("reference"):
         with use_backend("torch"):
