@@ -37,6 +37,8 @@ _UNSUPPORTED = (
     "use_qalora",
 )  # fmt: skip
 
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+
 
 @dataclass(frozen=True)
 class SavedAdapters:
@@ -112,7 +114,7 @@ def read(directory: Path) -> SavedAdapters:
         raise ValueError(f"{directory}: no such folder")
     seeds = {}
     if (directory / ENSEMBLE_FILE).is_file():
-        ensemble = files.read_json(directory / ENSEMBLE_FILE)
+        ensemble = _read_ensemble(directory / ENSEMBLE_FILE)
         folders = [files.inside(directory, name) for name in ensemble["particles"]]
         _verify(directory, ensemble["sha256"])
         seeds = {"seed": ensemble["seed"], "init": ensemble["init"]}
@@ -165,8 +167,31 @@ def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]])
         raise ValueError(f"{saved.directory}: adapters made for another base model; misshapen: {_some(wrong)}")
 
 
+def _read_ensemble(path: Path) -> dict[str, Any]:
+    """ensemble.json, held to its form: distinct particles, and a checksum for exactly their files."""
+    ensemble = files.read_json(path)
+    kinds = {"particles": list, "sha256": dict, "seed": int, "init": str}
+    if not isinstance(ensemble, dict) or any(not isinstance(ensemble.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(
+            f"{path}: expected {', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())}; it has another form"
+        )
+    names = ensemble["particles"]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"{path}: particles: expected distinct folder names; got {names}")
+    for name in names:
+        files.inside(path.parent, name)
+    listed = {f"{name}/{file}" for name in names for file in (TENSORS_FILE, CONFIG_FILE)}
+    different = sorted(listed ^ set(ensemble["sha256"]))
+    if different:
+        raise ValueError(f"{path}: sha256: expected one for each file of each particle; missing or extra: {different}")
+    return ensemble
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = files.read_json(folder / CONFIG_FILE)
+    path = files.inside(folder, CONFIG_FILE)
+    config = files.read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping; got {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be stacked")
     if "r" not in config or not config.get("target_modules"):
@@ -174,15 +199,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     unsupported = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        # PEFT changes the base's weights again whenever it loads such an adapter
+        unsupported.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if unsupported:
         raise ValueError(
             f"{folder / CONFIG_FILE}: {', '.join(unsupported)} cannot be represented by a plain stacked LoRA"
         )
-    layers = config.get("layers_to_transform")
-    targets = config["target_modules"]
+    layers, targets, lora_alpha = (
+        config.get("layers_to_transform"),
+        config["target_modules"],
+        config.get("lora_alpha", 8),
+    )
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
+        raise ValueError(f"{path}: lora_alpha: expected a number; got {lora_alpha!r}")
+    if not isinstance(targets, (str, list)) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(f"{path}: target_modules: expected names or one regular expression; got {targets!r}")
     return {
         "rank": config["r"],
-        "lora_alpha": config.get("lora_alpha", 8),
+        "lora_alpha": lora_alpha,
         "use_rslora": config.get("use_rslora", False),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "layers_to_transform": [layers] if isinstance(layers, int) else layers,

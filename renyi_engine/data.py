@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from renyi_engine import seeding
 from renyi_kernels import IGNORE_INDEX
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -157,7 +158,7 @@ class StepSampler:
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+            generator = seeding.generator(self._seed, epoch)
             if self._group_by_length:
                 order = get_length_grouped_indices(self._lengths, self._step_size, generator=generator)
             else:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from renyi_engine import adapter_folder, targets
+from renyi_engine import adapter_folder, seeding, targets
 from renyi_engine.objective import sum_tokens
 from renyi_kernels import IGNORE_INDEX, grouped_lora, linear_logprob
 
@@ -175,6 +175,8 @@ class LoraEnsemble(nn.Module):
     def detach(self) -> PreTrainedModel:
         """Take every hook off and give the model back, bit for bit as it was, its flags too."""
         model = self.model
+        if not self._handles:  # already given back
+            return model
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -212,13 +214,13 @@ class LoraEnsemble(nn.Module):
         """
         if not self._handles:
             raise RuntimeError("this ensemble was detached from its model; attach or load it again")
-        if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        fits = attention_mask is None or attention_mask.shape == input_ids.shape
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or not fits:
             raise ValueError(
-                f"input_ids, attention_mask: expected [B, T] each; got {list(input_ids.shape)} and "
+                f"input_ids, attention_mask: expected [B, T] each, B and T at least 1; got {list(input_ids.shape)} and "
                 f"{None if attention_mask is None else list(attention_mask.shape)}"
             )
-        if self.model.training:  # somebody called model.train(): dropout of the base would tell the particles apart
-            self.train(self.training)
+        self._set_modes()
         positions = None
         if attention_mask is not None:
             # the first real token stands at position 0, whatever side the padding is on
@@ -229,7 +231,8 @@ class LoraEnsemble(nn.Module):
             ).last_hidden_state
         finally:
             self._repeated.clear()
-        return hidden.view(-1, *input_ids.shape, hidden.shape[-1])
+        num_particles = self.config.num_particles if self._enabled else 1
+        return hidden.view(num_particles, *input_ids.shape, hidden.shape[-1])
 
     def token_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere.
@@ -238,6 +241,10 @@ class LoraEnsemble(nn.Module):
         aligned with input_ids, -100 where no token counts. Entry t of the result belongs to the label at t + 1.
         """
         labels = batch["labels"]
+        if labels.shape != batch["input_ids"].shape:
+            raise ValueError(
+                f"labels: expected [B, T] as input_ids {list(batch['input_ids'].shape)}; got {list(labels.shape)}"
+            )
         hidden = self(batch["input_ids"], batch.get("attention_mask"))
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         weight = cast(Tensor, self.model.get_output_embeddings().weight)
@@ -256,16 +263,6 @@ class LoraEnsemble(nn.Module):
         finally:
             self._enabled = before
 
-    def train(self, mode: bool = True) -> LoraEnsemble:
-        """The frozen base stays deterministic: no dropout, ever. Only gradient checkpointing, which Hugging Face
-        ties to the training flag of the layer, is switched."""
-        super().train(mode)
-        if self._handles:
-            self.model.eval()
-            for layer in self._layers:
-                layer.training = mode and getattr(layer, "gradient_checkpointing", False)
-        return self
-
     # ------------------------------------------------------------------ hooks
 
     def _install(self) -> None:
@@ -279,12 +276,18 @@ class LoraEnsemble(nn.Module):
             linear = model.get_submodule(path)
             self._handles.append(linear.register_forward_pre_hook(partial(self._before_map, path)))
             self._handles.append(linear.register_forward_hook(partial(self._after_map, path, adapter)))
-        self.train(self.training)
         try:
             self._probe()
         except BaseException:
             self.detach()
             raise
+
+    def _set_modes(self) -> None:
+        """The frozen base stays deterministic: no dropout, whoever called model.train(). Only gradient checkpointing,
+        which Hugging Face ties to the training flag of the layer, follows the ensemble's own flag."""
+        self.model.eval()
+        for layer in self._layers:
+            layer.training = self.training and getattr(layer, "gradient_checkpointing", False)
 
     def _enter_layer(self, is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Bring what a layer is given to K*B rows: hidden states where the trunk ends, masks and positions always."""
@@ -296,7 +299,8 @@ class LoraEnsemble(nn.Module):
 
         def repeat(value: Any) -> Any:
             if value is hidden:
-                return _repeat_rows(value, K) if is_first else value
+                # the trunk ends here: nothing below has an adapter, so no gradient goes further down
+                return _repeat_rows(value.detach(), K).requires_grad_(value.requires_grad) if is_first else value
             if isinstance(value, (tuple, list)):
                 return type(value)(repeat(item) for item in value)
             if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == num_sequences > 1:
@@ -369,6 +373,15 @@ class LoraEnsemble(nn.Module):
         self._check_head(hidden, logits)
         shared_input = inputs[called_first_layer[0]]
         self._shared_input_maps = frozenset(path for path in called_first_layer if inputs[path] is shared_input)
+        padded = torch.tensor([[1, 1], [1, 0]], device=ids.device)
+        try:
+            with torch.no_grad():
+                self(ids.expand(2, -1), padded)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"model: {type(model).__name__} cannot run particles as rows of one batch "
+                f"({str(error).splitlines()[0]})"
+            ) from error
 
     def _check_head(self, hidden: Tensor, logits: Tensor) -> None:
         labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -386,7 +399,7 @@ class LoraEnsemble(nn.Module):
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """Fresh (A, B) of every map; particle k draws from a generator of its own, seeded by (seed, k)."""
-    generators = [torch.Generator().manual_seed((config.seed << 20) + k) for k in range(config.num_particles)]
+    generators = [seeding.generator(config.seed, k) for k in range(config.num_particles)]
     adapters = {}
     for path, linear in maps.items():
         num_in, num_out = targets.features(linear)

@@ -25,7 +25,7 @@ LAYERS = [
     ["config"],
     ["prior", "particle_optim"],
     ["ensemble"],
-    ["adapter_folder", "targets", "objective"],
+    ["adapter_folder", "targets", "objective", "seeding"],
     ["files"],
 ]
 KERNEL_LAYERS = [

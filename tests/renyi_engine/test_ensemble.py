@@ -115,11 +115,14 @@ def test_forward_gives_k_b_t_d(llama, make_batch, layers, K, B, T):
     assert ensemble.sequence_logprob(batch).dtype == torch.float32
 
 
-def test_no_sequences_give_no_logprobs(llama, make_batch):
-    batch = {name: value[:0] for name, value in make_batch([4]).items()}
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)], ids=str)
+def test_no_sequences_or_no_tokens_are_refused_by_name(llama, shape):
+    """Hugging Face models do not run on them either."""
+    ids = torch.ones(shape, dtype=torch.int64)
     ensemble = attach(llama)
-    assert ensemble(batch["input_ids"], batch["attention_mask"]).shape == (3, 0, 4, 32)
-    assert ensemble.sequence_logprob(batch).shape == (3, 0)
+    for mask in (None, ids):
+        with pytest.raises(ValueError, match=r"input_ids.*at least 1"):
+            ensemble(ids, mask)
 
 
 def test_sequence_logprob_is_the_sum_of_token_logprob_where_the_next_token_has_a_label(llama, batch):
