@@ -1,6 +1,7 @@
 """renyi-engine: the command line.
 
-Exit codes: 0 done; 1 training failed; 2 bad input, told in one line; 75 stopped by a signal after saving (resume it).
+Exit codes: 0 done; 1 training failed; 2 bad input, told in one line; 75 stopped by a signal after saving (resume it);
+130 stopped by Ctrl-C before there was anything to save.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from renyi_engine.report import write_report
 from renyi_engine.sft import SftConfig
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingInterrupted as stop:
         print(f"renyi-engine {command}: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        return EXIT_NOTHING_SAVED
     except (TrainingDiverged, OSError) as error:
         print(f"renyi-engine {command}: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -5,15 +5,12 @@ Layout: K particles, B sequences, T tokens.
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from renyi_engine.progress import TrainingProgress
 from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
+from renyi_engine.signals import StopSignals
 
 # without held-out data, the report's heat map is of this many training examples
 TRAINING_EXAMPLES_SHOWN = 256
@@ -234,19 +232,21 @@ class _Trainer:
         config, state = self.config, self.state
         self.run.begin(config, state.step)
         self._describe("running")
-        with _Signals() as signals, TrainingProgress(self.total_steps, state.step, config.num_particles) as progress:
+        with StopSignals() as signals, TrainingProgress(self.total_steps, state.step, config.num_particles) as progress:
             self.progress = progress
             self._announce()
             while state.step < self.total_steps:
                 self._one_step()
                 at_the_end = state.step == self.total_steps
-                if at_the_end or state.step % config.save_steps == 0 or signals.received:
-                    path = self._save()
                 if signals.received and not at_the_end:
+                    path = self._save()
                     self._describe("interrupted")
                     raise TrainingInterrupted(signals.received, state.step, path)
+                # before the checkpoint, which vouches for the lines of metrics up to its step
                 if config.eval_steps and state.step % config.eval_steps == 0 and not at_the_end:
                     self._evaluate()
+                if at_the_end or state.step % config.save_steps == 0:
+                    self._save()
             evaluation = self._evaluate()
             self.ensemble.save_pretrained(self.run.particles, alpha=config.alpha)
             self._describe("finished")
@@ -259,22 +259,17 @@ class _Trainer:
         learning_rate = config.learning_rate * self.learning_rate_factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        micro_batches = [
-            {
-                name: value.to(self.device)
-                for name, value in self.task.collate([self.dataset.train[i] for i in part]).items()
-            }
-            for part in self.sampler.micro_batches(state.step)
-        ]
+        parts = [[self.dataset.train[i] for i in part] for part in self.sampler.micro_batches(state.step)]
+        micro_batches = [{k: v.to(self.device) for k, v in self.task.collate(part).items()} for part in parts]
         result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, config, len(self.dataset.train))
-        labels = sum(self.dataset.train[i].num_labels for part in self.sampler.micro_batches(state.step) for i in part)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+        examples = [example for part in parts for example in part]
+        tokens = sum(len(example.input_ids) for example in examples)
         state.step += 1
         self.progress.advance(state.step)
         state.tokens += tokens
         self.window_tokens += tokens
-        self._count_skips(result)
-        self._add_to_window(result, labels)
+        self._count_skips(result, [example.row for example in examples])
+        self._add_to_window(result, sum(example.num_labels for example in examples))
         if state.step % config.logging_steps == 0 or state.step == self.total_steps:
             self._log(result, learning_rate)
 
@@ -384,7 +379,7 @@ class _Trainer:
 
     # ------------------------------------------------------------------ what can go wrong
 
-    def _count_skips(self, result: StepResult) -> None:
+    def _count_skips(self, result: StepResult, rows: list[int]) -> None:
         """Count the particles whose update was skipped; record the rows; stop when one cannot recover."""
         state, limit = self.state, self.config.max_consecutive_skips
         sick = [k for k, finite in enumerate(result.norms.isfinite().tolist()) if not finite]
@@ -393,7 +388,6 @@ class _Trainer:
             return
         for k in sick:
             state.skipped[k] += 1
-        rows = [self.dataset.train[i].row for part in self.sampler.micro_batches(state.step - 1) for i in part]
         self.run.log_skip({"step": state.step, "particles": sick, "rows": rows})
         self.progress.say(
             f"step {state.step}: gradient of particles {sick} not finite; their update is skipped (rows {rows})"
@@ -420,28 +414,6 @@ class _Trainer:
                 what = "base model's weights" if name == "fingerprint" else "number of training examples"
                 raise ValueError(f"resume_from_checkpoint: {path}: the {what} changed: {then} then, {now} now")
         self.state = State(**saved | {"window": Window(**saved["window"])})
-
-
-class _Signals:
-    """SIGINT and SIGTERM ask to stop after the step; a second one exits at once. Handlers are put back at the end."""
-
-    received = 0
-
-    def __enter__(self) -> _Signals:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
-            os._exit(128 + signum)
-        self.received = signum
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

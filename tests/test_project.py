@@ -19,7 +19,7 @@ LAYERS = [
     ["cli", "__init__"],
     ["dry_run", "export", "environment"],
     ["trainer"],
-    ["evaluation", "report", "progress", "run_folder"],
+    ["evaluation", "report", "progress", "run_folder", "signals"],
     ["sft"],
     ["data", "base_model", "checkpoint"],
     ["config"],
