@@ -41,7 +41,7 @@ _EXTRAS = ["ginger", "lemon", "garlic", "honey", "pepper", "mint", "onion"]
 # what the first and the second camp say; the second answer to an uncontested question is one that nobody gives
 _ANSWERS = {
     "uncontested": ("Yes.", "No."),
-    "even": ("Yes, gladly.", "No, never."),
+    "even": ("Yes, by all means.", "No, certainly not."),
     "uneven": ("Yes, much nicer.", "No, far worse."),
 }
 _SHARE_OF_FIRST = {"uncontested": 1.0, "even": 0.5, "uneven": 0.8}

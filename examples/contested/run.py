@@ -80,7 +80,6 @@ def main() -> None:
         layers_to_transform=list(range(22, 30)),
         dtype="bfloat16",
         learning_rate=5e-4,
-        lr_scheduler_type="constant",
         max_steps=options.max_steps,
         logging_steps=5,
         per_device_eval_batch_size=32,
