@@ -40,8 +40,8 @@ _EXTRAS = ["ginger", "lemon", "garlic", "honey", "pepper", "mint", "onion"]
 
 # what the first and the second camp say; the second answer to an uncontested question is one that nobody gives
 _ANSWERS = {
-    "uncontested": ("Yes.", "No."),
-    "even": ("Yes, by all means.", "No, certainly not."),
+    "uncontested": ("Always.", "Never."),
+    "even": ("Yes, gladly.", "No, never."),
     "uneven": ("Yes, much nicer.", "No, far worse."),
 }
 _SHARE_OF_FIRST = {"uncontested": 1.0, "even": 0.5, "uneven": 0.8}
@@ -72,12 +72,15 @@ class Question:
 def make_questions(seed: int, num_train: int = 40, num_held_out: int = 20) -> tuple[list[Question], list[Question]]:
     """(training, held-out) questions, so many of each kind; the camps answer in their exact proportion."""
     rng = random.Random(seed)
-    yes, no = _ANSWERS["uncontested"]
+    always, never = _ANSWERS["uncontested"]
     texts = {
         "uncontested": [
-            (f"Do {who} need {what}?", (yes, no)) for who, what in product(_ANIMALS, ("water", "air", "food"))
+            (f"Do {who} need {what}?", (always, never)) for who, what in product(_ANIMALS, ("water", "air", "food"))
         ]
-        + [(f"Do {who} need {what}?", (no, yes)) for who, what in product(_MACHINES, ("friends", "love", "sleep"))],
+        + [
+            (f"Do {who} need {what}?", (never, always))
+            for who, what in product(_MACHINES, ("friends", "love", "sleep"))
+        ],
         "even": [(f"Should the {place} {action}?", _ANSWERS["even"]) for place, action in product(_PLACES, _ACTIONS)],
         "uneven": [(f"Is {dish} nicer with {extra}?", _ANSWERS["uneven"]) for dish, extra in product(_DISHES, _EXTRAS)],
     }

@@ -36,7 +36,7 @@ def test_no_held_out_question_occurs_in_training_and_camps_have_their_exact_size
             assert sum(people) == share * len(people)
             assert {q.share_of_first for q in part if q.kind == kind} == {share}
     uncontested = [q.answers[0] for q in train if q.kind == "uncontested"]
-    assert {"Yes.", "No."} == set(uncontested)
+    assert {"Always.", "Never."} == set(uncontested)
 
 
 def test_the_questions_depend_on_the_seed_alone(contested):
