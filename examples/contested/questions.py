@@ -19,21 +19,17 @@ from pathlib import Path
 KINDS = ("uncontested", "even", "uneven")
 
 _ANIMALS = [
-    "ducks",
-    "horses",
-    "rabbits",
-    "bees",
-    "tigers",
-    "frogs",
-    "goats",
-    "whales",
-    "mice",
-    "eagles",
-    "cows",
-    "dogs",
-]
-_MACHINES = ["hammers", "engines", "clocks", "radios", "lamps", "ladders", "trains", "pumps", "drills", "phones"]
-_PLACES = ["library", "school", "museum", "hospital", "office", "station", "theatre", "market", "bank", "zoo"]
+    "ducks", "horses", "rabbits", "bees", "tigers", "frogs",
+    "goats", "whales", "mice", "eagles", "cows", "dogs",
+]  # fmt: skip
+_MACHINES = [
+    "hammers", "engines", "clocks", "radios", "lamps",
+    "ladders", "trains", "pumps", "drills", "phones",
+]  # fmt: skip
+_PLACES = [
+    "library", "school", "museum", "hospital", "office",
+    "station", "theatre", "market", "bank", "zoo",
+]  # fmt: skip
 _ACTIONS = ["allow dogs", "open on Sundays", "ban phones", "charge visitors", "play music", "serve beer", "hire a cook"]
 _DISHES = ["rice", "soup", "bread", "salad", "pasta", "tea", "cake", "stew", "fish", "cheese"]
 _EXTRAS = ["ginger", "lemon", "garlic", "honey", "pepper", "mint", "onion"]
