@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class TrainingProgress:
@@ -22,17 +24,13 @@ class TrainingProgress:
         self._total = total_steps
         self._first = self._done = done_steps
         self._started = time.monotonic()
-        self._live: Progress | None = None
+        self._live: Live | None = None
         if self.console.is_terminal:
-            self._live = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._task = self._live.add_task("training", total=total_steps, completed=done_steps, numbers="")
+            # two rows: side by side they do not fit a terminal of 80 columns
+            self._bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._task = self._bar.add_task("training", total=total_steps, completed=done_steps)
+            self._numbers = Text()
+            self._live = Live(Group(self._bar, self._numbers), console=self.console)
 
     def __enter__(self) -> TrainingProgress:
         if self._live:
@@ -48,7 +46,7 @@ class TrainingProgress:
     def advance(self, step: int) -> None:
         self._done = step
         if self._live:
-            self._live.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step)
 
     def show(self, metrics: Mapping[str, Any]) -> None:
         """Show a line of training metrics."""
@@ -59,7 +57,7 @@ class TrainingProgress:
             f"{metrics['tokens_per_s']:.0f} tokens/s"
         )
         if self._live:
-            self._live.update(self._task, numbers=numbers)
+            self._numbers.plain = numbers
         else:
             self._print(f"step {self._done}/{self._total}  {numbers}  ETA {self._eta()}")
 
