@@ -3,12 +3,13 @@
 Layout: K particles, B sequences, T tokens, M rows, D hidden size, I/O in/out features, R rank. Rows are particle-major:
 [K, B, ...] flattened to [K*B, ...].
 
-The model's own forward runs unchanged; forward hooks do the rest, and come off without a trace:
+The model's own forward runs; hooks and the adapted maps' own forwards do the rest, and come off without a trace:
 
     embedding and layers below the first adapted one      B rows, no gradient: the shared trunk
     pre-hook on the first adapted layer                   B -> K*B rows
-    hook on every adapted linear map                      base output + scaling * (x A_k^T) B_k^T
-    maps that read the still-shared input (q, k, v)       base product on B rows, shared-input mode of grouped_lora
+    every adapted linear map (`adapted_maps`)             base output + scaling * (x A_k^T) B_k^T
+    maps that read the same input (q, k, v)               one op
+    those of them that read the still-shared input        base product on B rows
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from renyi_engine import adapter_folder, seeding, targets
+from renyi_engine.adapted_maps import MapGroup, OpaqueMap, StackedAdapter, is_plain
 from renyi_engine.objective import sum_tokens
-from renyi_kernels import IGNORE_INDEX, grouped_lora, linear_logprob
+from renyi_kernels import IGNORE_INDEX, linear_logprob
 
 SPREAD_STD = 0.01
 """Standard deviation of B under init="spread"."""
@@ -73,15 +75,6 @@ class EnsembleConfig:
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-class StackedAdapter(nn.Module):
-    """The K adapters of one linear map: A [K, R, I] and B [K, O, R], fp32."""
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-
-
 class LoraEnsemble(nn.Module):
     """K coupled LoRA adapters on a frozen decoder. `parameters()` is exactly the stacked adapters.
 
@@ -105,7 +98,7 @@ class LoraEnsemble(nn.Module):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._enabled = True
         self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
-        self._shared_input_maps: frozenset[str] = frozenset()
+        self._maps: list[MapGroup | OpaqueMap] = []
         self._head = targets.logit_transform(model)
         # a ModuleDict key may not hold a dot
         self.adapters = nn.ModuleDict(
@@ -179,6 +172,8 @@ class LoraEnsemble(nn.Module):
             return model
         for handle in self._handles:
             handle.remove()
+        for adapted in self._maps:
+            adapted.remove()
         self._handles.clear()
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
@@ -210,7 +205,8 @@ class LoraEnsemble(nn.Module):
         """Final-norm hidden states ``[K, B, T, D]`` of every particle, in the model's dtype; K = 1 while disabled.
 
         Args:
-            input_ids: ``[B, T]``. attention_mask: ``[B, T]``, 0 on padding, left or right; None: no padding.
+            input_ids: ``[B, T]``. attention_mask: ``[B, T]``, 0 on padding, left or right; None: no padding. On the
+                model's device or on the CPU.
         """
         if not self._handles:
             raise RuntimeError("this ensemble was detached from its model; attach or load it again")
@@ -221,8 +217,11 @@ class LoraEnsemble(nn.Module):
                 f"{None if attention_mask is None else list(attention_mask.shape)}"
             )
         self._set_modes()
+        device = self.model.get_input_embeddings().weight.device
+        input_ids = input_ids.to(device, non_blocking=True)
         positions = None
         if attention_mask is not None:
+            attention_mask = attention_mask.to(device, non_blocking=True)
             # the first real token stands at position 0, whatever side the padding is on
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         try:
@@ -231,6 +230,8 @@ class LoraEnsemble(nn.Module):
             ).last_hidden_state
         finally:
             self._repeated.clear()
+            for adapted in self._maps:
+                adapted.forget()
         num_particles = self.config.num_particles if self._enabled else 1
         return hidden.view(num_particles, *input_ids.shape, hidden.shape[-1])
 
@@ -238,7 +239,8 @@ class LoraEnsemble(nn.Module):
         """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere.
 
         `batch` holds input_ids, attention_mask (optional) and labels, each ``[B, T]``; labels as Hugging Face has them:
-        aligned with input_ids, -100 where no token counts. Entry t of the result belongs to the label at t + 1.
+        aligned with input_ids, -100 where no token counts. Entry t of the result belongs to the label at t + 1. A batch
+        may lie on the CPU, and its labels are best left there: see `linear_logprob`.
         """
         labels = batch["labels"]
         if labels.shape != batch["input_ids"].shape:
@@ -272,12 +274,11 @@ class LoraEnsemble(nn.Module):
         for layer in self._layers[self._first_layer :]:
             hook = partial(self._enter_layer, layer is self._layers[self._first_layer])
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for path, adapter in zip(self.paths, self._stacks(), strict=True):
-            linear = model.get_submodule(path)
-            self._handles.append(linear.register_forward_pre_hook(partial(self._before_map, path)))
-            self._handles.append(linear.register_forward_hook(partial(self._after_map, path, adapter)))
         try:
-            self._probe()
+            for adapted in self._adapted_maps(*self._probe()):
+                adapted.install(lambda: self._enabled)
+                self._maps.append(adapted)
+            self._check_rows()
         except BaseException:
             self.detach()
             raise
@@ -312,38 +313,11 @@ class LoraEnsemble(nn.Module):
 
         return tuple(repeat(a) for a in args), {name: repeat(value) for name, value in kwargs.items()}
 
-    def _before_map(self, path: str, linear: nn.Module, args: tuple) -> tuple | None:
-        if not self._enabled:
-            return None
-        K = self.config.num_particles
-        x = args[0]
-        if x.shape[0] % K:
-            raise RuntimeError(
-                f"{path} was given {x.shape[0]} rows, which {K} particles do not divide: it does not see whole "
-                "sequences (a mixture of experts?) or the model was called directly; leave it out of target_modules, "
-                "or call the model inside disable_adapters()"
-            )
-        return (x[: x.shape[0] // K],) if path in self._shared_input_maps else None
+    def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Run two tokens once: learn what each adapted map reads, and that this architecture is understood.
 
-    def _after_map(
-        self, path: str, adapter: StackedAdapter, linear: nn.Module, args: tuple, output: Tensor
-    ) -> Tensor | None:
-        if not self._enabled:
-            return None
-        K = self.config.num_particles
-        x = args[0]
-        A, B = adapter.A.to(x.dtype), adapter.B.to(x.dtype)
-        if path in self._shared_input_maps:
-            out = grouped_lora(x.flatten(0, -2), A, B, self.config.scaling, output.flatten(0, -2))
-            return out.view(K * output.shape[0], *output.shape[1:])
-        base = output.reshape(K, -1, output.shape[-1])
-        return grouped_lora(x.reshape(K, -1, x.shape[-1]), A, B, self.config.scaling, base).view(output.shape)
-
-    def _probe(self) -> None:
-        """Run two tokens once: learn which maps read the shared input, and that this architecture is understood.
-
-        In the first adapted layer, the first adapted map called reads an input no particle has touched; so does every
-        map that is handed the very same tensor. That is a fact of the architecture, so it is learnt here and kept.
+        Maps that are handed the very same tensor read the same input. In the first adapted layer, the one called first
+        reads an input no particle has touched: (inputs by path, that input). These are facts of the architecture.
         """
         model, first = self.model, self._layers[self._first_layer]
         inputs: dict[str, Tensor] = {}
@@ -371,15 +345,31 @@ class LoraEnsemble(nn.Module):
                 "calling the module, so an adapter there would be silently ignored; leave it out"
             )
         self._check_head(hidden, logits)
-        shared_input = inputs[called_first_layer[0]]
-        self._shared_input_maps = frozenset(path for path in called_first_layer if inputs[path] is shared_input)
-        padded = torch.tensor([[1, 1], [1, 0]], device=ids.device)
+        return inputs, inputs[called_first_layer[0]]
+
+    def _adapted_maps(self, inputs: Mapping[str, Tensor], shared_input: Tensor) -> Iterator[MapGroup | OpaqueMap]:
+        scaling = self.config.scaling
+        stacks = dict(zip(self.paths, self._stacks(), strict=True))
+        groups: dict[int, dict[str, nn.Module]] = {}
+        for path in self.paths:
+            linear = self.model.get_submodule(path)
+            if is_plain(linear):
+                groups.setdefault(id(inputs[path]), {})[path] = linear
+            else:
+                yield OpaqueMap(path, linear, stacks[path], scaling, inputs[path] is shared_input)
+        for linears in groups.values():
+            shared = inputs[next(iter(linears))] is shared_input
+            yield MapGroup(linears, [stacks[path] for path in linears], scaling, shared)
+
+    def _check_rows(self) -> None:
+        ids = torch.tensor([[0, 1], [0, 1]], device=self.model.get_input_embeddings().weight.device)
+        padding = torch.tensor([[1, 1], [1, 0]], device=ids.device)
         try:
             with torch.no_grad():
-                self(ids.expand(2, -1), padded)
+                self(ids, padding)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
-                f"model: {type(model).__name__} cannot run particles as rows of one batch "
+                f"model: {type(self.model).__name__} cannot run particles as rows of one batch "
                 f"({str(error).splitlines()[0]})"
             ) from error
 

@@ -1,22 +1,13 @@
-"""What this machine is to the software: versions, devices, and the path each op takes, with the reason."""
+"""What this machine is to the software: versions, devices, and the path the ops take, with the reason."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 
 import torch
 
 from renyi_engine.run_folder import versions
-from renyi_kernels.backend import BACKENDS, resolve
-from renyi_kernels.grouped_lora import PATHS as GROUPED_LORA_PATHS
-from renyi_kernels.linear_logprob import PATHS as LINEAR_LOGPROB_PATHS
-from renyi_kernels.renyi_reduce import PATHS as RENYI_REDUCE_PATHS
+from renyi_kernels.backend import choose
 
-_OPS: dict[str, Mapping[str, Callable]] = {
-    "grouped_lora": GROUPED_LORA_PATHS,
-    "linear_logprob": LINEAR_LOGPROB_PATHS,
-    "renyi_reduce": RENYI_REDUCE_PATHS,
-}
+_OPS = ("grouped_lora", "lora_linears", "linear_logprob", "renyi_reduce")
 
 
 def describe() -> str:
@@ -24,13 +15,6 @@ def describe() -> str:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"{'GPUs':14} {', '.join(devices) or 'none'}")
     lines.append(f"{'CPU threads':14} {torch.get_num_threads()}")
-    device = torch.device("cuda" if devices else "cpu")
-    for op, paths in _OPS.items():
-        path = resolve(op, paths, device, "auto")
-        missing = [name for name in BACKENDS if name not in ("auto", *paths)]
-        if path == "torch":
-            reason = "no GPU" if not devices else f"this version has no {missing[0]} path for it"
-        else:
-            reason = "a GPU and a kernel for it"
-        lines.append(f"{op:14} {path} ({reason})")
+    path, reason = choose(torch.device("cuda" if devices else "cpu"), torch.float32)
+    lines += [f"{op:14} {path} ({reason})" for op in _OPS]
     return "\n".join(lines) + "\n"

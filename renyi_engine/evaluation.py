@@ -56,14 +56,12 @@ def evaluate(
     collate: Callable[[Sequence[Example]], Mapping[str, Tensor]],
     logp: Callable[[LoraEnsemble, Mapping[str, Tensor]], Tensor],
     batch_size: int,
-    device: torch.device,
 ) -> Evaluation:
     """Score every example under every particle. Batches are of similar length; the result is in the order given."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
     scores = torch.empty(ensemble.config.num_particles, len(examples))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        batch = {name: value.to(device) for name, value in collate([examples[i] for i in part]).items()}
-        scores[:, part] = logp(ensemble, batch).float().cpu()
+        scores[:, part] = logp(ensemble, collate([examples[i] for i in part])).float().cpu()
     num_tokens = torch.tensor([example.num_labels for example in examples])
     return Evaluation([example.row for example in examples], num_tokens, scores)

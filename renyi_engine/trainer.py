@@ -203,7 +203,6 @@ class _Trainer:
     ) -> None:
         self.config, self.run, self.task, self.dataset, self.ensemble = config, run, task, dataset, ensemble
         K = config.num_particles
-        self.device = base_model.device_for(config)
         self.sampler = StepSampler(
             [len(example.input_ids) for example in dataset.train],
             config.per_device_train_batch_size,
@@ -260,7 +259,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parts = [[self.dataset.train[i] for i in part] for part in self.sampler.micro_batches(state.step)]
-        micro_batches = [{k: v.to(self.device) for k, v in self.task.collate(part).items()} for part in parts]
+        micro_batches = [self.task.collate(part) for part in parts]
         result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, config, len(self.dataset.train))
         examples = [example for part in parts for example in part]
         tokens = sum(len(example.input_ids) for example in examples)
@@ -321,7 +320,6 @@ class _Trainer:
             self.task.collate,
             self.task.logp,
             self.config.per_device_eval_batch_size,
-            self.device,
         )
         summary = evaluation.summary(self.config.alpha)
         if self.dataset.held_out:
@@ -355,7 +353,7 @@ class _Trainer:
                 "command": self.run.command,
                 "status": status,
                 "versions": versions(),
-                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+                "device": torch.cuda.get_device_name() if self.ensemble.model.device.type == "cuda" else "CPU",
                 "dtype": str(self.ensemble.model.dtype).removeprefix("torch."),
                 "num_train_examples": len(self.dataset.train),
                 "num_eval_examples": len(self.dataset.held_out),

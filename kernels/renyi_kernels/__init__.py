@@ -3,6 +3,7 @@
 from renyi_kernels.backend import BACKENDS, use_backend
 from renyi_kernels.grouped_lora import grouped_lora
 from renyi_kernels.linear_logprob import linear_logprob
+from renyi_kernels.lora_linears import lora_linears
 from renyi_kernels.reference import IGNORE_INDEX
 from renyi_kernels.renyi_loss import renyi_loss
 from renyi_kernels.renyi_reduce import RenyiOutput, renyi_reduce
@@ -13,6 +14,7 @@ __all__ = [
     "RenyiOutput",
     "grouped_lora",
     "linear_logprob",
+    "lora_linears",
     "renyi_loss",
     "renyi_reduce",
     "use_backend",

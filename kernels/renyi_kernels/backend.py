@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -25,10 +27,11 @@ def use_backend(backend: str) -> Iterator[None]:
 
     - ``reference``: naive and obvious; the truth that the others are tested against
     - ``torch``: memory-bounded, any device
-    - ``triton``: the kernels; needs a GPU
-    - ``auto``: triton on a GPU for an op that has a kernel, else torch
+    - ``triton``: the kernels; needs a GPU, or Triton's interpreter (``TRITON_INTERPRET=1``)
+    - ``auto``: triton on a GPU, else torch
 
-    An op's own ``backend=`` argument wins over the block. Thread- and task-local.
+    An op's own ``backend=`` argument wins over the block. Thread- and task-local. `torch.compile` keeps the path that
+    is in force while it traces.
     """
     token = _current.set(_check(backend))
     try:
@@ -37,13 +40,56 @@ def use_backend(backend: str) -> Iterator[None]:
         _current.reset(token)
 
 
-def resolve(op: str, paths: Mapping[str, Callable], device: torch.device, backend: str | None) -> str:
-    """The name of the path in `paths` that `op` takes on `device`; `backend` None means the current block's."""
-    wanted = _check(backend) if backend is not None else _current.get()
+def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
+    """The path that `op` takes for a `tensor` like this one; `backend` None means the current block's.
+
+    Raises:
+        ValueError: "triton" was asked for and cannot run there.
+    """
+    wanted = _check(backend) if backend is not None else _of_block()
     if wanted == "auto":
-        return "triton" if device.type == "cuda" and "triton" in paths else "torch"
-    if wanted not in paths:
-        raise ValueError(
-            f"backend={wanted!r}: {op} has no such path in this version; use 'auto' or one of {sorted(paths)}"
-        )
+        return choose(tensor.device, tensor.dtype)[0]
+    if wanted == "triton":
+        obstacle = _obstacle(tensor.device.type, tensor.dtype)
+        if obstacle and not (_interpreted() and tensor.device.type == "cpu" and tensor.dtype != torch.float64):
+            raise ValueError(f"backend='triton': {op} cannot take it ({obstacle}); use 'auto' or 'torch'")
     return wanted
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The path of "auto" for tensors of that kind, and why."""
+    obstacle = _obstacle(device.type, dtype)
+    return ("torch", obstacle) if obstacle else ("triton", "a GPU, and triton is installed")
+
+
+def _obstacle(device_type: str, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run; empty if they can."""
+    if device_type != "cuda":
+        return "no GPU" if device_type == "cpu" else f"no kernels for {device_type}"
+    if dtype == torch.float64:
+        return "the kernels have no fp64"
+    return "" if _triton_installed() else "triton is not installed"
+
+
+def _constant_of_a_trace(function: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, without its import of all of Dynamo.
+
+    torch.compile cannot look into these functions; their answer while it traces holds for what it compiled.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_of_a_trace
+def _of_block() -> str:
+    return _current.get()
+
+
+@_constant_of_a_trace
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@_constant_of_a_trace
+def _interpreted() -> bool:
+    return _triton_installed() and os.environ.get("TRITON_INTERPRET") == "1"

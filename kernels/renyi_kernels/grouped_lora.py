@@ -5,12 +5,12 @@ Layout: K particles, M rows, I/O in/out features, R rank.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from renyi_kernels import reference, torch_ops
+from renyi_kernels import lora_products, reference
 from renyi_kernels.backend import resolve
-
-PATHS = {"torch": torch_ops.grouped_lora, "reference": reference.grouped_lora}
+from renyi_kernels.torch_ops import grouped_lora as torch_passes
 
 
 def grouped_lora(
@@ -32,20 +32,26 @@ def grouped_lora(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        ``[K, M, O]``. Differentiable, twice too, in x, A, B and base_out.
+        ``[K, M, O]``. Differentiable in x, A, B and base_out; twice too, except on the "triton" path, where a second
+        derivative raises.
 
     Raises:
         ValueError: a shape does not fit. TypeError: the dtypes differ.
     """
     _check(x, A, B, base_out)
-    path = resolve("grouped_lora", PATHS, x.device, backend)
-    return PATHS[path](x, A, B, float(scaling), base_out)
+    path = resolve("grouped_lora", x, backend)
+    if path == "reference":
+        return reference.grouped_lora(x, A, B, float(scaling), base_out)
+    if path == "torch":
+        return torch_passes.grouped_lora(x, A, B, float(scaling), base_out)
+    out: Tensor = _forward(x.contiguous(), A.contiguous(), B.contiguous(), float(scaling), base_out)[0]
+    return out
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, base_out: Tensor | None) -> None:
     if A.dim() != 3:
         raise ValueError(f"A: expected [K, R, I]; got {list(A.shape)}")
-    K, R, I = A.shape  # noqa: E741
+    K, R, I = A.shape
     if x.dim() not in (2, 3) or x.shape[-1] != I or (x.dim() == 3 and x.shape[0] != K):
         raise ValueError(f"x: expected [K, M, I] or [M, I] with K={K}, I={I} (from A); got {list(x.shape)}")
     if B.dim() != 3 or B.shape[0] != K or B.shape[2] != R:
@@ -53,7 +59,7 @@ def _check(x: Tensor, A: Tensor, B: Tensor, base_out: Tensor | None) -> None:
     tensors = {"A": A, "B": B}
     if base_out is not None:
         tensors["base_out"] = base_out
-        M, O = x.shape[-2], B.shape[1]  # noqa: E741
+        M, O = x.shape[-2], B.shape[1]
         if tuple(base_out.shape) not in ((K, M, O), (M, O)):
             raise ValueError(
                 f"base_out: expected [K, M, O] or [M, O] with K={K}, M={M}, O={O}; got {list(base_out.shape)}"
@@ -61,3 +67,67 @@ def _check(x: Tensor, A: Tensor, B: Tensor, base_out: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}; got {tensor.dtype}; cast it first")
+
+
+# the kernels, as one operator to autograd and torch.compile; contiguous x, A, B
+
+
+@torch.library.custom_op("renyi_kernels::grouped_lora", mutates_args=())
+def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    passes = lora_products.passes_of("triton")
+    S = lora_products.shrink(passes, x, A)
+    out = x.new_empty((A.shape[0], x.shape[-2], B.shape[1]))
+    base = base_out.contiguous() if base_out is not None else None
+    if base is not None and base.dim() == 2:
+        base = base[None]
+    passes.expand(lora_products.particle_major(S, x), B, scaling, base, out)
+    return out, S
+
+
+@_forward.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    (K, R, _), M = A.shape, x.shape[-2]
+    return x.new_empty((K, M, B.shape[1])), x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))
+
+
+@torch.library.custom_op("renyi_kernels::grouped_lora_backward", mutates_args=())
+def _backward(
+    dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, scaling: float, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    passes = lora_products.passes_of("triton")
+    dS, dB = torch.empty_like(S), torch.empty_like(B)
+    by_particle = lora_products.particle_major
+    passes.up_backward(dY.contiguous(), by_particle(S, x), B, scaling, by_particle(dS, x), dB)
+    dx = x.new_zeros(x.shape if need_dx else 0)
+    if need_dx:
+        lora_products.add_input_gradient(passes, dx, dS, A)
+    return dx, lora_products.gradient_of_A(passes, x, dS, A.dtype), dB
+
+
+@_backward.register_fake
+def _(
+    dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, scaling: float, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape if need_dx else 0), torch.empty_like(A), torch.empty_like(B)
+
+
+def _keep(ctx, inputs, output):
+    x, A, B, ctx.scaling, base_out = inputs
+    ctx.shared_base = base_out is not None and base_out.dim() == 2
+    ctx.save_for_backward(x, A, B, output[1])
+
+
+def _differentiate(ctx, dY, _):
+    x, A, B, S = ctx.saved_tensors
+    need_dx, *_, need_base = ctx.needs_input_grad
+    dx, dA, dB = _backward(dY, x, A, B, S, ctx.scaling, need_dx)
+    dbase = (dY.sum(dim=0) if ctx.shared_base else dY) if need_base else None
+    return dx if need_dx else None, dA, dB, None, dbase
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("grouped_lora: the kernels have no second derivative; use backend='reference' or 'torch'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+_backward.register_autograd(_refuse_second_derivative)

@@ -6,19 +6,13 @@ Layout: N tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from renyi_kernels import reference, torch_ops
+from renyi_kernels import head_chunks, reference
 from renyi_kernels.backend import resolve
-from renyi_kernels.reference import IGNORE_INDEX
-
-PATHS: dict[str, Callable[..., Tensor]] = {
-    "torch": torch_ops.linear_logprob,
-    "reference": reference.linear_logprob,
-}
+from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 
 
 def linear_logprob(
@@ -42,9 +36,10 @@ def linear_logprob(
         hidden: ``[..., D]``, final-norm output.
         weight: ``[V, D]``, in the dtype of hidden. bias: ``[V]`` or None.
         labels: ``[...]`` int64, already shifted to the position that predicts them. -100: no label; the result
-            there is 0.0 and no work is done.
+            there is 0.0 and no work is done. They may lie on the CPU beside a hidden on the GPU: finding the labelled
+            ones then waits for nothing, while labels on the GPU make the op wait for the device once.
         logit_softcap: c > 0, or None. logit_scale: multiplies the logits.
-        chunk_mib: MiB of logits (and their copies) held at any moment, on the "torch" path.
+        chunk_mib: MiB of logits (and their copies) held at any moment, but for the "reference" path.
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
@@ -56,11 +51,15 @@ def linear_logprob(
         RuntimeError: in the backward, if the weight or the bias requires a gradient.
     """
     _check(hidden, weight, labels, bias, logit_softcap, chunk_mib)
-    path = resolve("linear_logprob", PATHS, hidden.device, backend)
+    path = resolve("linear_logprob", hidden, backend)
     head = (bias, logit_softcap, float(logit_scale))
     if path == "reference":
-        return reference.linear_logprob(hidden, weight, labels, *head)
-    return PATHS[path](hidden, weight, labels, *head, chunk_mib)
+        _check_labels(labels, weight.shape[0])
+        return reference.linear_logprob(hidden, weight, labels.to(hidden.device), *head)
+    need_grad = torch.is_grad_enabled() and hidden.requires_grad
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logprob: Tensor = _forward(rows, weight, labels.reshape(-1), *head, float(chunk_mib), need_grad, path)[0]
+    return logprob.view(labels.shape)
 
 
 def _check(
@@ -87,11 +86,91 @@ def _check(
         raise ValueError(f"logit_softcap: expected a finite number above 0, or None; got {logit_softcap}")
     if not (chunk_mib > 0 and math.isfinite(chunk_mib)):
         raise ValueError(f"chunk_mib: expected a finite number of MiB above 0; got {chunk_mib}")
-    # on a GPU this look would stall the stream; there the gather itself asserts
+
+
+def _check_labels(labels: Tensor, num_vocabulary: int) -> None:
+    # on a GPU this look would stall the stream; there an unknown label's log-probability is NaN
     if labels.device.type == "cpu" and labels.numel():
-        stray = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))]
+        stray = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_vocabulary))]
         if stray.numel():
             raise ValueError(
-                f"labels: expected -100 or a token id in [0, {weight.shape[0]}); got {int(stray[0])}; "
+                f"labels: expected -100 or a token id in [0, {num_vocabulary}); got {int(stray[0])}; "
                 "does the tokenizer belong to this model?"
             )
+
+
+# one operator to autograd and torch.compile; hidden [N, D], labels [N]. Returns logprob [N] and d logprob / d hidden
+
+
+@torch.library.custom_op("renyi_kernels::linear_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_softcap: float | None,
+    logit_scale: float,
+    chunk_mib: float,
+    need_grad: bool,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    _check_labels(labels, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head_chunks.linear_logprob(
+            hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, need_grad, path
+        )
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_softcap: float | None,
+    logit_scale: float,
+    chunk_mib: float,
+    need_grad: bool,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    N, D = hidden.shape
+    logprob = hidden.new_empty(N, dtype=at_least_fp32(hidden.dtype))
+    return logprob, hidden.new_empty((N, D) if need_grad else (0, D))
+
+
+@torch.library.custom_op("renyi_kernels::linear_logprob_backward", mutates_args=())
+def _backward(upstream: Tensor, gradient: Tensor, labels: Tensor) -> Tensor:
+    """gradient [N, D] times its token's upstream gradient [N], in one pass, rounded once"""
+    # not a product with zero: what comes from above at an unlabelled token may be infinite
+    labelled = (labels != IGNORE_INDEX).to(upstream.device, non_blocking=True)
+    upstream = upstream.where(labelled, 0.0)
+    return torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient))
+
+
+@_backward.register_fake
+def _(upstream: Tensor, gradient: Tensor, labels: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[2])
+
+
+def _differentiate(ctx, upstream, _):
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    for name, needed in (("weight", need_weight), ("bias", need_bias)):
+        if needed:
+            raise RuntimeError(
+                f"linear_logprob: the head's {name} is taken as frozen, but a gradient of it was asked for; "
+                f"call {name}.requires_grad_(False), or use backend='reference'"
+            )
+    gradient, labels = ctx.saved_tensors
+    return (_backward(upstream, gradient, labels) if need_hidden else None, *[None] * 8)
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("linear_logprob: this path has no second derivative; use backend='reference'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+_backward.register_autograd(_refuse_second_derivative)

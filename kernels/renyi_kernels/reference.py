@@ -7,6 +7,8 @@ Layout: K particles, B sequences, T tokens, M rows, I/O in/out features, R rank,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,22 @@ def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tens
     """base_out + scaling * (x A_k^T) B_k^T for every particle k."""
     delta = scaling * (x @ A.mT) @ B.mT
     return delta if base_out is None else base_out + delta
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+) -> list[Tensor]:
+    """x W_j^T + b_j + scaling * (x A_jk^T) B_jk^T for every map j and particle k."""
+    outs = []
+    for weight, bias, a, b in zip(weights, biases, A, B, strict=True):
+        base = torch.nn.functional.linear(x, weight, bias)
+        outs.append(grouped_lora(x, a.to(x.dtype), b.to(x.dtype), scaling, base))
+    return outs
 
 
 def linear_logprob(

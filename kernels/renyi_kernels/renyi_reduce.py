@@ -9,13 +9,12 @@ import math
 from numbers import Real
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from renyi_kernels import reference
 from renyi_kernels.backend import resolve
 from renyi_kernels.reference import at_least_fp32
-
-PATHS = {"torch": reference.renyi_reduce, "reference": reference.renyi_reduce}
 
 
 class RenyiOutput(NamedTuple):
@@ -48,7 +47,8 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
 
     Returns:
         RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``), fp32, or fp64 for fp64.
-        `loss` is differentiable, twice too, with respect to logp; the others are detached.
+        `loss` is differentiable with respect to logp, twice too, except on the "triton" path, where a second derivative
+        raises; the others are detached.
 
     Raises:
         ValueError: alpha negative, NaN or infinite; a shape does not fit. TypeError: not a number, not floating point.
@@ -62,11 +62,15 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
         raise ValueError(
             f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}"
         )
-    path = resolve("renyi_reduce", PATHS, logp.device, backend)
+    if resolve("renyi_reduce", logp, backend) == "triton":
+        tokens = logp if logp.dim() == 3 else logp.unsqueeze(-1)
+        loss, responsibilities, ess, logp = _forward(tokens, mask, alpha)
+        return RenyiOutput(loss, responsibilities.detach(), ess.detach(), logp.detach())
     if logp.dim() == 3:
         logp = _sum_tokens(logp, mask)
     logp = logp.to(at_least_fp32(logp.dtype))
-    loss, responsibilities, ess = PATHS[path](logp, alpha)
+    # [K, B] is tiny: the reference is also the path for any device
+    loss, responsibilities, ess = reference.renyi_reduce(logp, alpha)
     return RenyiOutput(loss, responsibilities, ess, logp.detach())
 
 
@@ -86,3 +90,57 @@ def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
         # not a product: what stands at a masked position may be -inf or NaN
         logp = logp.where(mask.bool(), 0.0)
     return logp.sum(dim=-1)
+
+
+# the kernels, as one operator to autograd and torch.compile; token log-likelihoods [K, B, T]
+
+
+@torch.library.custom_op("renyi_kernels::renyi_reduce", mutates_args=())
+def _forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from renyi_kernels.triton_ops import renyi_reduce  # only where triton is there
+
+    return renyi_reduce.forward(token_logp, mask, alpha)
+
+
+@_forward.register_fake
+def _(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K, B, _ = token_logp.shape
+    dtype = at_least_fp32(token_logp.dtype)
+    per_example, per_pair = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty((K, B), dtype=dtype)
+    return per_example, per_pair, torch.empty_like(per_example), torch.empty_like(per_pair)
+
+
+@torch.library.custom_op("renyi_kernels::renyi_reduce_backward", mutates_args=())
+def _backward(
+    upstream: Tensor, responsibilities: Tensor, logp: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    from renyi_kernels.triton_ops import renyi_reduce  # only where triton is there
+
+    return renyi_reduce.backward(upstream, responsibilities, logp, mask, num_tokens, dtype)
+
+
+@_backward.register_fake
+def _(
+    upstream: Tensor, responsibilities: Tensor, logp: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    return upstream.new_empty((*responsibilities.shape, num_tokens), dtype=dtype)
+
+
+def _keep(ctx, inputs, output):
+    token_logp, mask, _ = inputs
+    _, responsibilities, _, logp = output
+    ctx.num_tokens, ctx.dtype = token_logp.shape[2], token_logp.dtype
+    ctx.save_for_backward(responsibilities, logp, mask)
+
+
+def _differentiate(ctx, upstream, *_):
+    responsibilities, logp, mask = ctx.saved_tensors
+    return _backward(upstream, responsibilities, logp, mask, ctx.num_tokens, ctx.dtype), None, None
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("renyi_reduce: the kernels have no second derivative; use backend='reference' or 'torch'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+_backward.register_autograd(_refuse_second_derivative)

@@ -16,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
+from renyi_engine import EnsembleConfig, LoraEnsemble, adapted_maps
+from renyi_engine.adapted_maps import MapGroup
 from renyi_engine.ensemble import initial_adapters
 from renyi_engine.objective import data_term, sum_tokens
 from renyi_engine.targets import linear_maps
@@ -731,20 +732,38 @@ def test_two_steps_of_training_are_bitwise_equal_in_two_runs(tiny_model, make_ba
 # ---------------------------------------------------------------------- shared trunk
 
 
-def record_rows(model, paths):
-    """{path: first size of what the module was given}, filled by the next forward."""
+@pytest.fixture
+def record_rows(monkeypatch, batch):
+    """record_rows(model, paths) is {path: sequences that the module works on}, filled by the next forward."""
     rows = {}
-    for path in paths:
+    run, op = MapGroup._run, adapted_maps.lora_linears
 
-        def hook(module, args, kwargs, output, path=path):
-            rows[path] = (args[0] if args else kwargs["hidden_states"]).shape[0]
+    def spy_run(group, path, x):
+        def spy_op(x, *maps):
+            sequences = x.shape[:-1].numel() // batch["input_ids"].shape[1]
+            rows.update(dict.fromkeys(group._linears, sequences))
+            return op(x, *maps)
 
-        model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
-    return rows
+        monkeypatch.setattr(adapted_maps, "lora_linears", spy_op)
+        return run(group, path, x)
+
+    monkeypatch.setattr(MapGroup, "_run", spy_run)
+
+    def watch(model, paths):
+        for path in paths:
+
+            def hook(module, args, kwargs, output, path=path):
+                rows.setdefault(path, (args[0] if args else kwargs["hidden_states"]).shape[0])
+
+            model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+        rows.clear()  # of what attaching ran
+        return rows
+
+    return watch
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_rows_multiply_at_the_first_adapted_layer(llama, batch, first):
+def test_rows_multiply_at_the_first_adapted_layer(llama, batch, record_rows, first):
     K, B = 4, 3
     ensemble = attach(llama, K, layers_to_transform=list(range(first, 3)))
     maps = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"]
@@ -758,16 +777,16 @@ def test_rows_multiply_at_the_first_adapted_layer(llama, batch, first):
         assert rows[path] == expected, path
 
 
-def test_maps_that_read_the_same_input_after_the_particles_part_are_not_shared(llama, batch):
+def test_maps_that_read_the_same_input_after_the_particles_part_are_not_shared(llama, batch, record_rows):
     """With o_proj adapted, gate and up of the first layer read one tensor, but one that the particles have touched."""
     ensemble = attach(llama, 4, target_modules=["o_proj", "gate_proj", "up_proj"])
     paths = [f"model.layers.0.{name}" for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")]
     rows = record_rows(llama, paths)
     ensemble(batch["input_ids"], batch["attention_mask"])
-    assert rows == dict(zip(paths, (3, 12, 12), strict=True))
+    assert {path: rows[path] for path in paths} == dict(zip(paths, (3, 12, 12), strict=True))
 
 
-def test_a_parallel_block_shares_attention_and_mlp_input(tiny_model, batch):
+def test_a_parallel_block_shares_attention_and_mlp_input(tiny_model, batch, record_rows):
     model = tiny_model("cohere")
     ensemble = attach(model, 4)
     paths = [
@@ -776,7 +795,7 @@ def test_a_parallel_block_shares_attention_and_mlp_input(tiny_model, batch):
     ]
     rows = record_rows(model, paths)
     ensemble(batch["input_ids"], batch["attention_mask"])
-    assert rows == dict(zip(paths, (3, 12, 3, 3, 12), strict=True))
+    assert {path: rows[path] for path in paths} == dict(zip(paths, (3, 12, 3, 3, 12), strict=True))
 
 
 def test_the_trunk_builds_no_graph(llama, batch):

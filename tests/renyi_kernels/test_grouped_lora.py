@@ -23,7 +23,7 @@ every_backend = pytest.mark.parametrize("backend", ["torch", "reference"])
 def inputs(normals):
     """[x, A, B, base_out] in fp64, sized so that the update is of order 1."""
 
-    def build(K, M, I, O, R, shared_x, base, seed=0):  # noqa: E741
+    def build(K, M, I, O, R, shared_x, base, seed=0):
         draw = normals(seed)
         x, A, B = draw(*([M] if shared_x else [K, M]), I), draw(K, R, I) / I**0.5, draw(K, O, R) / R**0.5
         base_out = {None: None, "own": (K, M, O), "shared": (M, O)}[base]

@@ -1,0 +1,106 @@
+"""A frozen language-model head over chunks of tokens, whatever the path: logits, a pass over them, their gradient.
+
+Layout: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
+from renyi_kernels.torch_ops.linear_logprob import logprob_pass as torch_pass
+
+# a CPU gains nothing from more rows at once, and they fall out of its cache
+_MOST_ROWS_ON_CPU = 256
+# a low-precision head is widened to fp32 on CPU, this many vocabulary rows at a time
+_VOCAB_BLOCK = 8192
+
+
+def pass_of(path: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`logprob_pass` of a path."""
+    if path == "torch":
+        return torch_pass
+    from renyi_kernels.triton_ops.linear_logprob import logprob_pass  # only where triton is there
+
+    return logprob_pass
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_softcap: float | None,
+    logit_scale: float,
+    chunk_mib: float,
+    need_grad: bool,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    """(logprob [N], G [N, D] = d logprob / d hidden) of hidden [N, D]; G is empty unless needed, 0 without a label.
+
+    Two matrix products a chunk and never more than `chunk_mib` of logits; only labelled rows take part.
+    """
+    (N, D), V = hidden.shape, weight.shape[0]
+    logprob = hidden.new_zeros(N, dtype=at_least_fp32(hidden.dtype))
+    gradient = hidden.new_zeros((N, D) if need_grad else (0, D))
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad), rows.numel())
+    labels = labels.to(hidden.device, non_blocking=True)
+    rows = rows.to(hidden.device, non_blocking=True)
+    # one buffer serves every chunk: a fresh allocation each time costs as much as the arithmetic
+    buffer = hidden.new_empty((chunk, V), dtype=logprob.dtype)
+    for start in range(0, rows.numel(), max(chunk, 1)):
+        part = rows[start : start + chunk]
+        products = buffer[: part.numel()]
+        _products_into(products, hidden[part], weight)
+        head = (bias, logit_softcap, logit_scale)
+        logprob[part], slope = pass_of(path)(products, labels[part], *head, hidden.dtype if need_grad else None)
+        if slope is not None:
+            gradient[part] = slope @ weight
+    return logprob, gradient
+
+
+def rows_per_chunk(hidden: Tensor, num_vocabulary: int, chunk_mib: float, softcap: bool, need_grad: bool) -> int:
+    """Rows whose logits, with what the torch path copies of them, fit into `chunk_mib`; at least one."""
+    wide = at_least_fp32(hidden.dtype).itemsize
+    bytes_per_logit = wide
+    if need_grad:
+        bytes_per_logit += (hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0) + (wide if softcap else 0)
+    rows = max(1, int(chunk_mib * 2**20) // (num_vocabulary * bytes_per_logit))
+    return min(rows, _MOST_ROWS_ON_CPU) if hidden.device.type == "cpu" else rows
+
+
+def _products_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """out = hidden weight^T with fp32 accumulation and fp32 output.
+
+    Rounding logits to bf16 would cost about 0.04 nats a token, and that perturbs the responsibilities.
+    """
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.mT, out=out)
+    elif hidden.device.type == "cuda":
+        torch.mm(hidden, weight.mT, out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        with _fp32_matmul_of_bf16_values(weight.dtype):
+            for v in range(0, weight.shape[0], _VOCAB_BLOCK):
+                block = weight[v : v + _VOCAB_BLOCK]
+                torch.mm(hidden, block.to(out.dtype).mT, out=out[:, v : v + _VOCAB_BLOCK])
+
+
+@contextmanager
+def _fp32_matmul_of_bf16_values(source: torch.dtype) -> Iterator[None]:
+    """Let oneDNN multiply fp32 matrices in bf16: exact where both came from bf16, and keeps the fp32 output."""
+    if source != torch.bfloat16:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -1,0 +1,203 @@
+"""lora_linears: frozen linear maps of one input, each with every particle's low-rank update, in one op.
+
+Layout: K particles, M rows, I/O in/out features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from renyi_kernels import lora_products, reference
+from renyi_kernels.backend import resolve
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Adapted maps that read the same input, e.g. q, k, v: ``y_jk = x_k W_j^T + b_j + scaling * (x_k A_jk^T) B_jk^T``.
+
+    What `grouped_lora` cannot save because it sees one map and no base: x is read once for the A of all maps, the
+    updates are added into the base outputs in place, and the gradient of x is one sum, made in place.
+
+    Args:
+        x: ``[K, M, I]``, one input per particle, or ``[M, I]``, one input shared by all: the base maps run once then.
+        weights: n frozen maps ``[O_j, I]``, in the dtype of x. biases: n times ``[O_j]`` or None, frozen.
+        A: n times ``[K, R_j, I]``; B: n times ``[K, O_j, R_j]``, in any floating dtype: computed in that of x,
+            their gradients come in their own.
+        scaling: LoRA scaling, usually ``lora_alpha / R``.
+        backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
+
+    Returns:
+        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative raises, except with
+        ``backend="reference"``.
+
+    Raises:
+        ValueError: a shape does not fit. TypeError: a dtype does not.
+        RuntimeError: in the backward, if a weight or a bias requires a gradient.
+    """
+    weights, biases, A, B = list(weights), list(biases), list(A), list(B)
+    _check(x, weights, biases, A, B)
+    path = resolve("lora_linears", x, backend)
+    if path == "reference":
+        return reference.lora_linears(x, weights, biases, A, B, float(scaling))
+    # autograd sees a list of tensors only if it holds nothing else
+    present = [weight.new_empty(0) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+    return list(_forward(x.contiguous(), weights, present, A, B, float(scaling), path)[:-1])
+
+
+def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: list[Tensor], B: list[Tensor]) -> None:
+    if not len(weights) == len(biases) == len(A) == len(B) >= 1:
+        raise ValueError(
+            "weights, biases, A, B: expected one of each for every map, at least one map; "
+            f"got {len(weights)}, {len(biases)}, {len(A)} and {len(B)}"
+        )
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected [K, M, I] or [M, I]; got {list(x.shape)}")
+    I = x.shape[-1]
+    K = x.shape[0] if x.dim() == 3 else A[0].shape[0]
+    for j, (weight, bias, a, b) in enumerate(zip(weights, biases, A, B, strict=True)):
+        if weight.dim() != 2 or weight.shape[1] != I:
+            raise ValueError(f"weights[{j}]: expected [O, I] with I={I} (from x); got {list(weight.shape)}")
+        O = weight.shape[0]
+        if bias is not None and tuple(bias.shape) != (O,):
+            raise ValueError(f"biases[{j}]: expected [O] = [{O}]; got {list(bias.shape)}")
+        if a.dim() != 3 or a.shape[0] != K or a.shape[2] != I:
+            raise ValueError(f"A[{j}]: expected [K, R, I] with K={K}, I={I}; got {list(a.shape)}")
+        if tuple(b.shape) != (K, O, a.shape[1]):
+            raise ValueError(f"B[{j}]: expected [K, O, R] = [{K}, {O}, {a.shape[1]}]; got {list(b.shape)}")
+        for name, tensor in (("weights", weight), ("biases", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name}[{j}]: expected the dtype of x, {x.dtype}; got {tensor.dtype}; cast it once")
+        for name, tensor in (("A", a), ("B", b)):
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name}[{j}]: expected a floating dtype; got {tensor.dtype}")
+
+
+# one operator to autograd and torch.compile: contiguous x, an empty tensor for no bias; beside the outputs it returns
+# x A^T of all maps, for the backward
+
+
+@torch.library.custom_op("renyi_kernels::lora_linears", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    path: str,
+) -> list[Tensor]:
+    passes = lora_products.passes_of(path)
+    K, (M, I) = A[0].shape[0], x.shape[-2:]
+    S = lora_products.shrink(passes, x, lora_products.stack(A, x.dtype))
+    rows = x.view(-1, I)
+    outs = []
+    for weight, bias, b, s in zip(
+        weights, biases, B, lora_products.split(lora_products.particle_major(S, x), A), strict=True
+    ):
+        base = torch.nn.functional.linear(rows, weight, bias if bias.numel() else None).view(-1, M, weight.shape[0])
+        out = base if x.dim() == 3 else x.new_empty((K, M, weight.shape[0]))
+        passes.expand(s, b.to(x.dtype), scaling, base, out)
+        outs.append(out)
+    return [*outs, S]
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    path: str,
+) -> list[Tensor]:
+    K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
+    outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
+    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
+
+
+@torch.library.custom_op("renyi_kernels::lora_linears_backward", mutates_args=())
+def _backward(
+    dY: Sequence[Tensor],
+    x: Tensor,
+    S: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    need_dx: bool,
+    path: str,
+) -> list[Tensor]:
+    """The gradients of x (empty if not needed), of all A as one tensor [K, R, I], and of each B."""
+    passes = lora_products.passes_of(path)
+    dY = [dy.contiguous() for dy in dY]
+    dS = torch.empty_like(S)
+    dB = [torch.empty_like(b) for b in B]
+    by_map = [lora_products.split(lora_products.particle_major(s, x), A) for s in (S, dS)]
+    for dy, b, db, s, ds in zip(dY, B, dB, *by_map, strict=True):
+        passes.up_backward(dy, s, b.to(x.dtype), scaling, ds, db)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    if need_dx:
+        rows = dx.view(-1, x.shape[-1])
+        for j, (dy, weight) in enumerate(zip(dY, weights, strict=True)):
+            dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
+            torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
+        lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
+    return [dx, lora_products.gradient_of_A(passes, x, dS, A[0].dtype), *dB]
+
+
+@_backward.register_fake
+def _(
+    dY: Sequence[Tensor],
+    x: Tensor,
+    S: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    need_dx: bool,
+    path: str,
+) -> list[Tensor]:
+    dA = A[0].new_empty((A[0].shape[0], sum(a.shape[1] for a in A), x.shape[-1]))
+    return [x.new_empty(x.shape if need_dx else 0), dA, *(torch.empty_like(b) for b in B)]
+
+
+def _keep(ctx, inputs, output):
+    x, weights, _, A, B, ctx.scaling, ctx.path = inputs
+    ctx.num_maps = len(weights)
+    ctx.save_for_backward(x, output[-1], *weights, *A, *B)
+
+
+def _differentiate(ctx, gradients):
+    need_dx, need_weights, need_biases, *_ = ctx.needs_input_grad
+    for name, needed in (("weights", need_weights), ("biases", need_biases)):
+        if any(needed):
+            raise RuntimeError(
+                f"lora_linears: the {name} are taken as frozen, but a gradient of one was asked for; "
+                "call requires_grad_(False) on it, or use backend='reference'"
+            )
+    x, S, *maps = ctx.saved_tensors
+    n = ctx.num_maps
+    weights, A, B = maps[:n], maps[n : 2 * n], maps[2 * n :]
+    dx, dA, *dB = _backward(gradients[:-1], x, S, weights, A, B, ctx.scaling, need_dx, ctx.path)
+    dA = [da.to(a.dtype) for da, a in zip(dA.split([a.shape[1] for a in A], dim=1), A, strict=True)]
+    return dx if need_dx else None, [None] * n, [None] * n, dA, dB, None, None
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("lora_linears: this path has no second derivative; use backend='reference'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+_backward.register_autograd(_refuse_second_derivative)

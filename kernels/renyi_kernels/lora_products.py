@@ -1,0 +1,77 @@
+"""What the two low-rank ops have in common: their passes, put together over particles, shared inputs and several maps.
+
+Layout: K particles, M rows, I/O in/out features, R ranks of all maps together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from renyi_kernels.torch_ops import grouped_lora as torch_passes
+
+
+def passes_of(path: str) -> ModuleType:
+    """The module that holds `shrink`, `expand`, `up_backward` and `down_backward` of a path."""
+    if path == "torch":
+        return torch_passes
+    from renyi_kernels.triton_ops import grouped_lora as triton_passes  # only where triton is there
+
+    return triton_passes
+
+
+def stack(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A [K, R_j, I] of several maps as one [K, R, I], in the dtype they are computed in."""
+    K, _, I = A[0].shape
+    stacked = A[0].new_empty((K, sum(a.shape[1] for a in A), I), dtype=dtype)
+    for part, a in zip(stacked.split([a.shape[1] for a in A], dim=1), A, strict=True):
+        part.copy_(a)
+    return stacked
+
+
+def split(S: Tensor, A: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of S [K, M, R] that belong to each map."""
+    return S.split([a.shape[1] for a in A], dim=2)
+
+
+def particle_major(S: Tensor, x: Tensor) -> Tensor:
+    """[K, M, R] whatever `x` is: for a shared input S lies in memory as [M, K, R], as one product for all made it."""
+    return S if x.dim() == 3 else S.transpose(0, 1)
+
+
+def shrink(passes: ModuleType, x: Tensor, A: Tensor) -> Tensor:
+    """x A_k^T of a particle's own input [K, M, I] or of a shared one [M, I], read once; see `particle_major`."""
+    (K, R, I), M = A.shape, x.shape[-2]
+    if x.dim() == 3:
+        S = x.new_empty((K, M, R))
+        passes.shrink(x, A, S)
+    else:
+        S = x.new_empty((M, K, R))
+        passes.shrink(x[None], A.view(1, K * R, I), S.view(1, M, K * R))
+    return S
+
+
+def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) -> None:
+    """dx += dS_k A_k, in place, for dx like x; summed over the particles if they share it."""
+    K, R, I = A.shape
+    if dx.dim() == 3:
+        passes.expand(dS, A.mT, 1.0, dx, dx)
+    else:
+        dx = dx[None]
+        passes.expand(dS.view(1, -1, K * R), A.view(1, K * R, I).mT, 1.0, dx, dx)
+
+
+def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dtype: torch.dtype) -> Tensor:
+    """dS_k^T x_k as [K, R, I]; x is read once for all maps."""
+    I = x.shape[-1]
+    if x.dim() == 3:
+        dA = x.new_empty((dS.shape[0], dS.shape[2], I), dtype=dtype)
+        passes.down_backward(x, dS, dA)
+    else:
+        M, K, R = dS.shape
+        dA = x.new_empty((K, R, I), dtype=dtype)
+        passes.down_backward(x[None], dS.view(1, M, K * R), dA.view(1, K * R, I))
+    return dA

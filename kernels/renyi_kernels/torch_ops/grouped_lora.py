@@ -1,0 +1,47 @@
+"""The low-rank products over particles in plain PyTorch, on any device: `triton_ops/grouped_lora.py`, pass by pass.
+
+Layout: K particles, M rows, I/O in/out features, R rank. An input that all particles share is [1, M, I].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
+    """One batched product down, one up; the scaling and the sum ride on the second. Differentiable to any order."""
+    K, R, _ = A.shape
+    if x.dim() == 2:
+        # a shared input is read once for all particles: [M, I] x [I, K R]
+        down = (x @ A.reshape(K * R, -1).mT).view(-1, K, R).transpose(0, 1)
+    else:
+        down = torch.bmm(x, A.mT)
+    if base_out is None:
+        return scaling * torch.bmm(down, B.mT)
+    base = base_out.expand(K, -1, -1)
+    return torch.baddbmm(base, down, B.mT, alpha=scaling)
+
+
+def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
+    """S [K, M, R] = x A_k^T for x [K, M, I]."""
+    torch.bmm(x, A.mT, out=S)
+
+
+def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor, out: Tensor) -> None:
+    """out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`."""
+    if base is out:
+        out.baddbmm_(S, B.mT, alpha=scaling)
+    else:
+        torch.baddbmm(base.expand_as(out), S, B.mT, alpha=scaling, out=out)
+
+
+def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
+    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
+    dS.baddbmm_(dY, B, beta=0.0, alpha=scaling)
+    dB.copy_(torch.bmm(dY.mT, S)).mul_(scaling)
+
+
+def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
+    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]."""
+    dA.copy_(torch.bmm(dS.mT, x))

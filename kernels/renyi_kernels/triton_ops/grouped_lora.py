@@ -1,0 +1,290 @@
+"""Triton kernels of the low-rank products over particles, and their launchers.
+
+Four passes make every forward and backward (eqs. beside each kernel); `lora_products.py` puts them together. All sum
+in fp32, in a fixed order: where several programs add to one result, each writes a partial sum of its own and a second
+pass adds those up, so that two runs are bitwise equal.
+
+Layout: K particles, M rows, I/O in/out features, R rank. An input that all particles share is [1, M, I].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from renyi_kernels.triton_ops.tuning import blocks, programs_wanted
+
+
+@triton.jit
+def grouped_lora_shrink_kernel(
+    x_ptr,
+    A_ptr,
+    S_ptr,
+    M,
+    R,
+    I,
+    x_stride_k,
+    x_stride_m,
+    A_stride_k,
+    A_stride_r,
+    S_stride_k,
+    S_stride_m,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """S[k, m, r] = sum_i x[k, m, i] A[k, r, i]"""
+    k = tl.program_id(2).to(tl.int64)
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    first_r = tl.program_id(1) * BLOCK_R
+    m = tl.arange(0, BLOCK_M)
+    r = first_r + tl.arange(0, BLOCK_R)
+    i = tl.arange(0, BLOCK_I)
+    in_m = m < M - first_m
+    in_r = r < R
+    # 64 bits to where a tile starts, 32 within it
+    x_ptrs = x_ptr + k * x_stride_k + first_m * x_stride_m + (m[:, None] * x_stride_m + i[None, :])
+    A_ptrs = A_ptr + k * A_stride_k + (r[None, :] * A_stride_r + i[:, None])
+    S = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        in_i = i < I - start
+        x = tl.load(x_ptrs + start, mask=in_m[:, None] & in_i[None, :], other=0.0)
+        A = tl.load(A_ptrs + start, mask=in_i[:, None] & in_r[None, :], other=0.0)
+        S = tl.dot(x, A, S, input_precision="ieee")
+    S_ptrs = S_ptr + k * S_stride_k + first_m * S_stride_m + (m[:, None] * S_stride_m + r[None, :])
+    tl.store(S_ptrs, S.to(S_ptr.dtype.element_ty), mask=in_m[:, None] & in_r[None, :])
+
+
+@triton.jit
+def grouped_lora_expand_kernel(
+    S_ptr,
+    B_ptr,
+    base_ptr,
+    out_ptr,
+    scaling,
+    M,
+    R,
+    O,
+    S_stride_k,
+    S_stride_m,
+    B_stride_k,
+    B_stride_o,
+    B_stride_r,
+    base_stride_k,
+    base_stride_m,
+    out_stride_k,
+    out_stride_m,
+    HAS_BASE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[k, m, o] = base[k, m, o] + scaling * sum_r S[k, m, r] B[k, o, r]; `base` may be `out` itself"""
+    k = tl.program_id(2).to(tl.int64)
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m = tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    in_m = m < M - first_m
+    in_o = o < O
+    S_ptrs = S_ptr + k * S_stride_k + first_m * S_stride_m + (m[:, None] * S_stride_m + r[None, :])
+    B_ptrs = B_ptr + k * B_stride_k + (o[None, :] * B_stride_o + r[:, None] * B_stride_r)
+    update = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        in_r = r < R - start
+        S = tl.load(S_ptrs + start, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        B = tl.load(B_ptrs + start * B_stride_r, mask=in_r[:, None] & in_o[None, :], other=0.0)
+        update = tl.dot(S, B, update, input_precision="ieee")
+    update *= scaling
+    inside = in_m[:, None] & in_o[None, :]
+    if HAS_BASE:
+        base_ptrs = base_ptr + k * base_stride_k + first_m * base_stride_m + (m[:, None] * base_stride_m + o[None, :])
+        update += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + k * out_stride_k + first_m * out_stride_m + (m[:, None] * out_stride_m + o[None, :])
+    tl.store(out_ptrs, update.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_lora_up_backward_kernel(
+    dY_ptr,
+    S_ptr,
+    B_ptr,
+    dS_ptr,
+    dB_ptr,
+    scaling,
+    M,
+    R,
+    O,
+    O_PER_SPLIT,
+    num_r_blocks,
+    dY_stride_k,
+    dY_stride_m,
+    S_stride_k,
+    S_stride_m,
+    B_stride_k,
+    B_stride_o,
+    dS_stride_split,
+    dS_stride_k,
+    dS_stride_m,
+    dB_stride_part,
+    dB_stride_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One reading of dY for both of
+
+    dS[k, m, r] = scaling * sum_o dY[k, m, o] B[k, o, r]      (a partial sum over o of one split)
+    dB[k, o, r] = scaling * sum_m dY[k, m, o] S[k, m, r]      (a partial sum over m of one block)
+    """
+    k = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(0).to(tl.int64)
+    split = (tl.program_id(1) // num_r_blocks).to(tl.int64)
+    first_m = part * BLOCK_M
+    first_o = split * O_PER_SPLIT
+    m = tl.arange(0, BLOCK_M)
+    o = tl.arange(0, BLOCK_O)
+    r = (tl.program_id(1) % num_r_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_m = m < M - first_m
+    in_r = r < R
+    dY_ptrs = dY_ptr + k * dY_stride_k + first_m * dY_stride_m + first_o + (m[:, None] * dY_stride_m + o[None, :])
+    B_ptrs = B_ptr + k * B_stride_k + first_o * B_stride_o + (o[:, None] * B_stride_o + r[None, :])
+    dB_ptrs = dB_ptr + part * dB_stride_part + k * dB_stride_k + first_o * R + (o[:, None] * R + r[None, :])
+    S_ptrs = S_ptr + k * S_stride_k + first_m * S_stride_m + (m[:, None] * S_stride_m + r[None, :])
+    S = tl.load(S_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)
+    dS = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, tl.minimum(O_PER_SPLIT, O - first_o), BLOCK_O):
+        in_o = o < tl.minimum(O_PER_SPLIT, O - first_o) - start
+        dY = tl.load(dY_ptrs + start, mask=in_m[:, None] & in_o[None, :], other=0.0)
+        B = tl.load(B_ptrs + start * B_stride_o, mask=in_o[:, None] & in_r[None, :], other=0.0)
+        dS = tl.dot(dY, B, dS, input_precision="ieee")
+        dB = tl.dot(tl.trans(dY), S, input_precision="ieee")
+        tl.store(dB_ptrs + start * R, dB * scaling, mask=in_o[:, None] & in_r[None, :])
+    dS_ptrs = dS_ptr + split * dS_stride_split + k * dS_stride_k + first_m * dS_stride_m
+    dS_ptrs += m[:, None] * dS_stride_m + r[None, :]
+    tl.store(dS_ptrs, (dS * scaling).to(dS_ptr.dtype.element_ty), mask=in_m[:, None] & in_r[None, :])
+
+
+@triton.jit
+def grouped_lora_down_backward_kernel(
+    x_ptr,
+    dS_ptr,
+    dA_ptr,
+    M,
+    R,
+    I,
+    M_PER_SPLIT,
+    num_r_blocks,
+    x_stride_k,
+    x_stride_m,
+    dS_stride_k,
+    dS_stride_m,
+    dA_stride_split,
+    dA_stride_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dA[k, r, i] = sum_m dS[k, m, r] x[k, m, i]      (a partial sum over m of one split)"""
+    k = tl.program_id(2).to(tl.int64)
+    split = (tl.program_id(1) // num_r_blocks).to(tl.int64)
+    first_m = split * M_PER_SPLIT
+    m = tl.arange(0, BLOCK_M)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    r = (tl.program_id(1) % num_r_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_i = i < I
+    in_r = r < R
+    num_m = tl.minimum(M_PER_SPLIT, M - first_m)
+    x_ptrs = x_ptr + k * x_stride_k + first_m * x_stride_m + (m[:, None] * x_stride_m + i[None, :])
+    dS_ptrs = dS_ptr + k * dS_stride_k + first_m * dS_stride_m + (m[:, None] * dS_stride_m + r[None, :])
+    dA = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+    for start in range(0, num_m, BLOCK_M):
+        in_m = m < num_m - start
+        x = tl.load(x_ptrs, mask=in_m[:, None] & in_i[None, :], other=0.0)
+        dS = tl.load(dS_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        # transposed, because the wide side has to be the first one for the matrix units
+        dA = tl.dot(tl.trans(x), dS, dA, input_precision="ieee")
+        # step by step: a split can span more than 2^31 elements
+        x_ptrs += BLOCK_M * x_stride_m
+        dS_ptrs += BLOCK_M * dS_stride_m
+    dA_ptrs = dA_ptr + split * dA_stride_split + k * dA_stride_k + (r[None, :].to(tl.int64) * I + i[:, None])
+    tl.store(dA_ptrs, dA.to(dA_ptr.dtype.element_ty), mask=in_i[:, None] & in_r[None, :])
+
+
+def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
+    """S [K, M, R] = x A_k^T for x [K, M, I]. Last dimensions contiguous, here and below."""
+    (K, M, I), R = x.shape, A.shape[1]
+    if S.numel() == 0:
+        return
+    config, options = blocks("shrink", x, R)
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]), K)
+    strides = (*x.stride()[:2], *A.stride()[:2], *S.stride()[:2])
+    grouped_lora_shrink_kernel[grid](x, A, S, M, R, I, *strides, **config, **options)
+
+
+def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor | None, out: Tensor) -> None:
+    """out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`; B [K, O, R] in any layout."""
+    (K, M, R), O = S.shape, B.shape[1]
+    if out.numel() == 0:
+        return
+    config, options = blocks("expand", S, R)
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(O, config["BLOCK_O"]), K)
+    base_strides = (0, 0) if base is None else (base.stride(0) if base.shape[0] == K else 0, base.stride(1))
+    strides = (*S.stride()[:2], *B.stride(), *base_strides, *out.stride()[:2])
+    pointers = (S, B, out if base is None else base, out)
+    grouped_lora_expand_kernel[grid](
+        *pointers, scaling, M, R, O, *strides, HAS_BASE=base is not None, **config, **options
+    )
+
+
+def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
+    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
+    (K, M, O), R = dY.shape, S.shape[2]
+    if dY.numel() == 0:
+        dS.zero_()
+        dB.zero_()
+        return
+    config, options = blocks("up_backward", dY, R)
+    num_parts = triton.cdiv(M, config["BLOCK_M"])
+    num_r_blocks = triton.cdiv(R, config["BLOCK_R"])
+    o_per_split = _split(O, config["BLOCK_O"], num_parts * num_r_blocks * K, dY)
+    num_splits = triton.cdiv(O, o_per_split)
+    # one part, or one split: no partial sums, the kernel writes the result itself
+    dS_parts = dS[None] if num_splits == 1 else dS.new_empty((num_splits, K, M, R), dtype=torch.float32)
+    dB_parts = dB[None] if num_parts == 1 else dB.new_empty((num_parts, K, O, R), dtype=torch.float32)
+    strides = (*dY.stride()[:2], *S.stride()[:2], *B.stride()[:2], *dS_parts.stride()[:3], *dB_parts.stride()[:2])
+    grouped_lora_up_backward_kernel[(num_parts, num_splits * num_r_blocks, K)](
+        dY, S, B, dS_parts, dB_parts, scaling, M, R, O, o_per_split, num_r_blocks, *strides, **config, **options
+    )
+    if num_splits > 1:
+        dS.copy_(dS_parts.sum(dim=0))
+    if num_parts > 1:
+        dB.copy_(dB_parts.sum(dim=0))
+
+
+def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
+    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]."""
+    (K, M, I), R = x.shape, dS.shape[2]
+    if x.numel() == 0:
+        dA.zero_()
+        return
+    config, options = blocks("down_backward", x, R)
+    num_i_blocks, num_r_blocks = triton.cdiv(I, config["BLOCK_I"]), triton.cdiv(R, config["BLOCK_R"])
+    m_per_split = _split(M, config["BLOCK_M"], num_i_blocks * num_r_blocks * K, x)
+    num_splits = triton.cdiv(M, m_per_split)
+    dA_parts = dA[None] if num_splits == 1 else dA.new_empty((num_splits, K, R, I), dtype=torch.float32)
+    strides = (*x.stride()[:2], *dS.stride()[:2], *dA_parts.stride()[:2])
+    grouped_lora_down_backward_kernel[(num_i_blocks, num_splits * num_r_blocks, K)](
+        x, dS, dA_parts, M, R, I, m_per_split, num_r_blocks, *strides, **config, **options
+    )
+    if num_splits > 1:
+        dA.copy_(dA_parts.sum(dim=0))
+
+
+def _split(size: int, block: int, num_programs: int, like: Tensor) -> int:
+    """Rows of a sum that one program takes, a multiple of `block`: few enough that the device is filled."""
+    num_blocks = triton.cdiv(size, block)
+    num_splits = min(num_blocks, max(1, programs_wanted(like.device) // num_programs))
+    return triton.cdiv(num_blocks, num_splits) * block

@@ -1,0 +1,122 @@
+"""Triton kernel between the two matrix products of linear_logprob, and its launcher.
+
+Layout: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_V = 4096
+_NUM_WARPS = 8
+
+
+@triton.jit
+def _logit(z, v, in_v, bias_ptr, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(logit, d logit / d raw product) of the raw product z; -inf beyond the vocabulary"""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + v, mask=in_v, other=0.0).to(tl.float32)
+    z *= scale
+    slope = scale
+    if HAS_SOFTCAP:
+        # tanh from exp(-2|x|), which cannot overflow
+        e = tl.exp(-2.0 * tl.abs(z) / softcap)
+        tanh = (1.0 - e) / (1.0 + e)
+        tanh = tl.where(z < 0, -tanh, tanh)
+        z = softcap * tanh
+        slope = scale * (1.0 - tanh * tanh)
+    return tl.where(in_v, z, float("-inf")), slope
+
+
+@triton.jit
+def linear_logprob_pass_kernel(
+    product_ptr,
+    gradient_ptr,
+    target_ptr,
+    bias_ptr,
+    logprob_ptr,
+    softcap,
+    scale,
+    V,
+    product_stride,
+    gradient_stride,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """logprob[n] = z[n, y] - log sum_v exp z[n, v], with z the logits of the raw products and y the target; and
+    d logprob[n] / d product[n, v] = slope * ((v == y) - exp(z[n, v] - log sum)), written over the products themselves
+
+    The gradient may be half as wide: its tile then lies in memory that has been read, never in what is still to be.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    product_ptr += row * product_stride
+    gradient_ptr += row * gradient_stride
+    target = tl.load(target_ptr + row)
+    v = tl.arange(0, BLOCK_V)
+    # each lane keeps a maximum and a sum of its own; they meet once, at the end
+    peak = tl.full((BLOCK_V,), -1.0e38, tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    z_target = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + v
+        z = tl.load(product_ptr + column, mask=column < V, other=0.0)
+        z, _ = _logit(z, column, column < V, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        new_peak = tl.maximum(peak, z)
+        total = total * tl.exp(peak - new_peak) + tl.exp(z - new_peak)
+        peak = new_peak
+        z_target = tl.where(column == target, z, z_target)
+    row_peak = tl.max(peak, axis=0)
+    log_total = tl.log(tl.sum(total * tl.exp(peak - row_peak), axis=0))
+    known = (target >= 0) & (target < V)
+    # relative to the peak first: both are large, their difference is not
+    logprob = (tl.sum(z_target, axis=0) - row_peak) - log_total
+    tl.store(logprob_ptr + row, tl.where(known, logprob, float("nan")))
+    if NEED_GRAD:
+        for start in range(0, V, BLOCK_V):
+            column = start + v
+            z = tl.load(product_ptr + column, mask=column < V, other=0.0)
+            z, slope = _logit(z, column, column < V, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+            # in fp32: the target's entry is 1 - p, and loses p if p is rounded first
+            gradient = slope * (tl.where(column == target, 1.0, 0.0) - tl.exp((z - row_peak) - log_total))
+            tl.debug_barrier()  # all of this tile is read before any of it is written
+            tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=column < V)
+
+
+def logprob_pass(
+    products: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logit_softcap: float | None,
+    logit_scale: float,
+    gradient_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `torch_ops.logprob_pass`, in one launch; the gradient lies in the memory of `products`."""
+    N, V = products.shape
+    logprob = products.new_empty(N)
+    gradient = None if gradient_dtype is None else products.view(gradient_dtype)[:, :V]
+    if N == 0:
+        return logprob, gradient
+    stand_in = products  # for a pointer that is not followed
+    linear_logprob_pass_kernel[(N,)](
+        products,
+        stand_in if gradient is None else gradient,
+        target,
+        stand_in if bias is None else bias.contiguous(),
+        logprob,
+        0.0 if logit_softcap is None else logit_softcap,
+        logit_scale,
+        V,
+        products.stride(0),
+        0 if gradient is None else gradient.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=logit_softcap is not None,
+        NEED_GRAD=gradient is not None,
+        BLOCK_V=min(_BLOCK_V, triton.next_power_of_2(V)),
+        num_warps=_NUM_WARPS,
+    )
+    return logprob, gradient

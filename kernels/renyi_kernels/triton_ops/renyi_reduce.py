@@ -1,0 +1,176 @@
+"""Triton kernels of the alpha-Renyi reduction, and their launchers: one launch forward, one backward.
+
+Layout: K particles, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from renyi_kernels.reference import at_least_fp32
+
+_TILE = 4096  # elements
+
+
+@triton.jit
+def _log1p(y):
+    """log(1 + y), right to the last digits for small y too (W. Kahan's correction of the rounding of 1 + y)"""
+    u = 1.0 + y
+    exact = u == 1.0
+    return tl.where(exact, y, tl.log(u) * (y / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0, likewise"""
+    u = tl.exp(x)
+    log_u = tl.log(tl.where(u == 0.0, 1.0, u))
+    corrected = (u - 1.0) * (x / tl.where(log_u == 0.0, 1.0, log_u))
+    return tl.where(u == 1.0, x, tl.where(u < 1.0e-300, -1.0, corrected))
+
+
+@triton.jit
+def renyi_reduce_forward_kernel(
+    token_logp_ptr,
+    mask_ptr,
+    loss_ptr,
+    responsibilities_ptr,
+    ess_ptr,
+    logp_ptr,
+    alpha: tl.float64,
+    K,
+    B,
+    T,
+    stride_k,
+    stride_b,
+    stride_t,
+    mask_stride_b,
+    mask_stride_t,
+    HAS_MASK: tl.constexpr,
+    ALPHA_IS_ZERO: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Of one sequence i: s_k = sum_t token_logp[k, i, t], in fp32; then, in fp64, with m = max_k s_k,
+
+    loss = -m - (1/alpha) log1p( (1/K) sum_k expm1(alpha (s_k - m)) ),  r = softmax_k(alpha s),  ess = 1 / sum_k r_k^2
+    """
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    t = tl.arange(0, BLOCK_T)
+    in_k = k < K
+    sums = tl.zeros((BLOCK_K, BLOCK_T), logp_ptr.dtype.element_ty)
+    row_ptrs = token_logp_ptr + b * stride_b + k.to(tl.int64)[:, None] * stride_k
+    for start in range(0, T, BLOCK_T):
+        in_t = start + t < T
+        counts = in_t
+        if HAS_MASK:
+            counts = in_t & (
+                tl.load(mask_ptr + b * mask_stride_b + (start + t) * mask_stride_t, mask=in_t, other=0) != 0
+            )
+        inside = in_k[:, None] & counts[None, :]
+        # what stands at a masked position is never read: it may be -inf or NaN
+        sums += tl.load(row_ptrs + (start + t)[None, :] * stride_t, mask=inside, other=0.0).to(sums.dtype)
+    logp = tl.sum(sums, axis=1)
+    k_b = k.to(tl.int64) * B + b
+    tl.store(logp_ptr + k_b, logp, mask=in_k)
+
+    s = logp.to(tl.float64)
+    peak = tl.max(tl.where(in_k, s, float("-inf")), axis=0)
+    impossible = tl.sum(tl.where(in_k & (s != float("-inf")), 1, 0), axis=0) == 0
+    m = tl.where(impossible, 0.0, peak)
+    below = tl.where(in_k, s, m) - m
+    if ALPHA_IS_ZERO:
+        loss = -tl.sum(tl.where(in_k, s, 0.0), axis=0) / K
+        weight = tl.where(in_k, 1.0, 0.0).to(tl.float64)
+    else:
+        scores = alpha * tl.where(impossible, 0.0, below)
+        excess = tl.sum(tl.where(in_k, _expm1(scores), 0.0), axis=0) / K
+        loss = -m - _log1p(excess) / alpha
+        weight = tl.where(in_k, tl.exp(scores), 0.0)
+    loss = tl.where(impossible, float("inf"), loss)
+    r = weight / tl.sum(weight, axis=0)
+    tl.store(loss_ptr + b, loss.to(loss_ptr.dtype.element_ty))
+    tl.store(responsibilities_ptr + k_b, r.to(responsibilities_ptr.dtype.element_ty), mask=in_k)
+    tl.store(ess_ptr + b, (1.0 / tl.sum(r * r, axis=0)).to(ess_ptr.dtype.element_ty))
+
+
+@triton.jit
+def renyi_reduce_backward_kernel(
+    upstream_ptr,
+    responsibilities_ptr,
+    logp_ptr,
+    mask_ptr,
+    gradient_ptr,
+    K,
+    B,
+    T,
+    upstream_stride,
+    mask_stride_b,
+    mask_stride_t,
+    HAS_MASK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """gradient[k, i, t] = -upstream[i] r[k, i] where token t counts, (21); zero if no particle gives i any mass"""
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_k = k < K
+    in_t = t < T
+    k_b = k.to(tl.int64) * B + b
+    s = tl.load(logp_ptr + k_b, mask=in_k, other=float("-inf"))
+    possible = tl.sum(tl.where(s != float("-inf"), 1, 0), axis=0) > 0
+    r = tl.load(responsibilities_ptr + k_b, mask=in_k, other=0.0)
+    weight = tl.where(possible, -tl.load(upstream_ptr + b * upstream_stride) * r, 0.0)
+    counts = in_t
+    if HAS_MASK:
+        counts = in_t & (tl.load(mask_ptr + b * mask_stride_b + t * mask_stride_t, mask=in_t, other=0) != 0)
+    gradient = tl.where(counts[None, :], weight[:, None], 0.0)
+    gradient_ptrs = gradient_ptr + k_b[:, None] * T + t[None, :]
+    tl.store(gradient_ptrs, gradient.to(gradient_ptr.dtype.element_ty), mask=in_k[:, None] & in_t[None, :])
+
+
+def forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T] and mask [B, T]."""
+    K, B, T = token_logp.shape
+    dtype = at_least_fp32(token_logp.dtype)
+    loss, ess = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty(B, dtype=dtype)
+    responsibilities, logp = token_logp.new_empty(K, B, dtype=dtype), token_logp.new_empty(K, B, dtype=dtype)
+    if B:
+        mask, mask_strides = _mask(mask, token_logp)
+        outputs = (loss, responsibilities, ess, logp)
+        sizes = (K, B, T, *token_logp.stride(), *mask_strides)
+        renyi_reduce_forward_kernel[(B,)](
+            token_logp, mask, *outputs, alpha, *sizes, ALPHA_IS_ZERO=alpha == 0.0, **_options(K, T, mask, token_logp)
+        )
+    return loss, responsibilities, ess, logp
+
+
+def backward(
+    upstream: Tensor, responsibilities: Tensor, logp: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """Gradient [K, B, num_tokens] with respect to the token log-likelihoods, for upstream [B]."""
+    K, B = responsibilities.shape
+    gradient = upstream.new_empty((K, B, num_tokens), dtype=dtype)
+    if gradient.numel():
+        mask, mask_strides = _mask(mask, upstream)
+        options = _options(K, num_tokens, mask, upstream)
+        grid = (B, triton.cdiv(num_tokens, options["BLOCK_T"]))
+        sizes = (K, B, num_tokens, upstream.stride(0), *mask_strides)
+        renyi_reduce_backward_kernel[grid](upstream, responsibilities, logp, mask, gradient, *sizes, **options)
+    return gradient
+
+
+def _mask(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The mask as bytes and its strides; without one, a pointer that is not followed."""
+    return (stand_in, (0, 0)) if mask is None else (mask.bool().view(torch.uint8), mask.stride())
+
+
+def _options(K: int, T: int, mask: Tensor, stand_in: Tensor) -> dict[str, int | bool]:
+    block_k = triton.next_power_of_2(K)
+    block_t = max(1, min(triton.next_power_of_2(T), _TILE // block_k))
+    return {"HAS_MASK": mask is not stand_in, "BLOCK_K": block_k, "BLOCK_T": block_t, "num_warps": 4}

@@ -1,0 +1,72 @@
+"""Block sizes of the kernels: a table by device and shape class. Nothing is tried out at run time.
+
+A device that is not in the table takes the row "any", whose tiles fit the smallest shared memory of them all (64 KiB).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# (kernel, bytes of an element, device) -> block sizes, num_warps, num_stages. `BLOCK_R` is added by rank.
+_ROWS: dict[tuple[str, int, str], tuple[dict[str, int], int, int]] = {
+    ("shrink", 2, "any"): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
+    ("shrink", 2, "sm_80"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("shrink", 2, "sm_90"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 4),
+    ("shrink", 2, "sm_100"): ({"BLOCK_M": 128, "BLOCK_I": 64}, 4, 4),
+    ("shrink", 4, "any"): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 2),
+    ("expand", 2, "any"): ({"BLOCK_M": 64, "BLOCK_O": 128}, 4, 1),
+    ("expand", 4, "any"): ({"BLOCK_M": 32, "BLOCK_O": 64}, 4, 1),
+    ("up_backward", 2, "any"): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 2),
+    ("up_backward", 2, "sm_80"): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    ("up_backward", 2, "sm_90"): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    ("up_backward", 2, "sm_100"): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    ("up_backward", 4, "any"): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
+    ("down_backward", 2, "any"): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
+    ("down_backward", 2, "sm_80"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("down_backward", 2, "sm_90"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("down_backward", 2, "sm_100"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("down_backward", 4, "any"): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 1),
+}
+LARGEST_BLOCK_R = 64
+SMALLEST_BLOCK_R = 16  # the narrowest side of a matrix product
+
+# without a device to ask, as in the interpreter: small, so that sums are split there too
+_PROGRAMS_WITHOUT_DEVICE = 8
+
+
+def blocks(kernel: str, like: Tensor, rank: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(block sizes, launch options) of a pass of grouped_lora for inputs like this tensor."""
+    return row(kernel, like.dtype.itemsize, architecture(like.device), block_r(rank))
+
+
+def row(kernel: str, itemsize: int, arch: str, block_r: int) -> tuple[dict[str, int], dict[str, int]]:
+    """As `blocks`, of a named device: "sm_90", "gfx942" and the like."""
+    sizes, num_warps, num_stages = _ROWS.get((kernel, itemsize, arch)) or _ROWS[kernel, itemsize, "any"]
+    return {**sizes, "BLOCK_R": block_r}, {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def block_r(rank: int) -> int:
+    """The shape class of a rank: the block that covers it, up to a limit."""
+    return min(LARGEST_BLOCK_R, max(SMALLEST_BLOCK_R, 1 << (rank - 1).bit_length()))
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "none" off the GPU."""
+    if device.type != "cuda":
+        return "none"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def programs_wanted(device: torch.device) -> int:
+    """Programs that fill the device twice over."""
+    if device.type != "cuda":
+        return _PROGRAMS_WITHOUT_DEVICE
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,141 @@
+"""How an adapted linear map runs: its frozen base on all rows at once, and every particle's low-rank update.
+
+Layout: K particles, B sequences, T tokens, I/O in/out features, R rank. Rows are particle-major: [K*B, T, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from renyi_kernels import grouped_lora, lora_linears
+
+
+class StackedAdapter(nn.Module):
+    """The K adapters of one linear map: A [K, R, I] and B [K, O, R], fp32."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+
+    @property
+    def num_particles(self) -> int:
+        return self.A.shape[0]
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the map is a matrix that can be multiplied here: not quantised, its forward not taken over by others."""
+    return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+
+
+class MapGroup:
+    """Plain maps that read the same tensor, such as q, k and v: the first one called computes all.
+
+    Their `forward` is taken over while installed, and given back by `remove`.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Module], adapters: list[StackedAdapter], scaling: float, shared_input: bool
+    ) -> None:
+        self._linears, self._adapters = dict(linears), adapters
+        self._scaling, self._shared_input = scaling, shared_input
+        self._waiting: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def install(self, enabled: Callable[[], bool]) -> None:
+        for path, linear in self._linears.items():
+            linear.forward = partial(self._forward, enabled, path)
+
+    def remove(self) -> None:
+        for linear in self._linears.values():
+            del linear.forward
+
+    def forget(self) -> None:
+        """Drop outputs that nobody came for: a checkpointed layer is left as soon as its backward has what it needs."""
+        self._waiting = None
+
+    def _forward(self, enabled: Callable[[], bool], path: str, x: Tensor) -> Tensor:
+        if not enabled():
+            linear = self._linears[path]
+            return type(linear).forward(linear, x)
+        if self._waiting is None or self._waiting[0] is not x or path not in self._waiting[1]:
+            self._waiting = (x, self._run(path, x))
+        output = self._waiting[1].pop(path)
+        if not self._waiting[1]:
+            self._waiting = None
+        return output
+
+    def _run(self, path: str, x: Tensor) -> dict[str, Tensor]:
+        rows = _rows(path, x, self._adapters[0].num_particles, self._shared_input)
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            rows = rows.to(torch.get_autocast_dtype(device_type))
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for linear in self._linears.values():
+            weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
+            weights.append((weight.mT if isinstance(linear, Conv1D) else weight).to(rows.dtype))
+            biases.append(None if bias is None else bias.to(rows.dtype))
+        outputs = lora_linears(
+            rows, weights, biases, [a.A for a in self._adapters], [a.B for a in self._adapters], self._scaling
+        )
+        return {p: y.view(*x.shape[:-1], -1) for p, y in zip(self._linears, outputs, strict=True)}
+
+
+class OpaqueMap:
+    """A map that only its own forward can run, such as a quantised one: a hook adds the update to its output."""
+
+    def __init__(
+        self, path: str, linear: nn.Module, adapter: StackedAdapter, scaling: float, shared_input: bool
+    ) -> None:
+        self._path, self._linear, self._adapter = path, linear, adapter
+        self._scaling, self._shared_input = scaling, shared_input
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def install(self, enabled: Callable[[], bool]) -> None:
+        self._handles = [
+            self._linear.register_forward_pre_hook(partial(self._before, enabled)),
+            self._linear.register_forward_hook(partial(self._after, enabled)),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def forget(self) -> None:
+        pass
+
+    def _before(self, enabled: Callable[[], bool], linear: nn.Module, args: tuple) -> tuple | None:
+        if not enabled():
+            return None
+        K, x = self._adapter.num_particles, args[0]
+        _rows(self._path, x, K, self._shared_input)
+        return (x[: x.shape[0] // K],) if self._shared_input else None
+
+    def _after(self, enabled: Callable[[], bool], linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not enabled():
+            return None
+        K, x = self._adapter.num_particles, args[0]
+        A, B = self._adapter.A.to(x.dtype), self._adapter.B.to(x.dtype)
+        if self._shared_input:
+            out = grouped_lora(x.flatten(0, -2), A, B, self._scaling, output.flatten(0, -2))
+            return out.view(K * output.shape[0], *output.shape[1:])
+        rows, base = x.reshape(K, -1, x.shape[-1]), output.reshape(K, -1, output.shape[-1])
+        return grouped_lora(rows, A, B, self._scaling, base).view(output.shape)
+
+
+def _rows(path: str, x: Tensor, num_particles: int, shared_input: bool) -> Tensor:
+    """[K*B, T, I] as [K, B*T, I]; as [B*T, I] if every particle's rows are the same."""
+    if x.shape[0] % num_particles:
+        raise RuntimeError(
+            f"{path} was given {x.shape[0]} rows, which {num_particles} particles do not divide: it does not see whole "
+            "sequences (a mixture of experts?) or the model was called directly; leave it out of target_modules, "
+            "or call the model inside disable_adapters()"
+        )
+    by_particle = x.reshape(num_particles, -1, x.shape[-1])
+    return by_particle[0] if shared_input else by_particle
