@@ -29,7 +29,7 @@ LAYERS = [
     ["files"],
 ]
 KERNEL_LAYERS = [
-    ["__init__"],
+    ["__init__", "aot"],
     ["renyi_loss"],
     ["grouped_lora", "lora_linears", "linear_logprob", "renyi_reduce"],
     ["lora_products", "head_chunks"],

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_V = 4096
+_BLOCK_V = 2048
 _NUM_WARPS = 8
 
 

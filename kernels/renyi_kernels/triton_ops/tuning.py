@@ -10,25 +10,33 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# (kernel, bytes of an element, device) -> block sizes, num_warps, num_stages. `BLOCK_R` is added by rank.
-_ROWS: dict[tuple[str, int, str], tuple[dict[str, int], int, int]] = {
-    ("shrink", 2, "any"): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
-    ("shrink", 2, "sm_80"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
-    ("shrink", 2, "sm_90"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 4),
-    ("shrink", 2, "sm_100"): ({"BLOCK_M": 128, "BLOCK_I": 64}, 4, 4),
-    ("shrink", 4, "any"): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 2),
-    ("expand", 2, "any"): ({"BLOCK_M": 64, "BLOCK_O": 128}, 4, 1),
-    ("expand", 4, "any"): ({"BLOCK_M": 32, "BLOCK_O": 64}, 4, 1),
-    ("up_backward", 2, "any"): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 2),
-    ("up_backward", 2, "sm_80"): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
-    ("up_backward", 2, "sm_90"): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
-    ("up_backward", 2, "sm_100"): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
-    ("up_backward", 4, "any"): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
-    ("down_backward", 2, "any"): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
-    ("down_backward", 2, "sm_80"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
-    ("down_backward", 2, "sm_90"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
-    ("down_backward", 2, "sm_100"): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
-    ("down_backward", 4, "any"): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 1),
+# (kernel, bytes of an element, device, class of the rank or 0 for all) -> block sizes, num_warps, num_stages
+_ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
+    ("shrink", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
+    ("shrink", 2, "sm_80", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("shrink", 2, "sm_90", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 4),
+    ("shrink", 2, "sm_100", 0): ({"BLOCK_M": 128, "BLOCK_I": 64}, 4, 4),
+    ("shrink", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 2),
+    ("expand", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_O": 128}, 4, 1),
+    ("expand", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_O": 64}, 4, 1),
+    ("expand", 4, "sm_100", 64): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
+    ("up_backward", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 2),
+    ("up_backward", 2, "sm_80", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    ("up_backward", 2, "sm_80", 64): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 3),
+    # taller tiles: fewer partial sums of dB to write and read again
+    ("up_backward", 2, "sm_90", 16): ({"BLOCK_M": 256, "BLOCK_O": 64}, 8, 3),
+    ("up_backward", 2, "sm_100", 16): ({"BLOCK_M": 256, "BLOCK_O": 64}, 8, 3),
+    ("up_backward", 2, "sm_90", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    ("up_backward", 2, "sm_100", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    # a mask over 32 ranks costs more scalar registers than there are
+    ("up_backward", 2, "gfx942", 32): ({"BLOCK_M": 64, "BLOCK_O": 64, "BLOCK_R": 16}, 4, 2),
+    ("up_backward", 4, "gfx942", 32): ({"BLOCK_M": 32, "BLOCK_O": 32, "BLOCK_R": 16}, 4, 1),
+    ("up_backward", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
+    ("down_backward", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
+    ("down_backward", 2, "sm_80", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("down_backward", 2, "sm_90", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("down_backward", 2, "sm_100", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
+    ("down_backward", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 1),
 }
 LARGEST_BLOCK_R = 64
 SMALLEST_BLOCK_R = 16  # the narrowest side of a matrix product
@@ -44,8 +52,9 @@ def blocks(kernel: str, like: Tensor, rank: int) -> tuple[dict[str, int], dict[s
 
 def row(kernel: str, itemsize: int, arch: str, block_r: int) -> tuple[dict[str, int], dict[str, int]]:
     """As `blocks`, of a named device: "sm_90", "gfx942" and the like."""
-    sizes, num_warps, num_stages = _ROWS.get((kernel, itemsize, arch)) or _ROWS[kernel, itemsize, "any"]
-    return {**sizes, "BLOCK_R": block_r}, {"num_warps": num_warps, "num_stages": num_stages}
+    keys = [(kernel, itemsize, arch, block_r), (kernel, itemsize, arch, 0), (kernel, itemsize, "any", 0)]
+    sizes, num_warps, num_stages = next(_ROWS[key] for key in keys if key in _ROWS)
+    return {"BLOCK_R": block_r, **sizes}, {"num_warps": num_warps, "num_stages": num_stages}
 
 
 def block_r(rank: int) -> int:

@@ -1,0 +1,255 @@
+"""Compile every kernel for every kind of GPU, without one: `python -m renyi_kernels.aot`.
+
+The launchers are called on tensors without storage, in the dtypes and modes that the ops and the engine use; what they
+would launch is compiled instead, specialised as at run time (alignment, sizes of one, block sizes of that device). A
+table of registers, spills, shared memory and matrix instructions is printed; a compile error or a spill is exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_POINTERS = {**_DTYPES, torch.float64: "fp64", torch.int64: "i64", torch.uint8: "u8"}
+
+
+@dataclass
+class Launch:
+    """A kernel and how it would be compiled for one launch."""
+
+    mode: str
+    kernel: Any
+    signature: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    aligned: list[int] = field(default_factory=list)
+    options: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
+        """As Triton's own launcher sees the call: ints of one are constants, multiples of 16 are known to be such."""
+        launch = cls(mode, kernel)
+        names = [parameter.name for parameter in kernel.params]
+        values = dict(zip(names, args, strict=False)) | kwargs
+        launch.options = {name: values.pop(name) for name in list(values) if name not in names}
+        for index, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+                launch.signature[name], launch.constants[name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                launch.signature[name] = f"*{_POINTERS[value.dtype]}"
+                launch.aligned.append(index)
+            elif isinstance(value, float):
+                launch.signature[name] = parameter.annotation_type or "fp32"
+            else:
+                launch.signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0:
+                    launch.aligned.append(index)
+        return launch
+
+    @property
+    def key(self) -> tuple:
+        return (
+            self.kernel.__name__,
+            *self.signature.items(),
+            *sorted(self.constants.items()),
+            *self.aligned,
+            *sorted(self.options.items()),
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of a launch: registers a thread, bytes of spill, bytes of shared memory; or the error."""
+
+    kernel: str
+    mode: str
+    target: str
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    matrix: str = ""
+    error: str = ""
+
+
+def launches(target: str) -> list[Launch]:
+    """Every launch of the modes below on a device of that kind, each once."""
+    from triton.runtime.jit import JITFunction
+
+    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, renyi_reduce, tuning
+
+    found: dict[tuple, Launch] = {}
+    mode = ""
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = Launch.of_call(mode, kernel, args, kwargs)
+        found.setdefault(launch.key, launch)
+
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(tuning, "architecture", lambda device: target),
+    ):
+        for module, cases in (
+            (grouped_lora, grouped_lora_modes),
+            (linear_logprob, linear_logprob_modes),
+            (renyi_reduce, renyi_reduce_modes),
+        ):
+            for mode, launcher, arguments in cases(module):  # noqa: B007 - `record` reads the mode
+                launcher(*arguments)
+    return list(found.values())
+
+
+def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
+    """Per dtype and rank: input of each particle or shared; base in place, shared or none; fp32 gradients or not."""
+    K, M, I, O = 8, 2048, 1536, 8960
+    for dtype, name in _DTYPES.items():
+        for R in (8, 24, 64):
+            empty = partial(torch.empty, dtype=dtype, device="meta")
+            x, A, B, S, Y = empty(K, M, I), empty(K, R, I), empty(K, O, R), empty(K, M, R), empty(K, M, O)
+            # of a shared input: one product with all particles' A
+            one_x, one_A, one_S = empty(1, M, I), empty(1, K * R, I), empty(1, M, K * R)
+            shared_S = one_S.view(M, K, R).transpose(0, 1)
+            mode = f"{name} rank {R}"
+            yield mode, ops.shrink, (x, A, S)
+            yield f"{mode} shared x", ops.shrink, (one_x, one_A, one_S)
+            yield f"{mode} in place", ops.expand, (S, B, 2.0, Y, Y)
+            yield f"{mode} no base", ops.expand, (S, B, 2.0, None, Y)
+            yield f"{mode} shared base", ops.expand, (shared_S, B, 2.0, Y[:1], Y)
+            yield f"{mode} into dx", ops.expand, (S, A.mT, 1.0, x, x)
+            for gradients in dict.fromkeys((dtype, torch.float32)):
+                dB, dA, one_dA = (torch.empty_like(t, dtype=gradients) for t in (B, A, one_A))
+                few_Y, few_S = empty(K, 16, O), empty(K, 16, R)  # one part: the kernel writes the gradient itself
+                mode = f"{name} rank {R}, {_DTYPES[gradients]} gradients"
+                yield mode, ops.up_backward, (Y, S, B, 2.0, S, dB)
+                yield f"{mode}, shared x", ops.up_backward, (Y, shared_S, B, 2.0, shared_S, dB)
+                yield f"{mode}, few rows", ops.up_backward, (few_Y, few_S, B, 2.0, few_S, dB)
+                yield mode, ops.down_backward, (x, S, dA)
+                yield f"{mode}, shared x", ops.down_backward, (one_x, one_S, one_dA)
+
+
+def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
+    """Per dtype of the gradient, or none: with and without bias and softcap; a vocabulary of whole blocks or not."""
+    for V in (151936, 50257):
+        products = torch.empty((1024, V), device="meta")
+        target = torch.empty(1024, dtype=torch.int64, device="meta")
+        for dtype in (None, *_DTYPES):
+            for softcap in (None, 30.0):
+                for bias in (None, torch.empty(V, dtype=dtype, device="meta")):
+                    mode = f"{'forward' if dtype is None else _DTYPES[dtype]} V={V}"
+                    mode += (" bias" if bias is not None else "") + (" softcap" if softcap else "")
+                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, dtype)
+
+
+def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:
+    """Few and many particles, sequences or tokens, with and without a mask, alpha = 0 or above."""
+    for K in (1, 8, 64):
+        for T in (1, 2048):
+            tokens, pairs = torch.empty((K, 4, T), device="meta"), torch.empty((K, 4), device="meta")
+            for mask in (None, torch.empty((4, T), dtype=torch.bool, device="meta")):
+                mode = f"K={K} T={T}{'' if mask is None else ' mask'}"
+                for alpha in (0.0, 0.8):
+                    yield f"{mode} alpha={alpha}", ops.forward, (tokens, mask, alpha)
+                yield mode, ops.backward, (pairs[0], pairs, pairs, mask, T, torch.float32)
+
+
+def compile_for(target: str) -> list[Compiled]:
+    """Compile every launch for a target; an error is a result, too."""
+    return [_compile(launch, target) for launch in launches(target)]
+
+
+def _compile(launch: Launch, target: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name = launch.kernel.__name__
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
+    constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
+    source = ASTSource(launch.kernel, launch.signature, constants, attributes)
+    try:
+        made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    except Exception as error:  # whatever the compiler raises is what this is to find
+        lines = str(error).strip().splitlines() or [""]
+        return Compiled(name, launch.mode, target, error=f"{type(error).__name__}: {lines[-1][:200]}")
+    text = made.asm.get("ptx") or made.asm["amdgcn"]
+    matrix = next((each for each in _MATRIX_INSTRUCTIONS if each in text), "")
+    used = _used_on_nvidia(made.asm["cubin"]) if "cubin" in made.asm else _used_on_amd(text)
+    return Compiled(name, launch.mode, target, *used, shared=made.metadata.shared, matrix=matrix)
+
+
+def _used_on_nvidia(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes a thread keeps in local memory)"""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    found = {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _used_on_amd(assembly: str) -> tuple[int, int]:
+    """(vector registers a thread, spilled registers of both kinds)"""
+    count = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+    return count("vgpr_count"), count("vgpr_spill_count") + count("sgpr_spill_count")
+
+
+def table(results: list[Compiled]) -> str:
+    heads = ("kernel", "mode", "target", "registers", "spills", "shared B", "matrix")
+    rows = [
+        (
+            r.kernel,
+            r.mode,
+            r.target,
+            *((r.error,) if r.error else map(str, (r.registers, r.spills, r.shared, r.matrix))),
+        )
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in [heads, *rows] if len(row) > i and (i != 3 or len(row) > 4)) for i in range(7)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in [heads, *rows]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m renyi_kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="kinds of GPU")
+    chosen = parser.parse_args(arguments).targets
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it")
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        results = [result for found in pool.map(compile_for, chosen) for result in found]
+    print(table(results))
+    per_target = Counter(r.target for r in results)
+    counts = ", ".join(f"{target} {count}" for target, count in per_target.items())
+    errors, spills = sum(bool(r.error) for r in results), sum(r.spills > 0 for r in results)
+    print(f"\ncompiled: {counts}; errors: {errors}; with spills: {spills}")
+    return 1 if errors or spills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
