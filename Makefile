@@ -1,9 +1,9 @@
-# `make demo` and `make test` need nothing but python3 and a package index; both install into .venv.
+# `make demo`, `make test` and `make bench` need nothing but python3 and a package index; all install into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/demo
 	$(PY) examples/contested/run.py
@@ -14,7 +14,12 @@ test: $(VENV)/dev
 	$(PY) -m mypy
 	$(PY) -m pytest
 
-$(VENV)/demo $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
+bench: $(VENV)/bench
+	mkdir -p runs
+	$(PY) -m pytest csrc_bench --benchmark-json=runs/bench.json
+	$(PY) -m csrc_bench.compare runs/bench.json
+
+$(VENV)/demo $(VENV)/dev $(VENV)/bench: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@

@@ -10,8 +10,7 @@ from renyi_engine.config import TrainConfig, to_yaml
 from renyi_engine.data import Example
 from renyi_engine.trainer import load_dataset, make_task
 from renyi_kernels import IGNORE_INDEX
-
-LOGITS_CHUNK_MIB = 256
+from renyi_kernels.linear_logprob import CHUNK_MIB
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -67,7 +66,7 @@ def memory_estimate(config: TrainConfig, longest: int) -> str:
         "base weights": itemsize * sum(p.numel() for p in model.parameters()),
         "adapters, gradients, AdamW moments": 16 * adapters,
         f"activations of {rows} rows (rough)": itemsize * rows * kept,
-        "logits of a chunk": LOGITS_CHUNK_MIB * 2**20,
+        "logits of a chunk": CHUNK_MIB * 2**20,
     }
     lines = [f"{name:40} {size / 2**20:10.0f} MiB" for name, size in parts.items()]
     return "\n".join([*lines, f"{'in all':40} {sum(parts.values()) / 2**20:10.0f} MiB"]) + "\n"

@@ -123,9 +123,8 @@ def launches(target: str) -> list[Launch]:
 
 def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
     """Per dtype and rank: input of each particle or shared; base in place, shared or none; fp32 gradients or not."""
-    K, M, I, O = 8, 2048, 1536, 8960
     for dtype, name in _DTYPES.items():
-        for R in (8, 24, 64):
+        for K, M, I, O, R in ((8, 2048, 1536, 8960, 8), (8, 2048, 1536, 8960, 24), (8, 2048, 1536, 8960, 64), (1,) * 5):
             empty = partial(torch.empty, dtype=dtype, device="meta")
             x, A, B, S, Y = empty(K, M, I), empty(K, R, I), empty(K, O, R), empty(K, M, R), empty(K, M, O)
             # of a shared input: one product with all particles' A
@@ -140,7 +139,7 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
             yield f"{mode} into dx", ops.expand, (S, A.mT, 1.0, x, x)
             for gradients in dict.fromkeys((dtype, torch.float32)):
                 dB, dA, one_dA = (torch.empty_like(t, dtype=gradients) for t in (B, A, one_A))
-                few_Y, few_S = empty(K, 16, O), empty(K, 16, R)  # one part: the kernel writes the gradient itself
+                few_Y, few_S = empty(K, 17, O), empty(K, 17, R)  # one part: the kernel writes the gradient itself
                 mode = f"{name} rank {R}, {_DTYPES[gradients]} gradients"
                 yield mode, ops.up_backward, (Y, S, B, 2.0, S, dB)
                 yield f"{mode}, shared x", ops.up_backward, (Y, shared_S, B, 2.0, shared_S, dB)

@@ -14,6 +14,8 @@ from renyi_kernels import head_chunks, reference
 from renyi_kernels.backend import resolve
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 
+CHUNK_MIB = 256.0
+
 
 def linear_logprob(
     hidden: Tensor,
@@ -23,7 +25,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
-    chunk_mib: float = 256.0,
+    chunk_mib: float = CHUNK_MIB,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability, in nats, of each label: ``log softmax(z)[label]``, ``z = softcap(scale * (h W^T + b))``.

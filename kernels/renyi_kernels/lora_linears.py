@@ -52,6 +52,7 @@ def lora_linears(
         return reference.lora_linears(x, weights, biases, A, B, float(scaling))
     # autograd sees a list of tensors only if it holds nothing else
     present = [weight.new_empty(0) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     return list(_forward(x.contiguous(), weights, present, A, B, float(scaling), path)[:-1])
 
 
@@ -83,8 +84,8 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: lis
                 raise TypeError(f"{name}[{j}]: expected a floating dtype; got {tensor.dtype}")
 
 
-# one operator to autograd and torch.compile: contiguous x, an empty tensor for no bias; beside the outputs it returns
-# x A^T of all maps, for the backward
+# one operator to autograd and torch.compile: contiguous x, A and B, an empty tensor for no bias; beside the outputs it
+# returns x A^T of all maps, for the backward
 
 
 @torch.library.custom_op("renyi_kernels::lora_linears", mutates_args=())

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kernels.triton_ops.tuning import blocks, programs_wanted
+from renyi_kernels.triton_ops.device import on_its_device, programs_wanted
+from renyi_kernels.triton_ops.tuning import blocks
 
 
 @triton.jit
@@ -213,6 +214,7 @@ def grouped_lora_down_backward_kernel(
     tl.store(dA_ptrs, dA.to(dA_ptr.dtype.element_ty), mask=in_i[:, None] & in_r[None, :])
 
 
+@on_its_device
 def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
     """S [K, M, R] = x A_k^T for x [K, M, I]. Last dimensions contiguous, here and below."""
     (K, M, I), R = x.shape, A.shape[1]
@@ -224,6 +226,7 @@ def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
     grouped_lora_shrink_kernel[grid](x, A, S, M, R, I, *strides, **config, **options)
 
 
+@on_its_device
 def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor | None, out: Tensor) -> None:
     """out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`; B [K, O, R] in any layout."""
     (K, M, R), O = S.shape, B.shape[1]
@@ -239,6 +242,7 @@ def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor | None, out: Tenso
     )
 
 
+@on_its_device
 def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
     """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
     (K, M, O), R = dY.shape, S.shape[2]
@@ -264,6 +268,7 @@ def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB
         dB.copy_(dB_parts.sum(dim=0))
 
 
+@on_its_device
 def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
     """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]."""
     (K, M, I), R = x.shape, dS.shape[2]

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kernels.triton_ops.device import on_its_device
+
 _BLOCK_V = 2048
 _NUM_WARPS = 8
 
@@ -87,6 +89,7 @@ def linear_logprob_pass_kernel(
             tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=column < V)
 
 
+@on_its_device
 def logprob_pass(
     products: Tensor,
     target: Tensor,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from renyi_kernels.reference import at_least_fp32
+from renyi_kernels.triton_ops.device import on_its_device
 
 _TILE = 4096  # elements
 
@@ -134,6 +135,7 @@ def renyi_reduce_backward_kernel(
     tl.store(gradient_ptrs, gradient.to(gradient_ptr.dtype.element_ty), mask=in_k[:, None] & in_t[None, :])
 
 
+@on_its_device
 def forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T] and mask [B, T]."""
     K, B, T = token_logp.shape
@@ -150,6 +152,7 @@ def forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tens
     return loss, responsibilities, ess, logp
 
 
+@on_its_device
 def backward(
     upstream: Tensor, responsibilities: Tensor, logp: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype
 ) -> Tensor:

@@ -5,10 +5,9 @@ A device that is not in the table takes the row "any", whose tiles fit the small
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 from torch import Tensor
+
+from renyi_kernels.triton_ops.device import architecture
 
 # (kernel, bytes of an element, device, class of the rank or 0 for all) -> block sizes, num_warps, num_stages
 _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
@@ -25,7 +24,6 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
     ("up_backward", 2, "sm_80", 64): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 3),
     # taller tiles: fewer partial sums of dB to write and read again
     ("up_backward", 2, "sm_90", 16): ({"BLOCK_M": 256, "BLOCK_O": 64}, 8, 3),
-    ("up_backward", 2, "sm_100", 16): ({"BLOCK_M": 256, "BLOCK_O": 64}, 8, 3),
     ("up_backward", 2, "sm_90", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
     ("up_backward", 2, "sm_100", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
     # a mask over 32 ranks costs more scalar registers than there are
@@ -40,9 +38,6 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
 }
 LARGEST_BLOCK_R = 64
 SMALLEST_BLOCK_R = 16  # the narrowest side of a matrix product
-
-# without a device to ask, as in the interpreter: small, so that sums are split there too
-_PROGRAMS_WITHOUT_DEVICE = 8
 
 
 def blocks(kernel: str, like: Tensor, rank: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -60,22 +55,3 @@ def row(kernel: str, itemsize: int, arch: str, block_r: int) -> tuple[dict[str, 
 def block_r(rank: int) -> int:
     """The shape class of a rank: the block that covers it, up to a limit."""
     return min(LARGEST_BLOCK_R, max(SMALLEST_BLOCK_R, 1 << (rank - 1).bit_length()))
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "none" off the GPU."""
-    if device.type != "cuda":
-        return "none"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-@cache
-def programs_wanted(device: torch.device) -> int:
-    """Programs that fill the device twice over."""
-    if device.type != "cuda":
-        return _PROGRAMS_WITHOUT_DEVICE
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
