@@ -1,0 +1,128 @@
+"""The fused loss, renyi_loss: hidden states to the coupled loss through linear_logprob.
+
+K particles, B sequences, T tokens, D hidden size, V vocabulary. `forward` is without a gradient; in `both` the gradient
+is formed in the forward already, which leaves next to nothing to `backward`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from csrc_bench.measure import OpSuite, Skipped, Variant, compiled
+from renyi_kernels import reference, renyi_loss
+
+ALPHA = 0.8
+
+
+def shapes(device, tiny):
+    def make(name, K, B, T, D, V):
+        return {"name": name, "K": K, "B": B, "T": T, "D": D, "V": V, "dtype": "bfloat16"}
+
+    if tiny:
+        return [make("bar_tiny", 2, 2, 3, 8, 50)]
+    smollm2 = make("bar_smollm2", 8, 2, 128, 576, 49152)
+    if device == "cpu":
+        return [smollm2]
+    return [
+        make("bar_qwen2", 16, 1, 512, 1536, 151936),
+        make("bar_llama3", 8, 2, 512, 4096, 128256),
+        smollm2,
+        *(make(f"qwen2_n{16 * T}", 16, 1, T, 1536, 151936) for T in (128, 256)),
+        *(make(f"smollm2_n{16 * T}", 16, 1, T, 576, 49152) for T in (512, 2048)),
+    ]
+
+
+def inputs(shape, device, generator):
+    K, B, T, D, V = (shape[k] for k in "KBTDV")
+    dtype = getattr(torch, shape["dtype"])
+    hidden = torch.randn(K, B, T, D, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator, device=device) * D**-0.5).to(dtype)
+    return [hidden, weight, torch.randint(V, (B, T), generator=generator, device=device)]
+
+
+def from_logprob(logprob):
+    """The loss of token log-probabilities [K, B, T], naively."""
+    return reference.renyi_reduce(logprob.sum(-1), ALPHA)[0]
+
+
+def naive(shape):
+    def run(hidden, weight, labels):
+        labels = labels.expand(hidden.shape[:3])
+        return from_logprob(reference.linear_logprob(hidden, weight, labels, None, None, 1.0))
+
+    return run
+
+
+def ours(backend):
+    def run(hidden, weight, labels):
+        return renyi_loss(hidden, weight, labels, ALPHA, backend=backend).loss
+
+    return Variant("ours", lambda _: run, backend)
+
+
+def with_cross_entropy(cross_entropy):
+    """The loss, from a peer's cross_entropy(hidden [N, D], weight, labels [N]) -> [N]."""
+
+    def run(hidden, weight, labels):
+        nll = cross_entropy(hidden.flatten(0, 2), weight, labels.expand(hidden.shape[:3]).flatten())
+        return from_logprob(-nll.float().view(hidden.shape[:3]))
+
+    return run
+
+
+def liger(shape):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
+    return with_cross_entropy(lambda hidden, weight, labels: loss(weight, hidden, labels))
+
+
+def cut_cross_entropy(shape):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return with_cross_entropy(lambda *tensors: linear_cross_entropy(*tensors, reduction="none"))
+
+
+def torch_chunked(shape):
+    """PyTorch's own, chunked; from 2.13 on."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Skipped(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return with_cross_entropy(lambda *tensors: F.linear_cross_entropy(*tensors, reduction="none", options=options))
+
+
+def gemms(shape, direction):
+    """Logits [N, V] and, for the gradient, what is shaped like them times the weight; bf16 in and out, nothing else."""
+    kept = {}
+
+    def run(hidden, weight, labels):
+        rows = hidden.detach().flatten(0, 2)
+        if not kept:
+            kept["logits"], kept["gradient"] = rows.new_zeros(len(rows), len(weight)), torch.empty_like(rows)
+        if direction != "backward":
+            torch.mm(rows, weight.mT, out=kept["logits"])
+        if direction != "forward":
+            torch.mm(kept["logits"], weight, out=kept["gradient"])
+
+    return run
+
+
+def variants(device):
+    return {
+        "ours": ours("triton" if device == "cuda" else "torch"),
+        "gemms": Variant("floor", gemms),
+        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
+        "naive": Variant("naive", naive),
+        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
+        "torch_chunked": Variant("peer", torch_chunked),
+        "liger": Variant("peer", liger, needs="liger_kernel"),
+        "cut_cross_entropy": Variant("peer", cut_cross_entropy, needs="cut_cross_entropy"),
+    }
+
+
+SUITE = OpSuite("renyi_loss", shapes, inputs, naive, variants)
+
+
+def test_speed(point, measured):
+    measured(point)

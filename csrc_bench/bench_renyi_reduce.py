@@ -1,0 +1,66 @@
+"""renyi_reduce: token log-probabilities to the coupled loss. K particles, B sequences, T tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from csrc_bench.measure import OpSuite, Variant, compiled, copies, device_type
+from renyi_kernels import reference, renyi_reduce
+
+ALPHA = 0.8
+
+
+def shapes(device, tiny):
+    def make(name, K, B, T):
+        return {"name": name, "K": K, "B": B, "T": T, "dtype": "float32"}
+
+    if tiny:
+        return [make("bar_tiny", 2, 3, 4)]
+    if device == "cpu":
+        return [make("bar_step", 8, 2, 128), make("large", 16, 16, 512)]
+    return [make("bar_step", 16, 4, 256), *(make(f"k{K}", K, 16, 512) for K in (1, 2, 4, 8, 16, 32, 64))]
+
+
+def inputs(shape, device, generator):
+    logp = torch.randn(shape["K"], shape["B"], shape["T"], generator=generator, device=device)
+    # sums that differ by some nats, so that the responsibilities are neither uniform nor one-hot
+    return [(-10 + logp * shape["T"] ** -0.5).requires_grad_()]
+
+
+def naive(shape):
+    return lambda logp: reference.renyi_reduce(logp.sum(-1), ALPHA)[0]
+
+
+def ours(backend):
+    return Variant("ours", lambda _: lambda logp: renyi_reduce(logp, ALPHA, backend=backend).loss, backend)
+
+
+def logsumexp(shape):
+    """What one writes first: in fp32, and without a digit left for a small alpha."""
+    return lambda logp: -(torch.logsumexp(ALPHA * logp.sum(-1), dim=0) - math.log(shape["K"])) / ALPHA
+
+
+def copy(shape, direction):
+    """Read every log-probability forward, write every gradient backward."""
+    entries = shape["K"] * shape["B"] * shape["T"] * (2 if direction == "both" else 1)
+    return copies(4 * entries, device_type())
+
+
+def variants(device):
+    return {
+        "ours": ours("triton" if device == "cuda" else "torch"),
+        "copy": Variant("floor", copy),
+        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
+        "naive": Variant("naive", naive),
+        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
+        "logsumexp": Variant("peer", logsumexp),
+    }
+
+
+SUITE = OpSuite("renyi_reduce", shapes, inputs, naive, variants)
+
+
+def test_speed(point, measured):
+    measured(point)

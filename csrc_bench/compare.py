@@ -1,0 +1,141 @@
+"""Side by side: what was measured, with ratios to naive, to the best peer and to the floor.
+
+python -m csrc_bench.compare FILE...            every row
+python -m csrc_bench.compare --readme FILE...   the bars alone, as a Markdown table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def load(paths: Iterable[Path]) -> list[Row]:
+    """Rows of result files, timed ones and others; of the same row measured twice the last."""
+    rows = {}
+    for path in paths:
+        results = json.loads(Path(path).read_text())
+        machine = results.get("machine_info", {})
+        common = {"device": machine.get("device", "unknown device"), "threads": machine.get("threads")}
+        timed = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+        for row in timed + results.get("not_timed", []):
+            key = (*common.values(), row["op"], row["shape_name"], row["direction"], row["variant"])
+            rows[key] = common | row
+    return list(rows.values())
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
+    """Rows that did the same work: by device, threads, op, shape, dtype and direction."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = (row["device"], row["threads"], row["op"], row["shape_name"], row["dtype"], row["direction"])
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def best(rows: Iterable[Row], kind: str) -> Row | None:
+    """The fastest row of a kind; the slowest floor, since nothing gets below any of them."""
+    rows = [row for row in rows if row["status"] == "ok" and row["kind"] == kind]
+    choose = max if kind == "floor" else min
+    return choose(rows, key=lambda row: row["median_ms"], default=None)
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """Rows with speed-up over naive and over the best peer, and time over the floor; untimed rows have none."""
+    ends = {kind: best(rows, kind) for kind in ("naive", "peer", "floor")}
+    ranked = []
+    for row in rows:
+        ratio = dict.fromkeys(ends)
+        if row["status"] == "ok":
+            for kind, end in ends.items():
+                if end is not None:
+                    mine, other = row["median_ms"], end["median_ms"]
+                    ratio[kind] = mine / other if kind == "floor" else other / mine
+        ranked.append(row | {"ratio": ratio})
+    return sorted(ranked, key=lambda row: (row["status"] != "ok", row.get("median_ms", 0.0)))
+
+
+# text
+
+
+def number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.3f}{unit}" if abs(value) < 1 else f"{value:.2f}{unit}" if abs(value) < 100 else f"{value:.0f}{unit}"
+    )
+
+
+def table(lines: list[list[str]]) -> str:
+    """Columns, the first one to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = []
+    for line in lines:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        aligned.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(aligned)
+
+
+def text(rows: list[Row]) -> str:
+    """Every group: timed rows from fast to slow, then those that were not timed, with the reason."""
+    head = ["variant", "kind", "path", "median ms", "p20", "p80", "peak MiB", "x naive", "x best peer", "floor x"]
+    parts = []
+    for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
+        sizes = " ".join(f"{name}={value}" for name, value in group[0]["shape"].items())
+        lines, reasons = [head], []
+        for row in ratios(group):
+            if row["status"] != "ok":
+                reasons.append(f"{row['variant']} ({row['kind']})  {row['status']}")
+                continue
+            ratio = row["ratio"]
+            cells = [row["variant"], row["kind"], row["path"] or "-"]
+            cells += [number(row[name]) for name in ("median_ms", "p20_ms", "p80_ms", "peak_mib")]
+            lines.append([*cells, *(number(ratio[kind]) for kind in ("naive", "peer", "floor"))])
+        title = f"{op} {shape_name} {direction}: {sizes} {dtype}, {device}, {threads} threads"
+        parts.append("\n".join([title, *([table(lines)] if len(lines) > 1 else []), *reasons]))
+    legend = "x naive, x best peer: how many times faster than those; floor x: how many times the floor's time"
+    return "\n\n".join([*parts, legend]) + "\n"
+
+
+def readme(rows: list[Row]) -> str:
+    """The bars, forward and backward together, as Markdown: our fastest path beside naive, best peer and floor."""
+    head = "| device | what | ours, ms | naive | best peer | floor | peak MiB, ours / naive |"
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
+        ours = best(group, "ours")
+        if not shape_name.startswith("bar") or direction not in ("both", "step") or ours is None:
+            continue
+        cells = [f"{device}, {threads} threads", f"{op} {shape_name.removeprefix('bar_')}, {dtype}"]
+        cells.append(f"**{number(ours['median_ms'])}** ({ours['path']})")
+        ratio = next(row["ratio"] for row in ratios(group) if row["variant"] == ours["variant"])
+        for kind in ("naive", "peer", "floor"):
+            end = best(group, kind)
+            factor = (
+                f"ours takes {number(ratio[kind], 'x')}" if kind == "floor" else f"{number(ratio[kind], 'x')} slower"
+            )
+            name = "" if kind == "naive" else f" {end['variant']}" if end else ""
+            cells.append(f"{number(end['median_ms'])}{name}, {factor}" if end else "-")
+        naive = best(group, "naive")
+        cells.append(f"{number(ours['peak_mib'])} / {number(naive['peak_mib']) if naive else '-'}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m csrc_bench.compare", description="Benchmark results side by side.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of pytest-benchmark or of --results")
+    parser.add_argument("--readme", action="store_true", help="the bars alone, as a Markdown table")
+    options = parser.parse_args(arguments)
+    rows = load(options.files)
+    print(readme(rows) if options.readme else text(rows), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""How a variant is measured: checked against the reference, then timed over several input sets, then its peak memory.
+
+A variant that is wrong, cannot run here or would take another path than the one it is named after is never timed: it
+ends as a row with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from renyi_kernels.backend import resolve
+
+Shape = dict[str, Any]
+"""Sizes by letter, and: `name` of the shape ("bar..." if people hold us to it) and `dtype`, a name in torch."""
+
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
+"""Largest error of a value or gradient over the largest entry of the reference."""
+
+_CACHE_MIB = {"cpu": 256, "cuda": 128}  # more than the caches hold
+_SECONDS = {"cpu": 1.0, "cuda": 0.4}  # of timed calls for one row, if 5 rounds (3 of slow ones) fit
+
+
+class NotTimed(Exception):
+    """Why a variant has no time."""
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__.lower()}: {self.args[0]}"
+
+
+class Skipped(NotTimed):
+    """It cannot run here."""
+
+
+class Wrong(NotTimed):
+    """It ran, and its result is not the reference's."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work.
+
+    Attributes:
+        kind: "ours", "naive", "peer", "floor" (what nobody can be faster than; it computes no result) or "other" (work
+            that is not the same; shown, never ranked).
+        build: shape -> f(*inputs); of a floor (shape, direction) -> f(*inputs).
+        backend: the path of ours that must run.
+        needs: module that must be installed.
+        slow: takes long to prepare; measured at the bars only.
+    """
+
+    kind: str
+    build: Callable[..., Callable]
+    backend: str | None = None
+    needs: str | None = None
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row to be: a variant of a suite at a shape, in a direction."""
+
+    suite: Any
+    shape: Shape = field(hash=False)
+    direction: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.shape['name']}-{self.direction}-{self.variant}"
+
+
+# clock and memory
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def clock() -> float:
+    """Seconds, read when the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """The most MiB of tensors alive at once that `call` allocated, its result included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    del kept
+    events.sort(key=lambda e: e["ts"])
+    return max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0)) / 2**20
+
+
+def percentile(data: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest ranks."""
+    data = sorted(data)
+    position = (len(data) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(data) - 1)
+    return data[low] + (data[high] - data[low]) * (position - low)
+
+
+# the refusals
+
+
+def require_path(op: str, tensor: Tensor, wanted: str) -> str:
+    """`wanted`, if that is the path `op` takes for this tensor; else Skipped."""
+    try:
+        path = resolve(op, tensor, wanted)
+    except ValueError as error:
+        raise Skipped(str(error)) from None
+    if path != wanted:
+        raise Skipped(f"{wanted!r} was asked for and {path!r} would run")
+    if path == "triton" and (tensor.device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise Skipped("Triton's interpreter says nothing about speed")
+    return path
+
+
+def require_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Wrong, unless every entry is within `tolerance` times the largest of `want`."""
+    if got.shape != want.shape:
+        raise Wrong(f"{name} is {list(got.shape)} instead of {list(want.shape)}")
+    scale = want.abs().max().item() if want.numel() else 0.0
+    error = (got.to(want.dtype) - want).abs().max().item() / max(scale, 1e-30) if want.numel() else 0.0
+    if not error <= tolerance:  # so that NaN is wrong
+        raise Wrong(f"{name} is off by {error:.1e} of its largest entry ({tolerance:.0e} allowed)")
+
+
+# ops
+
+
+@dataclass
+class OpSuite:
+    """Variants of one op, each a function of the same inputs; those inputs that require a gradient get one.
+
+    Attributes:
+        shapes: device type, tiny -> shapes.
+        inputs: shape, device, generator -> tensors.
+        reference: shape -> f(*inputs); in fp32 (for bf16) or fp64 it is the truth.
+        variants: device type -> variants by name.
+    """
+
+    op: str
+    shapes: Callable[[str, bool], list[Shape]]
+    inputs: Callable[[Shape, str, torch.Generator], list[Tensor]]
+    reference: Callable[[Shape], Callable]
+    variants: Callable[[str], dict[str, Variant]]
+    directions: tuple[str, ...] = ("both", "forward", "backward")
+    _kept: tuple = (None, None)
+
+    def points(self, device: str, tiny: bool) -> list[Point]:
+        """At the bars every direction; elsewhere forward and backward together."""
+        return [
+            Point(self, shape, direction, name)
+            for shape in self.shapes(device, tiny)
+            for direction in (self.directions if shape["name"].startswith("bar") else self.directions[:1])
+            for name, variant in self.variants(device).items()
+            if not variant.slow or (shape["name"].startswith("bar") and not tiny)
+        ]
+
+    @contextlib.contextmanager
+    def prepared(self, point: Point) -> Iterator[tuple[list[Callable[[], Any]], str | None]]:
+        """Calls that do the same work on one input set each, and the path of ours they take. Raises NotTimed."""
+        variant, device = self.variants(device_type())[point.variant], device_type()
+        sets, upstream, gold = self._sets(point.shape, device)
+        path = require_path(self.op, sets[0][0], variant.backend) if variant.backend else None
+        if variant.kind == "floor":
+            function = variant.build(point.shape, point.direction)
+            yield [lambda inputs=inputs: function(*inputs) for inputs in sets], path
+            return
+        function = variant.build(point.shape)
+        self._check(function, sets[0], upstream, gold)
+        yield [self._call(function, inputs, upstream, point.direction) for inputs in sets], path
+
+    def _sets(self, shape: Shape, device: str) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+        """Input sets that no cache holds together, upstream gradients, and gold: outputs and gradients of set 0."""
+        if self._kept[0] != (shape, device):
+            self._kept = (None, None)
+            draw = lambda seed: self.inputs(shape, device, torch.Generator(device).manual_seed(seed))
+            sets = [draw(0)]
+            mib = sum(x.numel() * x.element_size() for x in sets[0]) / 2**20
+            sets += [draw(seed) for seed in range(1, min(max(math.ceil(_CACHE_MIB[device] / mib), 2), 16))]
+            wide = torch.float32 if getattr(torch, shape["dtype"]) is torch.bfloat16 else torch.float64
+            widened = [x.detach().to(wide) if x.is_floating_point() else x for x in sets[0]]
+            leaves = [w.requires_grad_(x.requires_grad) for w, x in zip(widened, sets[0], strict=True)]
+            outputs = _tuple(self.reference(shape)(*leaves))
+            generator = torch.Generator(device).manual_seed(99)
+            upstream = [torch.randn(o.shape, generator=generator, device=device, dtype=o.dtype) for o in outputs]
+            gold = [*(o.detach() for o in outputs), *_gradients(outputs, leaves, upstream)]
+            self._kept = ((shape, device), (sets, upstream, gold))
+        return self._kept[1]
+
+    @staticmethod
+    def _check(function: Callable, inputs: list[Tensor], upstream: list[Tensor], gold: list[Tensor]) -> None:
+        tolerance = TOLERANCE[next(x for x in inputs if x.is_floating_point()).dtype]
+        outputs = _tuple(function(*inputs))
+        for i, (got, want) in enumerate(zip(outputs, gold, strict=False)):
+            require_close(f"output {i}", got.detach(), want, tolerance)
+        gradients = _gradients(outputs, inputs, upstream)
+        for i, (got, want) in enumerate(zip(gradients, gold[len(outputs) :], strict=True)):
+            require_close(f"gradient {i}", got, want, tolerance)
+
+    @staticmethod
+    def _call(function: Callable, inputs: list[Tensor], upstream: list[Tensor], direction: str) -> Callable[[], Any]:
+        if direction == "forward":
+            return torch.no_grad()(lambda: function(*inputs))
+        if direction == "backward":
+            outputs = _tuple(function(*inputs))
+            return lambda: _gradients(outputs, inputs, upstream, retain_graph=True)
+
+        def both():
+            outputs = _tuple(function(*inputs))
+            return outputs, _gradients(outputs, inputs, upstream)
+
+        return both
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _gradients(outputs, inputs, upstream, **options) -> tuple[Tensor, ...]:
+    leaves = [x for x in inputs if x.requires_grad]
+    return torch.autograd.grad(
+        outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)], **options
+    )
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for this shape alone."""
+    import torch._functorch.config
+
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # the backward is timed on its own, so its graph is kept
+    return torch.compile(function, dynamic=False)
+
+
+def copies(num_bytes: int, device: str) -> Callable[..., None]:
+    """f(*anything) that reads and writes `num_bytes` bytes together, never the same twice in a row."""
+    half = max(num_bytes // 2, 1)
+    count = min(max(math.ceil(_CACHE_MIB[device] * 2**20 / num_bytes), 2), 16)
+    pairs = itertools.cycle([torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(count)])
+
+    def copy(*_):
+        source, target = next(pairs)
+        target.copy_(source)
+
+    return copy
+
+
+# one row
+
+
+def measure(point: Point, timer: Callable[[], Any], seconds: float | None = None) -> dict[str, Any]:
+    """Check and time one point: what stands in the row's `extra_info`.
+
+    Args:
+        timer: gives pytest-benchmark's fixture; called only once the variant has passed its check.
+        seconds: of timed calls; None for what suits the device.
+
+    Raises:
+        NotTimed.
+    """
+    variant = point.suite.variants(device_type())[point.variant]
+    try:
+        if variant.needs and importlib.util.find_spec(variant.needs) is None:
+            raise Skipped(f"{variant.needs} is not installed")
+        with point.suite.prepared(point) as (calls, path):
+            calls[0]()  # warm-up: compiles and tunes
+            times = _time(timer(), calls, _SECONDS[device_type()] if seconds is None else seconds)
+            return {"path": path, "status": "ok", "peak_mib": peak_mib(calls[0]), **times}
+    except (torch.OutOfMemoryError, MemoryError):
+        reason: NotTimed = Skipped("out of memory")
+    except NotTimed as error:
+        reason = error
+    except Exception as error:
+        if variant.kind not in ("peer", "other"):
+            raise
+        reason = Skipped(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}")
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise reason
+
+
+def _time(benchmark: Any, calls: list[Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median, p20 and p80 in ms of one call, by pytest-benchmark; the calls take turns."""
+    start = clock()
+    calls[-1]()
+    once = max(clock() - start, 1e-7)
+    # many short calls make a round: what is measured is their throughput, not the cost of waiting for the device
+    iterations = max(1, math.ceil(0.005 / once / len(calls))) * len(calls) if once < 0.005 else 1
+    rounds = min(max(int(seconds / (once * iterations)), 3 if once > 1 else 5), 100)
+    turns = itertools.cycle(calls)
+
+    def call():
+        next(turns)()
+
+    benchmark.pedantic(call, rounds=rounds, iterations=iterations)
+    data = [1e3 * t for t in benchmark.stats.stats.data]
+    return {"median_ms": statistics.median(data), "p20_ms": percentile(data, 20), "p80_ms": percentile(data, 80)}

@@ -1,0 +1,76 @@
+"""Every suite runs at a tiny size, in a process of its own, and what it writes is what compare reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csrc_bench import compare
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "--tiny", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    stream, own = folder / "stream.json", folder / "own.json"
+    done = bench("csrc_bench", "--results", str(stream), f"--benchmark-json={own}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return stream, own
+
+
+def test_every_suite_times_ours_naive_a_peer_and_a_floor(written):
+    rows = compare.load(written[:1])
+    for op in ("grouped_lora", "renyi_loss", "lora_linears", "renyi_reduce", "training_step"):
+        kinds = {row["kind"] for row in rows if row["op"] == op and row["status"] == "ok"}
+        assert kinds >= {"ours", "naive", "peer", "floor"}, op
+    assert {row["direction"] for row in rows} == {"forward", "backward", "both", "step"}
+    assert not [row for row in rows if row["status"].startswith("wrong")]
+
+
+def test_rows_say_what_ran_and_where(written):
+    results = json.loads(written[0].read_text())
+    assert results["machine_info"]["versions"]["torch"]
+    for benchmark in results["benchmarks"]:
+        row = benchmark["extra_info"]
+        assert row["path"] in (("torch", "triton") if row["kind"] == "ours" else (None,))
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["peak_mib"] >= 0
+        assert len(benchmark["stats"]["data"]) >= 3
+    assert all(row["status"].startswith("skipped: ") for row in results["not_timed"])
+
+
+def test_the_json_of_pytest_benchmark_holds_the_same_rows(written):
+    stream, own = (compare.load([path]) for path in written)
+    name = lambda row: (row["op"], row["shape_name"], row["direction"], row["variant"], row["status"])
+    assert sorted(map(name, stream)) == sorted(map(name, own))
+
+
+def test_rows_that_the_file_holds_are_left_out_and_those_out_of_time_made_up_for(written, tmp_path):
+    results = tmp_path / "results.json"
+    held = json.loads(written[0].read_text())
+    late = held["benchmarks"].pop()["extra_info"]
+    held["not_timed"].append(late | {"status": "skipped: out of time"})
+    results.write_text(json.dumps(held))
+    done = bench("csrc_bench", "--results", str(results), "--seconds", "0", "-rs")
+    assert "1 skipped" in done.stdout
+    assert "out of time" in done.stdout
+    assert done.returncode == 0
+    rows = {(r["op"], r["shape_name"], r["direction"], r["variant"]): r for r in compare.load([results])}
+    assert len(rows) == len(compare.load(written[:1]))
+    assert [r["variant"] for r in rows.values() if r["status"] == "skipped: out of time"] == [late["variant"]]
