@@ -99,17 +99,17 @@ def _forward(
     path: str,
 ) -> list[Tensor]:
     passes = lora_products.passes_of(path)
-    K, (M, I) = A[0].shape[0], x.shape[-2:]
-    S = lora_products.shrink(passes, x, lora_products.stack(A, x.dtype))
-    rows = x.view(-1, I)
-    outs = []
-    for weight, bias, b, s in zip(
-        weights, biases, B, lora_products.split(lora_products.particle_major(S, x), A), strict=True
-    ):
-        base = torch.nn.functional.linear(rows, weight, bias if bias.numel() else None).view(-1, M, weight.shape[0])
-        out = base if x.dim() == 3 else x.new_empty((K, M, weight.shape[0]))
-        passes.expand(s, b.to(x.dtype), scaling, base, out)
-        outs.append(out)
+    K, M, I = A[0].shape[0], *x.shape[-2:]
+    with torch.autocast(x.device.type, enabled=False):
+        S = lora_products.shrink(passes, x, lora_products.stack(A, x.dtype))
+        by_map = lora_products.split(lora_products.particle_major(S, x), A)
+        outs = []
+        for weight, bias, b, s in zip(weights, biases, B, by_map, strict=True):
+            base = torch.nn.functional.linear(x.view(-1, I), weight, bias if bias.numel() else None)
+            base = base.view(*x.shape[:-2] or (1,), M, weight.shape[0])
+            out = base if x.dim() == 3 else x.new_empty((K, M, weight.shape[0]))
+            passes.expand(s, b.to(x.dtype), scaling, base, out)
+            outs.append(out)
     return [*outs, S]
 
 
@@ -145,17 +145,19 @@ def _backward(
     dY = [dy.contiguous() for dy in dY]
     dS = torch.empty_like(S)
     dB = [torch.empty_like(b) for b in B]
-    by_map = [lora_products.split(lora_products.particle_major(s, x), A) for s in (S, dS)]
-    for dy, b, db, s, ds in zip(dY, B, dB, *by_map, strict=True):
-        passes.up_backward(dy, s, b.to(x.dtype), scaling, ds, db)
     dx = x.new_empty(x.shape if need_dx else 0)
-    if need_dx:
-        rows = dx.view(-1, x.shape[-1])
-        for j, (dy, weight) in enumerate(zip(dY, weights, strict=True)):
-            dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
-            torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
-        lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
-    return [dx, lora_products.gradient_of_A(passes, x, dS, A[0].dtype), *dB]
+    with torch.autocast(x.device.type, enabled=False):
+        by_map = [lora_products.split(lora_products.particle_major(s, x), A) for s in (S, dS)]
+        for dy, b, db, s, ds in zip(dY, B, dB, *by_map, strict=True):
+            passes.up_backward(dy, s, b.to(x.dtype), scaling, ds, db)
+        if need_dx:
+            rows = dx.view(-1, x.shape[-1])
+            for j, (dy, weight) in enumerate(zip(dY, weights, strict=True)):
+                dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
+                torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
+            lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
+        dA = lora_products.gradient_of_A(passes, x, dS, A[0].dtype)
+    return [dx, dA, *dB]
 
 
 @_backward.register_fake

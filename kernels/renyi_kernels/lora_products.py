@@ -61,7 +61,7 @@ def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) ->
         passes.expand(dS, A.mT, 1.0, dx, dx)
     else:
         dx = dx[None]
-        passes.expand(dS.view(1, -1, K * R), A.view(1, K * R, I).mT, 1.0, dx, dx)
+        passes.expand(dS.view(1, dx.shape[1], K * R), A.view(1, K * R, I).mT, 1.0, dx, dx)
 
 
 def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dtype: torch.dtype) -> Tensor:
