@@ -14,6 +14,12 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
+def device():
+    """Where the kernels run: on the GPU, or without one on the CPU, in Triton's interpreter (`tests/conftest.py`)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
 def normals():
     """normals(seed) is a function of a shape that draws standard normals, in fp64."""
 

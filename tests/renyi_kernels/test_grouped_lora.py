@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -16,7 +16,42 @@ PARTS = ["x", "A", "B", "base_out"]
 
 every_x = pytest.mark.parametrize("shared_x", [False, True], ids=["own_x", "shared_x"])
 every_base = pytest.mark.parametrize("base", [None, "own", "shared"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "reference"])
+every_backend = pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+# with the precision that the path is tested in; the kernels have no fp64
+every_path = pytest.mark.parametrize(
+    ("backend", "dtype", "relative"),
+    [
+        ("torch", torch.float64, 1e-12),
+        ("reference", torch.float64, 1e-12),
+        ("torch", torch.float32, 1e-5),
+        ("triton", torch.float32, 1e-5),
+    ],
+    ids=str,
+)
+fast_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
+no_bf16_in_the_interpreter = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="Triton's interpreter gets matrix products of bf16 wrong"
+)
+low_precision_paths = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.bfloat16),
+        ("torch", torch.float16),
+        ("triton", torch.float16),
+        pytest.param("triton", torch.bfloat16, marks=no_bf16_in_the_interpreter),
+    ],
+    ids=str,
+)
+any_shape = {
+    "K": st.integers(1, 5),
+    "M": st.integers(0, 6),
+    "I": st.integers(1, 9),
+    "O": st.integers(1, 9),
+    "R": st.sampled_from([1, 2, 3, 5, 8]),
+    "shared_x": st.booleans(),
+    "base": st.sampled_from([None, "own", "shared"]),
+    "seed": st.integers(0, 2**31),
+}
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +71,19 @@ def cast(tensors, dtype):
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
-def through(backend):
-    return lambda x, A, B, base_out: grouped_lora(x, A, B, SCALING, base_out, backend=backend)
+@pytest.fixture(scope="session")
+def through(device):
+    """through(backend): the op of x, A, B, base_out, run where that path runs, its result on the CPU."""
+
+    def build(backend):
+        def run(*tensors):
+            on = device if backend == "triton" else "cpu"
+            x, A, B, base_out = (None if x is None else x.to(on) for x in tensors)
+            return grouped_lora(x, A, B, SCALING, base_out, backend=backend).cpu()
+
+        return run
+
+    return build
 
 
 def loop_of_linears(x, A, B, base_out):
@@ -50,6 +96,13 @@ def loop_of_linears(x, A, B, base_out):
     return torch.stack(outs)
 
 
+def assert_close(ours, theirs, relative):
+    """Of the same size and, by the largest entry or 1, the same values; None where an input is None."""
+    for x, truth in zip(ours, theirs, strict=True):
+        if truth is not None:
+            torch.testing.assert_close(x.double(), truth.double(), rtol=0, atol=relative * max(1.0, largest(truth)))
+
+
 def largest(x):
     return x.abs().max().item() if x.numel() else 0.0
 
@@ -57,132 +110,191 @@ def largest(x):
 # values and gradients
 
 
+@pytest.fixture(scope="session")
+def against_gold(inputs, through, value_and_grads, uneven):
+    """Hold value and gradients of a path at a shape to those of the reference in fp64."""
+
+    def check(backend, dtype, relative, shape):
+        given_, out_shape = cast(inputs(**shape), dtype), (shape["K"], shape["M"], shape["O"])
+        value, grads = value_and_grads(through(backend), given_, uneven(out_shape))
+        gold, gold_grads = value_and_grads(through("reference"), cast(given_, torch.float64), uneven(out_shape))
+        assert value.shape == out_shape
+        assert all(x is None or x.dtype == dtype for x in [value, *grads])
+        assert_close([value, *grads], [gold, *gold_grads], relative)
+
+    return check
+
+
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    shape=st.fixed_dictionaries(
-        {
-            "K": st.integers(1, 5),
-            "M": st.integers(0, 6),
-            "I": st.integers(1, 9),
-            "O": st.integers(1, 9),
-            "R": st.sampled_from([1, 2, 3, 5, 8]),
-            "shared_x": st.booleans(),
-            "base": st.sampled_from([None, "own", "shared"]),
-            "seed": st.integers(0, 2**31),
-        }
-    )
+@given(shape=st.fixed_dictionaries(any_shape))
+def test_value_and_all_gradients_equal_gold_at_any_shape(against_gold, dtype, relative, shape):
+    against_gold("torch", dtype, relative, shape)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking is slow there
+@given(shape=st.fixed_dictionaries(any_shape))
+def test_the_kernels_equal_gold_at_any_shape(against_gold, shape):
+    against_gold("triton", torch.float32, 1e-5, shape)
+
+
+@every_x
+@pytest.mark.parametrize(
+    ("K", "M", "I", "O", "R"),
+    # one beside a tile or two, in each size; more rank than one block of it
+    [(1, 33, 31, 65, 17), (2, 65, 33, 31, 33), (3, 1, 97, 33, 70), (1, 31, 1, 129, 1), (5, 64, 32, 64, 16)],
 )
-def test_value_and_all_gradients_equal_gold_at_any_shape(inputs, value_and_grads, uneven, dtype, relative, shape):
-    given_, out_shape = cast(inputs(**shape), dtype), (shape["K"], shape["M"], shape["O"])
-    value, grads = value_and_grads(through("torch"), given_, uneven(out_shape))
-    gold, gold_grads = value_and_grads(through("reference"), cast(given_, torch.float64), uneven(out_shape))
-    assert value.shape == out_shape
-    for ours, truth in zip([value, *grads], [gold, *gold_grads], strict=True):
-        if truth is not None:
-            assert ours.dtype == dtype
-            torch.testing.assert_close(ours.double(), truth, rtol=0, atol=relative * max(1.0, largest(truth)))
+def test_the_kernels_equal_gold_about_the_edges_of_their_tiles(against_gold, K, M, I, O, R, shared_x):
+    shape = {"K": K, "M": M, "I": I, "O": O, "R": R, "shared_x": shared_x, "base": "own"}
+    against_gold("triton", torch.float32, 1e-5, shape)
 
 
-@every_backend
+@every_path
 @every_x
 @every_base
-def test_value_and_all_gradients_equal_a_loop_of_linears(inputs, value_and_grads, uneven, backend, shared_x, base):
-    given_, upstream = inputs(3, 4, 5, 7, 2, shared_x, base), uneven((3, 4, 7))
+def test_value_and_all_gradients_equal_a_loop_of_linears(
+    inputs, through, value_and_grads, uneven, backend, dtype, relative, shared_x, base
+):
+    given_, upstream = cast(inputs(3, 4, 5, 7, 2, shared_x, base), dtype), uneven((3, 4, 7))
     value, grads = value_and_grads(through(backend), given_, upstream)
-    expected, expected_grads = value_and_grads(loop_of_linears, given_, upstream)
-    for ours, truth in zip([value, *grads], [expected, *expected_grads], strict=True):
-        if truth is not None:
-            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+    expected, expected_grads = value_and_grads(loop_of_linears, cast(given_, torch.float64), upstream)
+    assert_close([value, *grads], [expected, *expected_grads], relative)
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @every_x
 @every_base
-def test_first_and_second_derivatives_agree_with_finite_differences(inputs, backend, shared_x, base):
+def test_first_and_second_derivatives_agree_with_finite_differences(inputs, through, backend, shared_x, base):
     given_ = [None if x is None else x.requires_grad_() for x in inputs(2, 3, 3, 2, 1, shared_x, base)]
     assert gradcheck(through(backend), given_)
     assert gradgradcheck(through(backend), given_)
 
 
-@every_backend
+@pytest.mark.parametrize("second", ["x", "A", "B"])
+def test_the_kernels_refuse_a_second_derivative(inputs, through, second):
+    given_ = dict(zip(PARTS, cast(inputs(2, 3, 3, 2, 1, False, "own"), torch.float32), strict=True))
+    given_[second].requires_grad_()
+    (grad,) = torch.autograd.grad(through("triton")(*given_.values()).square().sum(), given_[second], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"grouped_lora.*second derivative.*backend='reference'"):
+        grad.square().sum().backward()
+
+
+@every_path
 @every_x
 @every_base
 def test_zero_b_gives_the_base_output_exactly_and_a_gradient_to_b_alone(
-    inputs, value_and_grads, uneven, backend, shared_x, base
+    inputs, through, value_and_grads, uneven, backend, dtype, relative, shared_x, base
 ):
-    x, A, B, base_out = inputs(3, 4, 5, 7, 2, shared_x, base)
+    x, A, B, base_out = cast(inputs(3, 4, 5, 7, 2, shared_x, base), dtype)
     value, grads = value_and_grads(through(backend), [x, A, torch.zeros_like(B), base_out], uneven((3, 4, 7)))
-    assert torch.equal(value, torch.zeros(3, 4, 7).double() if base is None else base_out.expand(3, 4, 7))
+    assert torch.equal(value, torch.zeros(3, 4, 7, dtype=dtype) if base is None else base_out.expand(3, 4, 7))
     grads = dict(zip(PARTS, grads, strict=True))
     assert largest(grads["A"]) == largest(grads["x"]) == 0
     assert (grads["B"].abs().amax(dim=(1, 2)) > 0).all()
 
 
-@every_backend
-def test_base_output_passes_the_upstream_gradient_through_unscaled(inputs, value_and_grads, uneven, backend):
+@every_path
+def test_base_output_passes_the_upstream_gradient_through_unscaled(
+    inputs, through, value_and_grads, uneven, backend, dtype, relative
+):
     upstream = uneven((3, 4, 7))
     for base, expected in (("own", upstream), ("shared", upstream.sum(dim=0))):
-        _, grads = value_and_grads(through(backend), inputs(3, 4, 5, 7, 2, False, base), upstream)
-        torch.testing.assert_close(grads[-1], expected, rtol=1e-12, atol=1e-12)
+        _, grads = value_and_grads(through(backend), cast(inputs(3, 4, 5, 7, 2, False, base), dtype), upstream)
+        assert_close(grads[-1:], [expected], relative)
 
 
-@every_backend
-def test_without_a_base_output_it_is_zero(inputs, backend):
-    x, A, B, _ = inputs(3, 4, 5, 7, 2, False, None)
-    zero = torch.zeros(3, 4, 7, dtype=torch.float64)
-    torch.testing.assert_close(through(backend)(x, A, B, None), through(backend)(x, A, B, zero))
+@every_path
+def test_without_a_base_output_it_is_zero(inputs, through, backend, dtype, relative):
+    x, A, B, _ = cast(inputs(3, 4, 5, 7, 2, False, None), dtype)
+    zero = torch.zeros(3, 4, 7, dtype=dtype)
+    assert_close([through(backend)(x, A, B, None)], [through(backend)(x, A, B, zero)], relative)
 
 
+@every_path
 @every_x
-def test_strided_inputs_equal_contiguous_ones(inputs, value_and_grads, uneven, shared_x):
-    x, A, B, base_out = inputs(6, 8, 10, 14, 4, shared_x, "own")
+def test_strided_inputs_equal_contiguous_ones(
+    device, inputs, value_and_grads, uneven, backend, dtype, relative, shared_x
+):
+    op = lambda x, A, B, base_out: grouped_lora(x, A, B, SCALING, base_out, backend=backend)
+    on = device if backend == "triton" else "cpu"
+    x, A, B, base_out = (x.to(on) for x in cast(inputs(6, 8, 10, 14, 4, shared_x, "own"), dtype))
     strided = [x[..., ::2, 1::2] if shared_x else x[::2, ::2, 1::2], A[::2, :, ::2], B[::2].mT.contiguous().mT]
     strided.append(base_out[::2, ::2].transpose(1, 2).contiguous().transpose(1, 2))
     assert not any(x.is_contiguous() for x in strided)
-    value, grads = value_and_grads(through("torch"), strided, uneven((3, 4, 14)))
-    expected, expected_grads = value_and_grads(through("torch"), [x.contiguous() for x in strided], uneven((3, 4, 14)))
-    for ours, truth in zip([value, *grads], [expected, *expected_grads], strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+    # nor need the gradient from above be contiguous
+    upstream = uneven((4, 14, 3)).to(on).permute(2, 0, 1)
+    value, grads = value_and_grads(op, strided, upstream)
+    expected, expected_grads = value_and_grads(op, [x.contiguous() for x in strided], upstream.contiguous())
+    assert_close([value, *grads], [expected, *expected_grads], relative)
+
+
+@every_path
+@every_x
+@every_base
+def test_permuting_particles_permutes_results(
+    inputs, through, value_and_grads, uneven, backend, dtype, relative, shared_x, base
+):
+    order = [2, 0, 3, 1]
+    given_, upstream = cast(inputs(4, 5, 6, 7, 3, shared_x, base), dtype), uneven((4, 5, 7))
+    permute = lambda x: x[order] if x is not None and x.dim() == 3 else x
+    value, grads = value_and_grads(through(backend), given_, upstream)
+    permuted, permuted_grads = value_and_grads(through(backend), list(map(permute, given_)), upstream[order])
+    assert_close([permuted, *permuted_grads], map(permute, [value, *grads]), relative)
 
 
 # particles do not touch each other
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float32),
+        ("torch", torch.bfloat16),
+        ("triton", torch.float32),
+        pytest.param("triton", torch.bfloat16, marks=no_bf16_in_the_interpreter),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("changed", "shared_x"), [*((part, False) for part in PARTS), *((part, True) for part in PARTS[1:])]
 )
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
 @pytest.mark.parametrize("to", [5.0, float("nan"), float("inf")])
-def test_changing_one_particle_changes_no_bit_of_another(inputs, value_and_grads, uneven, dtype, changed, to, shared_x):
-    given_, upstream = cast(inputs(4, 33, 65, 70, 5, shared_x, "own"), dtype), uneven((4, 33, 70))
+def test_changing_one_particle_changes_no_bit_of_another(
+    inputs, through, value_and_grads, uneven, backend, dtype, changed, to, shared_x
+):
+    K, M, I, O = (4, 33, 65, 70) if backend == "torch" else (3, 33, 18, 20)
+    given_, upstream = cast(inputs(K, M, I, O, 5, shared_x, "own"), dtype), uneven((K, M, O))
     other = [x.clone() for x in given_]
     other[PARTS.index(changed)][1] = to
-    value, grads = value_and_grads(through("torch"), given_, upstream)
-    changed_value, changed_grads = value_and_grads(through("torch"), other, upstream)
-    bystanders = [0, 2, 3]
+    value, grads = value_and_grads(through(backend), given_, upstream)
+    changed_value, changed_grads = value_and_grads(through(backend), other, upstream)
+    bystanders = [0, *range(2, K)]
     assert not torch.equal(changed_value[1], value[1])
     assert torch.equal(changed_value[bystanders], value[bystanders])
     for ours, theirs in zip(changed_grads, grads, strict=True):
-        if ours.shape[0] == 4 and ours.dim() == 3:
+        if ours.shape[0] == K and ours.dim() == 3:
             assert torch.equal(ours[bystanders], theirs[bystanders])
 
 
 @every_backend
 @every_x
 @every_base
-def test_inputs_are_left_alone(inputs, backend, shared_x, base):
-    given_ = inputs(3, 4, 5, 7, 2, shared_x, base)
+def test_inputs_are_left_alone(device, inputs, backend, shared_x, base):
+    on, dtype = (device, torch.float32) if backend == "triton" else ("cpu", torch.float64)
+    given_ = [None if x is None else x.to(on) for x in cast(inputs(3, 4, 5, 7, 2, shared_x, base), dtype)]
     before = [None if x is None else x.clone() for x in given_]
-    out = through(backend)(*given_)
+    x, A, B, base_out = given_
+    out = grouped_lora(x, A, B, SCALING, base_out, backend=backend)
     assert all(x is None or torch.equal(x, y) for x, y in zip(given_, before, strict=True))
     out.add_(1.0)  # nor does the result share memory with them
     assert all(x is None or torch.equal(x, y) for x, y in zip(given_, before, strict=True))
 
 
-def test_two_runs_are_bitwise_equal(two_threads, inputs, value_and_grads, uneven):
+@fast_paths
+def test_two_runs_are_bitwise_equal(two_threads, inputs, through, value_and_grads, uneven, backend):
     given_ = cast(inputs(4, 33, 65, 70, 5, True, "shared"), torch.float32)
-    first, second = (value_and_grads(through("torch"), given_, uneven((4, 33, 70))) for _ in range(2))
+    first, second = (value_and_grads(through(backend), given_, uneven((4, 33, 70))) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(x, y) for x, y in zip(first[1], second[1], strict=True))
 
@@ -190,15 +302,17 @@ def test_two_runs_are_bitwise_equal(two_threads, inputs, value_and_grads, uneven
 # low precision
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@low_precision_paths
 @every_x
 @every_base
-def test_low_precision_errs_at_most_half_again_as_much_as_naive(inputs, value_and_grads, uneven, dtype, shared_x, base):
+def test_low_precision_errs_at_most_half_again_as_much_as_naive(
+    inputs, through, value_and_grads, uneven, backend, dtype, shared_x, base
+):
     given_ = cast(inputs(4, 64, 65, 97, 7, shared_x, base), dtype)
     upstream = uneven((4, 64, 97)).to(dtype).double()
     gold, gold_grads = value_and_grads(through("reference"), cast(given_, torch.float64), upstream)
     naive, naive_grads = value_and_grads(through("reference"), given_, upstream)
-    value, grads = value_and_grads(through("torch"), given_, upstream)
+    value, grads = value_and_grads(through(backend), given_, upstream)
     for ours, theirs, truth in zip([value, *grads], [naive, *naive_grads], [gold, *gold_grads], strict=True):
         if truth is not None:
             assert ours.dtype == dtype

@@ -1,0 +1,464 @@
+"""What is special to the kernels: scratch memory, partial sums, long offsets, registration with PyTorch, their choice.
+
+On a GPU, and without one on the CPU, in Triton's interpreter.
+Layout: K particles, M rows, I/O in/out features, R rank, B sequences, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import renyi_kernels.triton_ops.grouped_lora as lora_passes
+import renyi_kernels.triton_ops.linear_logprob as logprob_passes
+import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
+from renyi_kernels import grouped_lora, linear_logprob, lora_linears, renyi_loss, renyi_reduce, use_backend
+from renyi_kernels.triton_ops import tuning
+
+IGNORE = -100
+ALPHA, SCALING = 0.8, 1.75
+
+every_x = pytest.mark.parametrize("shared_x", [False, True], ids=["own_x", "shared_x"])
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run")
+
+
+@pytest.fixture(scope="module")
+def lora(normals, device):
+    """[x, A, B, base_out] on the device, in fp32 unless told."""
+
+    def build(K, M, I, O, R, shared_x=False, dtype=torch.float32):
+        draw = normals(0)
+        x = draw(M, I) if shared_x else draw(K, M, I)
+        tensors = [x, draw(K, R, I) / I**0.5, draw(K, O, R) / R**0.5, draw(K, M, O)]
+        return [tensor.to(device, dtype) for tensor in tensors]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def two_maps(lora, normals, device):
+    """x, weights, biases, A, B of lora_linears: two maps, one with a bias."""
+
+    def build(K, M, I, O, R, shared_x=False, dtype=torch.float32):
+        x, A, B, _ = lora(K, M, I, O, R, shared_x, dtype)
+        draw = lambda *shape: normals(1)(*shape).to(device, dtype)
+        return x, [draw(O, I), draw(3, I)], [draw(O), None], [A, draw(K, 2, I)], [B, draw(K, 3, 2)]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def head(normals, device):
+    """hidden, weight, labels (one token without), bias; the vocabulary is more than a tile of the kernel."""
+
+    def build(lead=(2, 3), D=5, V=4500):
+        draw = normals(2)
+        labels = torch.arange(torch.Size(lead).numel()).reshape(lead) * 1009 % V
+        labels[..., -1] = IGNORE
+        floats = [draw(*lead, D), draw(V, D), draw(V)]
+        hidden, weight, bias = (tensor.to(device, torch.float32) for tensor in floats)
+        return hidden, weight, labels.to(device), bias
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def tokens(normals, device):
+    """Log-likelihoods [K, B, T] and mask [B, T]."""
+
+    def build(K, B, T):
+        return -normals(3)(K, B, T).abs().to(device, torch.float32), (normals(4)(B, T) > 0).to(device)
+
+    return build
+
+
+def trained(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def with_gradients(outputs, leaves):
+    """The outputs and, for uneven upstream gradients, the gradients of the leaves."""
+    outputs = list(outputs)
+    upstreams = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out) for out in outputs]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, upstreams)]
+
+
+@pytest.fixture(scope="module")
+def steps(lora, two_maps, head, tokens):
+    """Each op as a function of a backend that gives its outputs and gradients."""
+
+    def run_grouped_lora(backend, shape, shared_x):
+        x, A, B, base_out = trained(*lora(*shape, shared_x=shared_x))
+        return with_gradients([grouped_lora(x, A, B, SCALING, base_out, backend=backend)], [x, A, B, base_out])
+
+    def run_lora_linears(backend, shape, shared_x):
+        x, weights, biases, A, B = two_maps(*shape, shared_x=shared_x)
+        (x,), A, B = trained(x), trained(*A), trained(*B)
+        return with_gradients(lora_linears(x, weights, biases, A, B, SCALING, backend=backend), [x, *A, *B])
+
+    def run_linear_logprob(backend):
+        hidden, weight, labels, bias = head()
+        (hidden,) = trained(hidden)
+        options = {"bias": bias, "logit_softcap": 4.0, "logit_scale": 1.5, "backend": backend}
+        return with_gradients([linear_logprob(hidden, weight, labels, **options)], [hidden])
+
+    def run_renyi_reduce(backend):
+        logp, mask = tokens(3, 4, 9)
+        (logp,) = trained(logp)
+        out = renyi_reduce(logp, ALPHA, mask=mask, backend=backend)
+        return [*with_gradients([out.loss], [logp]), *out[1:]]
+
+    found = {}
+    # many blocks of rows; many of features; more rank than a block: partial sums of each kind
+    for shape in [(2, 70, 34, 33, 3), (1, 3, 70, 200, 5), (1, 200, 33, 10, 70)]:
+        for shared_x in (False, True):
+            name = f"{list(shape)} {'shared' if shared_x else 'own'} x"
+            found[f"grouped_lora {name}"] = lambda backend, a=shape, b=shared_x: run_grouped_lora(backend, a, b)
+            found[f"lora_linears {name}"] = lambda backend, a=shape, b=shared_x: run_lora_linears(backend, a, b)
+    return found | {"linear_logprob": run_linear_logprob, "renyi_reduce": run_renyi_reduce}
+
+
+# scratch memory and partial sums
+
+
+@pytest.fixture
+def poison():
+    """Memory that nobody has written yet holds NaN."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+@pytest.fixture(scope="module")
+def results(steps):
+    """What each step gives on the kernels, and into how many parts their sums were split."""
+    num_parts = []
+
+    def spy(size, block, num_programs, like, split=lora_passes._split):
+        part = split(size, block, num_programs, like)
+        num_parts.append(-(-size // part))
+        return part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_passes, "_split", spy)
+        return {name: step("triton") for name, step in steps.items()}, num_parts
+
+
+def test_sums_made_of_parts_equal_gold(steps, results):
+    outputs, num_parts = results
+    assert sum(parts > 1 for parts in num_parts) >= 8
+    for name, step in steps.items():
+        for ours, truth in zip(outputs[name], step("reference"), strict=True):
+            torch.testing.assert_close(ours, truth, rtol=0, atol=2e-5 * max(1.0, truth.abs().max().item()), msg=name)
+
+
+def test_nothing_is_read_before_it_is_written(device, steps, results, poison):
+    assert torch.empty(3, device=device).isnan().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of products on a GPU that are not deterministic
+        for name, step in steps.items():
+            assert all(torch.equal(x, y) for x, y in zip(step("triton"), results[0][name], strict=True)), name
+
+
+def test_two_runs_are_bitwise_equal(steps, results):
+    for name, step in steps.items():
+        assert all(torch.equal(x, y) for x, y in zip(step("triton"), results[0][name], strict=True)), name
+
+
+@every_x
+def test_fp16_sums_made_of_parts_err_at_most_half_again_as_much_as_naive(lora, shared_x):
+    inputs = lora(2, 150, 140, 200, 70, shared_x, torch.float16)
+
+    def run(backend, dtype):
+        leaves = trained(*(tensor.to(dtype) for tensor in inputs))
+        x, A, B, base_out = leaves
+        return with_gradients([grouped_lora(x, A, B, SCALING, base_out, backend=backend)], leaves)
+
+    runs = run("triton", torch.float16), run("reference", torch.float16), run("reference", torch.float64)
+    for ours, naive, gold in zip(*runs, strict=True):
+        assert ours.dtype == torch.float16
+        error, naive_error = (ours - gold).abs().max(), (naive - gold).abs().max()
+        assert error <= 1.5 * naive_error + 1e-3 * gold.abs().max()
+
+
+# offsets: the same values, packed and spread over more than 2^31 elements; what is not touched takes no memory on CPU
+
+FAR = 2**31
+ROW = 2**25  # elements from row to row: 64 rows, the tallest tile of fp16, pass 2^31
+PARTICLE = 2**30 + 64
+
+
+@pytest.fixture
+def spread(device):
+    """spread(tensor, strides): the same values at these strides."""
+
+    def build(tensor, *strides):
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+        assert reach > FAR
+        far = torch.empty(reach, dtype=tensor.dtype, device=device).as_strided(tensor.shape, strides)
+        return far.copy_(tensor)
+
+    return build
+
+
+far_layouts = pytest.mark.parametrize(
+    ("K", "M", "strides"), [(1, 65, (0, ROW, 1)), (3, 2, (PARTICLE, 64, 1))], ids=["rows", "particles"]
+)
+
+
+@pytest.fixture
+def draw(normals, device):
+    return lambda *shape: normals(5)(*shape).to(device, torch.float16)
+
+
+@far_layouts
+def test_shrink_reads_far_input(spread, draw, K, M, strides):
+    x, A = draw(K, M, 33), draw(K, 2, 33)
+    packed, far = (torch.zeros(K, M, 2, dtype=x.dtype, device=x.device) for _ in range(2))
+    lora_passes.shrink(x, A, packed)
+    lora_passes.shrink(spread(x, *strides), A, far)
+    assert packed.any()
+    assert torch.equal(far, packed)
+
+
+@far_layouts
+def test_expand_reads_and_writes_a_far_output_in_place(spread, draw, K, M, strides):
+    S, B, base = draw(K, M, 2), draw(K, 33, 2), draw(K, M, 33)
+    packed, far = base.clone(), spread(base, *strides)
+    lora_passes.expand(S, B, 2.0, packed, packed)
+    lora_passes.expand(S, B, 2.0, far, far)
+    assert not torch.equal(packed, base)
+    assert torch.equal(far, packed)
+
+
+@far_layouts
+def test_up_backward_reads_far_gradients(spread, draw, K, M, strides):
+    dY, S, B = draw(K, M, 33), draw(K, M, 2), draw(K, 33, 2)
+    packed, far = ([torch.zeros_like(S), torch.zeros_like(B)] for _ in range(2))
+    lora_passes.up_backward(dY, S, B, 2.0, *packed)
+    lora_passes.up_backward(spread(dY, *strides), S, B, 2.0, *far)
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(packed, far, strict=True))
+
+
+@far_layouts
+def test_down_backward_reads_far_input(spread, draw, K, M, strides):
+    x, dS = draw(K, M, 33), draw(K, M, 2)
+    packed, far = (torch.zeros(K, 2, 33, dtype=x.dtype, device=x.device) for _ in range(2))
+    lora_passes.down_backward(x, dS, packed)
+    lora_passes.down_backward(spread(x, *strides), dS, far)
+    assert packed.any()
+    assert torch.equal(far, packed)
+
+
+@pytest.mark.parametrize("strides", [(PARTICLE, 64, 1), (8, ROW, 1)], ids=["particles", "sequences"])
+def test_the_reduction_reads_far_log_likelihoods(spread, draw, strides):
+    K, B = (3, 2) if strides[0] == PARTICLE else (2, 65)
+    logp = -draw(K, B, 4).abs()
+    expected = reduce_passes.forward(logp, None, ALPHA)
+    for ours, theirs in zip(reduce_passes.forward(spread(logp, *strides), None, ALPHA), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_log_probability_pass_works_on_far_rows(spread, draw, device):
+    products, target = draw(3, 65), torch.tensor([0, 7, 64], device=device)
+    far = spread(products, PARTICLE, 1)
+    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, torch.float16)
+    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, torch.float16)
+    assert all(torch.equal(x, y) for x, y in zip(ours, packed, strict=True))
+
+
+# registration with PyTorch
+
+
+@pytest.fixture
+def registered(lora, two_maps, head, tokens):
+    """name -> arguments of each registered operator, in every mode that it has."""
+
+    def build():
+        cases = []
+        for shared_x in (False, True):
+            x, A, B, base_out = lora(2, 3, 5, 4, 2, shared_x)
+            S = torch.ops.renyi_kernels.grouped_lora(x, A, B, SCALING, None)[1]
+            for base in (base_out[0],) if shared_x else (None, base_out):
+                leaves = trained(x, A, B) + [SCALING] + ([None] if base is None else trained(base))
+                cases.append(("grouped_lora", tuple(leaves)))
+            cases.append(("grouped_lora_backward", (base_out, x, A, B, S, SCALING, not shared_x)))
+            x, weights, biases, A, B = two_maps(2, 3, 5, 4, 2, shared_x)
+            biases = [weights[0].new_empty(0) if bias is None else bias for bias in biases]
+            for path in ("triton",) if shared_x else ("triton", "torch"):
+                *outs, S = torch.ops.renyi_kernels.lora_linears(x, weights, biases, A, B, SCALING, path)
+                leaves = (*trained(x), weights, biases, trained(*A), trained(*B), SCALING, path)
+                cases.append(("lora_linears", leaves))
+                backward = (outs, x, S, weights, A, B, SCALING, path == "triton" and not shared_x, path)
+                cases.append(("lora_linears_backward", backward))
+        hidden, weight, labels, bias = head((6,), 5, 7)
+        for path in ("triton", "torch"):
+            for need_grad in (True, False):
+                leaf = trained(hidden)[0] if need_grad else hidden
+                cases.append(("linear_logprob", (leaf, weight, labels, bias, 4.0, 1.5, 1.0, need_grad, path)))
+        cases.append(("linear_logprob_backward", (torch.ones(6, device=hidden.device), hidden, labels)))
+        logp, mask = tokens(3, 4, 9)
+        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, ALPHA)
+        for some_mask in (mask, None):
+            cases.append(("renyi_reduce", (*trained(logp), some_mask, ALPHA)))
+            cases.append(("renyi_reduce_backward", (torch.ones_like(loss), r, s, some_mask, 9, logp.dtype)))
+        return cases
+
+    return build
+
+
+OPS = ["grouped_lora", "lora_linears", "linear_logprob", "renyi_reduce"]
+
+
+@pytest.mark.parametrize("op", [f"{op}{part}" for op in OPS for part in ("", "_backward")])
+def test_opcheck_passes(registered, op):
+    cases = [arguments for name, arguments in registered() if name == op]
+    assert cases
+    for arguments in cases:
+        torch.library.opcheck(getattr(torch.ops.renyi_kernels, op).default, arguments)
+
+
+@pytest.fixture
+def calls(lora, two_maps, head, tokens):
+    """Each public op as (function of its leaves and a backend, leaves)."""
+
+    def build(name):
+        if name.startswith("grouped_lora"):
+            leaves = trained(*lora(2, 3, 5, 4, 2, shared_x="shared" in name))
+            return lambda x, A, B, base, **k: grouped_lora(x, A, B, SCALING, base, **k), leaves
+        if name.startswith("lora_linears"):
+            x, weights, biases, A, B = two_maps(2, 3, 5, 4, 2, shared_x="shared" in name)
+
+            def maps(x, A0, A1, B0, B1, **k):
+                return torch.cat(lora_linears(x, weights, biases, [A0, A1], [B0, B1], SCALING, **k), dim=-1)
+
+            return maps, trained(x, *A, *B)
+        if name == "linear_logprob":
+            hidden, weight, labels, bias = head((6,), 5, 7)
+            return lambda hidden, **k: linear_logprob(hidden, weight, labels, bias=bias, **k), trained(hidden)
+        if name == "renyi_loss":
+            hidden, weight, _, bias = head((3, 2, 4), 5, 7)
+            labels = head((2, 4), 5, 7)[2]
+            return lambda hidden, **k: renyi_loss(hidden, weight, labels, ALPHA, bias=bias, **k).loss, trained(hidden)
+        logp, mask = tokens(3, 4, 9)
+        if name == "renyi_reduce pairs":
+            return lambda s, **k: renyi_reduce(s, ALPHA, **k).loss, trained(logp[..., 0])
+        return lambda s, **k: renyi_reduce(s, ALPHA, mask=mask, **k).loss, trained(logp)
+
+    return build
+
+
+CALLS = [
+    "grouped_lora",
+    "grouped_lora shared x",
+    "lora_linears",
+    "lora_linears shared x",
+    "linear_logprob",
+    "renyi_loss",
+    "renyi_reduce",
+    "renyi_reduce pairs",
+]
+
+
+@pytest.mark.parametrize(("backend", "by"), [("triton", "argument"), ("triton", "block"), ("torch", "argument")])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_without_a_break_an_op_gives_what_it_gives_eagerly(calls, backend, name, by):
+    op, leaves = calls(name)
+    expected = with_gradients([op(*leaves, backend=backend)], leaves)
+    torch._dynamo.reset()
+    if by == "argument":
+        compiled = torch.compile(lambda *leaves: op(*leaves, backend=backend), fullgraph=True, backend="aot_eager")
+        ours = with_gradients([compiled(*leaves)], leaves)
+    else:
+        compiled = torch.compile(lambda *leaves: op(*leaves), fullgraph=True, backend="aot_eager")
+        with use_backend(backend):
+            ours = with_gradients([compiled(*leaves)], leaves)
+    torch._dynamo.reset()
+    for x, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x, truth, rtol=0, atol=2e-6 * max(1.0, truth.abs().max().item()))
+
+
+# the choice of the kernels
+
+
+def test_a_device_that_is_not_in_the_table_takes_the_default_tiles():
+    kernels = {key[0] for key in tuning._ROWS}
+    assert kernels == {"shrink", "expand", "up_backward", "down_backward"}
+    for kernel in kernels:
+        for itemsize in (2, 4):
+            for block_r in (16, 32, 64):
+                default = tuning.row(kernel, itemsize, "none", block_r)
+                for arch in ("sm_75", "sm_121", "gfx90a", "gfx1100", "", "any"):
+                    assert tuning.row(kernel, itemsize, arch, block_r) == default
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 64), (4096, 64)])
+def test_the_block_of_a_rank_covers_it_up_to_a_limit(rank, expected):
+    assert tuning.block_r(rank) == expected
+
+
+@without_gpu
+def test_without_a_gpu_or_the_interpreter_the_error_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"backend='triton'.*renyi_reduce.*no GPU.*'auto' or 'torch'"):
+        renyi_reduce(torch.zeros(2, 3), ALPHA, backend="triton")
+    with use_backend("triton"), pytest.raises(ValueError, match=r"lora_linears.*no GPU"):
+        lora_linears(
+            torch.zeros(1, 2, 3), [torch.zeros(4, 3)], [None], [torch.zeros(1, 1, 3)], [torch.zeros(1, 4, 1)], 1.0
+        )
+
+
+def test_fp64_is_refused(device):
+    with pytest.raises(ValueError, match=r"backend='triton'.*renyi_reduce"):
+        renyi_reduce(torch.zeros(2, 3, dtype=torch.float64, device=device), ALPHA, backend="triton")
+
+
+def test_the_interpreter_is_not_chosen_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(reduce_passes, "forward", lambda *_: pytest.fail("ran the kernels"))
+    renyi_reduce(torch.zeros(2, 3), ALPHA)
+    renyi_reduce(torch.zeros(2, 3), ALPHA, backend="auto")
+
+
+@with_gpu
+def test_auto_is_the_kernels_on_a_gpu(monkeypatch):
+    ran = []
+    forward = reduce_passes.forward
+    monkeypatch.setattr(reduce_passes, "forward", lambda *a: ran.append(1) or forward(*a))
+    renyi_reduce(torch.zeros(2, 3, device="cuda"), ALPHA)
+    renyi_reduce(torch.zeros(2, 3, device="cuda", dtype=torch.float64), ALPHA)
+    assert ran == [1]
+
+
+# labels
+
+
+def test_labels_may_lie_on_the_cpu(head):
+    hidden, weight, labels, bias = head((6,), 5, 7)
+    runs = []
+    for place in (labels, labels.cpu()):
+        (leaf,) = trained(hidden)
+        runs.append(with_gradients([linear_logprob(leaf, weight, place, bias=bias, backend="triton")], [leaf]))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("stray", [-1, 7, 8, 2**31, -(2**40)])
+def test_a_label_outside_the_vocabulary_gives_nan_to_its_token_and_to_no_other(head, stray):
+    # what a GPU is left with: looking at labels there would make the op wait
+    hidden, weight, labels, _ = head((6,), 5, 7)
+    run = lambda target: logprob_passes.logprob_pass(hidden @ weight.T, target, None, None, 1.0, None)[0]
+    labels = labels % 7
+    expected = run(labels)
+    ours = run(labels.index_fill(0, torch.tensor([2], device=labels.device), stray))
+    others = [0, 1, 3, 4, 5]
+    assert ours[2].isnan()
+    assert torch.equal(ours[others], expected[others])
