@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from csrc_bench import compare
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(variant, kind, median_ms=None, status="ok", **changes):
@@ -117,3 +120,9 @@ def test_the_readmes_table_holds_the_bars_forward_and_backward_together(results,
         "| a device, 2 threads | renyi_loss smollm2, bfloat16 | **30.00** (torch) | 90.00, 3.00x slower "
         "| 45.00 baddbmm_, 1.50x slower | 20.00 gemms, ours takes 1.50x | 7.00 / 7.00 |"
     ]
+
+
+def test_the_table_in_the_projects_readme_is_made_of_the_results_that_lie_in_the_project():
+    files = sorted((ROOT / "csrc_bench" / "results").glob("*.json"))
+    assert files
+    assert compare.readme(compare.load(files)) in (ROOT / "README.md").read_text()

@@ -66,15 +66,14 @@ def renyi_reduce_forward_kernel(
     sums = tl.zeros((BLOCK_K, BLOCK_T), logp_ptr.dtype.element_ty)
     row_ptrs = token_logp_ptr + b * stride_b + k.to(tl.int64)[:, None] * stride_k
     for start in range(0, T, BLOCK_T):
-        in_t = start + t < T
+        token = (start + t).to(tl.int64)
+        in_t = token < T
         counts = in_t
         if HAS_MASK:
-            counts = in_t & (
-                tl.load(mask_ptr + b * mask_stride_b + (start + t) * mask_stride_t, mask=in_t, other=0) != 0
-            )
+            counts = in_t & (tl.load(mask_ptr + b * mask_stride_b + token * mask_stride_t, mask=in_t, other=0) != 0)
         inside = in_k[:, None] & counts[None, :]
         # what stands at a masked position is never read: it may be -inf or NaN
-        sums += tl.load(row_ptrs + (start + t)[None, :] * stride_t, mask=inside, other=0.0).to(sums.dtype)
+        sums += tl.load(row_ptrs + token[None, :] * stride_t, mask=inside, other=0.0).to(sums.dtype)
     logp = tl.sum(sums, axis=1)
     k_b = k.to(tl.int64) * B + b
     tl.store(logp_ptr + k_b, logp, mask=in_k)
