@@ -12,14 +12,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from renyi_engine.config import TrainConfig
+from renyi_engine.config import ModelConfig
 
 
-def device_for(config: TrainConfig) -> torch.device:
+def device_for(config: ModelConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
 
 
-def load_config(config: TrainConfig) -> PretrainedConfig:
+def load_config(config: ModelConfig) -> PretrainedConfig:
     """The base's own configuration: small, and the first thing that fails where there is no such model."""
     try:
         return AutoConfig.from_pretrained(config.model_name_or_path, **_source(config))
@@ -27,14 +27,14 @@ def load_config(config: TrainConfig) -> PretrainedConfig:
         raise _unknown(config, error) from None
 
 
-def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(config.model_name_or_path, **_source(config))
     except (OSError, ValueError) as error:
         raise _unknown(config, error) from None
 
 
-def load_model(config: TrainConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig) -> PreTrainedModel:
     """The causal language model in its compute dtype. Pickled weights are refused unread."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -54,11 +54,11 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     return model.to(device_for(config))
 
 
-def _source(config: TrainConfig) -> dict:
+def _source(config: ModelConfig) -> dict:
     return {"revision": config.model_revision or "main", "trust_remote_code": config.trust_remote_code}
 
 
-def _unknown(config: TrainConfig, error: Exception) -> ValueError:
+def _unknown(config: ModelConfig, error: Exception) -> ValueError:
     return ValueError(
         f"model_name_or_path: {config.model_name_or_path!r} cannot be loaded; expected a folder with config.json, a "
         f"tokenizer and .safetensors weights, or the id of such a model on the hub ({str(error).splitlines()[0]})"

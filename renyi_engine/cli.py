@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from renyi_engine import environment, export
-from renyi_engine.config import parse, to_yaml
 from renyi_engine.dry_run import dry_run
 from renyi_engine.progress import use_plain_warnings
 from renyi_engine.report import write_report
+from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sft(argv: Sequence[str]) -> None:
     """fine-tune an ensemble"""
-    config, options = parse(SftConfig, argv, "renyi-engine sft")
+    config, options = parse(SftConfig, argv, "renyi-engine sft", dry_run=True)
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:

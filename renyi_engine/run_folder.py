@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from renyi_engine import checkpoint, files
-from renyi_engine.config import CONFIG_FILE, TrainConfig, read_yaml, to_yaml
+from renyi_engine.config import CONFIG_FILE, TrainConfig
+from renyi_engine.settings import read_yaml, to_yaml
 
 # what may differ between a run and its continuation: none of it changes how a step is computed
 _MAY_CHANGE = {

@@ -26,7 +26,7 @@ LAYERS = [
     ["prior", "particle_optim"],
     ["ensemble"],
     ["adapted_maps", "adapter_folder", "targets", "objective", "seeding"],
-    ["files"],
+    ["files", "settings"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from renyi_engine.config import parse, to_yaml
+from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
