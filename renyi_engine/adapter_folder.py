@@ -42,11 +42,13 @@ _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """What a folder holds: keyword arguments of EnsembleConfig, and (A [K, R, I], B [K, O, R]) by path."""
+    """What a folder holds: keyword arguments of EnsembleConfig, (A [K, R, I], B [K, O, R]) by path, and the alpha it
+    was trained with, None where that is not recorded."""
 
     directory: Path
     config: dict[str, Any]
     adapters: dict[str, tuple[Tensor, Tensor]]
+    alpha: float | None
 
 
 def write(
@@ -112,12 +114,12 @@ def read(directory: Path) -> SavedAdapters:
     """Read and stack the adapters of `directory`; `LoraEnsemble.from_pretrained` says what it may be."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder")
-    seeds = {}
+    seeds, alpha = {}, None
     if (directory / ENSEMBLE_FILE).is_file():
         ensemble = _read_ensemble(directory / ENSEMBLE_FILE)
         folders = [files.inside(directory, name) for name in ensemble["particles"]]
         _verify(directory, ensemble["sha256"])
-        seeds = {"seed": ensemble["seed"], "init": ensemble["init"]}
+        seeds, alpha = {"seed": ensemble["seed"], "init": ensemble["init"]}, ensemble.get("alpha")
     elif (directory / CONFIG_FILE).is_file():
         folders = [directory]
     else:
@@ -147,7 +149,7 @@ def read(directory: Path) -> SavedAdapters:
                 raise ValueError(f"{directory}: {path}.lora_{'AB'[side]} has shapes {[list(p.shape) for p in parts]}")
             sides.append(torch.stack(parts))
         stacked[path] = (sides[0], sides[1])
-    return SavedAdapters(directory, {"num_particles": len(folders), **configs[0], **seeds}, stacked)
+    return SavedAdapters(directory, {"num_particles": len(folders), **configs[0], **seeds}, stacked, alpha)
 
 
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:

@@ -92,6 +92,8 @@ class LoraEnsemble(nn.Module):
         """Use `attach` or `from_pretrained`."""
         super().__init__()
         self.config = config
+        self.alpha: float | None = None
+        """The coupling that a loaded ensemble was trained with, where its folder records it."""
         self._model = (model,)  # in a tuple: the base is no submodule of the ensemble
         self._was_training = [module for module in model.modules() if module.training]
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
@@ -145,6 +147,7 @@ class LoraEnsemble(nn.Module):
             device = next(linear.parameters()).device
             adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
         ensemble = cls(model, config, adapters)
+        ensemble.alpha = saved.alpha
         ensemble._install()
         return ensemble
 
