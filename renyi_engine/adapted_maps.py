@@ -6,6 +6,7 @@ Layout: K particles, B sequences, T tokens, I/O in/out features, R rank. Rows ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from functools import partial
 from typing import cast
 
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from renyi_kernels import grouped_lora, lora_linears
+
+
+class Rows(Enum):
+    """What the rows of the model's forward are just now."""
+
+    BASE = "adapters off"
+    SHARED = "B rows up to the first adapted layer, the same for every particle"
+    OWN = "K*B rows from the start, particle-major: every particle has tokens of its own"
 
 
 class StackedAdapter(nn.Module):
@@ -47,9 +56,9 @@ class MapGroup:
         self._scaling, self._shared_input = scaling, shared_input
         self._waiting: tuple[Tensor, dict[str, Tensor]] | None = None
 
-    def install(self, enabled: Callable[[], bool]) -> None:
+    def install(self, rows: Callable[[], Rows]) -> None:
         for path, linear in self._linears.items():
-            linear.forward = partial(self._forward, enabled, path)
+            linear.forward = partial(self._forward, rows, path)
 
     def remove(self) -> None:
         for linear in self._linears.values():
@@ -59,19 +68,19 @@ class MapGroup:
         """Drop outputs that nobody came for: a checkpointed layer is left as soon as its backward has what it needs."""
         self._waiting = None
 
-    def _forward(self, enabled: Callable[[], bool], path: str, x: Tensor) -> Tensor:
-        if not enabled():
+    def _forward(self, rows: Callable[[], Rows], path: str, x: Tensor) -> Tensor:
+        if rows() is Rows.BASE:
             linear = self._linears[path]
             return type(linear).forward(linear, x)
         if self._waiting is None or self._waiting[0] is not x or path not in self._waiting[1]:
-            self._waiting = (x, self._run(path, x))
+            self._waiting = (x, self._run(path, x, self._shared_input and rows() is Rows.SHARED))
         output = self._waiting[1].pop(path)
         if not self._waiting[1]:
             self._waiting = None
         return output
 
-    def _run(self, path: str, x: Tensor) -> dict[str, Tensor]:
-        rows = _rows(path, x, self._adapters[0].num_particles, self._shared_input)
+    def _run(self, path: str, x: Tensor, shared: bool) -> dict[str, Tensor]:
+        rows = _rows(path, x, self._adapters[0].num_particles, shared)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             rows = rows.to(torch.get_autocast_dtype(device_type))
@@ -97,10 +106,10 @@ class OpaqueMap:
         self._scaling, self._shared_input = scaling, shared_input
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def install(self, enabled: Callable[[], bool]) -> None:
+    def install(self, rows: Callable[[], Rows]) -> None:
         self._handles = [
-            self._linear.register_forward_pre_hook(partial(self._before, enabled)),
-            self._linear.register_forward_hook(partial(self._after, enabled)),
+            self._linear.register_forward_pre_hook(partial(self._before, rows)),
+            self._linear.register_forward_hook(partial(self._after, rows)),
         ]
 
     def remove(self) -> None:
@@ -110,23 +119,24 @@ class OpaqueMap:
     def forget(self) -> None:
         pass
 
-    def _before(self, enabled: Callable[[], bool], linear: nn.Module, args: tuple) -> tuple | None:
-        if not enabled():
+    def _before(self, rows: Callable[[], Rows], linear: nn.Module, args: tuple) -> tuple | None:
+        if rows() is Rows.BASE:
             return None
         K, x = self._adapter.num_particles, args[0]
-        _rows(self._path, x, K, self._shared_input)
-        return (x[: x.shape[0] // K],) if self._shared_input else None
+        shared = self._shared_input and rows() is Rows.SHARED
+        _rows(self._path, x, K, shared)
+        return (x[: x.shape[0] // K],) if shared else None
 
-    def _after(self, enabled: Callable[[], bool], linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if not enabled():
+    def _after(self, rows: Callable[[], Rows], linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if rows() is Rows.BASE:
             return None
         K, x = self._adapter.num_particles, args[0]
         A, B = self._adapter.A.to(x.dtype), self._adapter.B.to(x.dtype)
-        if self._shared_input:
+        if self._shared_input and rows() is Rows.SHARED:
             out = grouped_lora(x.flatten(0, -2), A, B, self._scaling, output.flatten(0, -2))
             return out.view(K * output.shape[0], *output.shape[1:])
-        rows, base = x.reshape(K, -1, x.shape[-1]), output.reshape(K, -1, output.shape[-1])
-        return grouped_lora(rows, A, B, self._scaling, base).view(output.shape)
+        by_particle, base = x.reshape(K, -1, x.shape[-1]), output.reshape(K, -1, output.shape[-1])
+        return grouped_lora(by_particle, A, B, self._scaling, base).view(output.shape)
 
 
 def _rows(path: str, x: Tensor, num_particles: int, shared_input: bool) -> Tensor:

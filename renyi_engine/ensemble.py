@@ -24,10 +24,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine import adapter_folder, seeding, targets
-from renyi_engine.adapted_maps import MapGroup, OpaqueMap, StackedAdapter, is_plain
+from renyi_engine import adapter_folder, generation, seeding, targets
+from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, is_plain
 from renyi_engine.objective import sum_tokens
 from renyi_kernels import IGNORE_INDEX, linear_logprob
 
@@ -98,7 +98,7 @@ class LoraEnsemble(nn.Module):
         self._was_training = [module for module in model.modules() if module.training]
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._enabled = True
+        self.rows = Rows.SHARED
         self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
         self._maps: list[MapGroup | OpaqueMap] = []
         self._head = targets.logit_transform(model)
@@ -108,7 +108,7 @@ class LoraEnsemble(nn.Module):
         )
         layers_path, layers = targets.decoder_layers(model)
         self._layers = tuple(layers)
-        self._first_layer = min(targets.layer_index(path, layers_path) for path in adapters)
+        self.first_layer = min(targets.layer_index(path, layers_path) for path in adapters)
 
     # ------------------------------------------------------------------ making and unmaking
 
@@ -219,24 +219,17 @@ class LoraEnsemble(nn.Module):
                 f"input_ids, attention_mask: expected [B, T] each, B and T at least 1; got {list(input_ids.shape)} and "
                 f"{None if attention_mask is None else list(attention_mask.shape)}"
             )
-        self._set_modes()
         device = self.model.get_input_embeddings().weight.device
         input_ids = input_ids.to(device, non_blocking=True)
         positions = None
         if attention_mask is not None:
             attention_mask = attention_mask.to(device, non_blocking=True)
-            # the first real token stands at position 0, whatever side the padding is on
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        try:
+            positions = _positions(attention_mask)
+        with self._one_run():
             hidden: Tensor = self.model.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
             ).last_hidden_state
-        finally:
-            self._repeated.clear()
-            for adapted in self._maps:
-                adapted.forget()
-        num_particles = self.config.num_particles if self._enabled else 1
-        return hidden.view(num_particles, *input_ids.shape, hidden.shape[-1])
+        return hidden.view(self.num_running, *input_ids.shape, hidden.shape[-1])
 
     def token_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere.
@@ -259,14 +252,53 @@ class LoraEnsemble(nn.Module):
         """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed over labelled tokens (4.1)."""
         return sum_tokens(self.token_logprob(batch))
 
+    generate = generation.generate
+
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head; the cache, which
+        `attention_mask` covers too, grows by T."""
+        positions = _positions(attention_mask)[:, -input_ids.shape[1] :]
+        with self._one_run():
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1]
+
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
         """Inside, the model is the bare base, and the ensemble is that one particle: ``[1, B, ...]``."""
-        before, self._enabled = self._enabled, False
+        with self.running(Rows.BASE):
+            yield
+
+    @contextmanager
+    def running(self, rows: Rows) -> Iterator[None]:
+        """Inside, the rows of a forward are these."""
+        before, self.rows = self.rows, rows
         try:
             yield
         finally:
-            self._enabled = before
+            self.rows = before
+
+    @property
+    def num_running(self) -> int:
+        """K; 1 while the adapters are off."""
+        return 1 if self.rows is Rows.BASE else self.config.num_particles
+
+    @contextmanager
+    def _one_run(self) -> Iterator[None]:
+        """Around one forward of the model."""
+        self._set_modes()
+        try:
+            yield
+        finally:
+            self._repeated.clear()
+            for adapted in self._maps:
+                adapted.forget()
 
     # ------------------------------------------------------------------ hooks
 
@@ -274,12 +306,12 @@ class LoraEnsemble(nn.Module):
         model = self.model
         model._renyi_ensemble = True
         model.requires_grad_(False)
-        for layer in self._layers[self._first_layer :]:
-            hook = partial(self._enter_layer, layer is self._layers[self._first_layer])
+        for layer in self._layers[self.first_layer :]:
+            hook = partial(self._enter_layer, layer is self._layers[self.first_layer])
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             for adapted in self._adapted_maps(*self._probe()):
-                adapted.install(lambda: self._enabled)
+                adapted.install(lambda: self.rows)
                 self._maps.append(adapted)
             self._check_rows()
         except BaseException:
@@ -295,7 +327,7 @@ class LoraEnsemble(nn.Module):
 
     def _enter_layer(self, is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Bring what a layer is given to K*B rows: hidden states where the trunk ends, masks and positions always."""
-        if not self._enabled:
+        if self.rows is not Rows.SHARED:
             return None
         K = self.config.num_particles
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -322,7 +354,7 @@ class LoraEnsemble(nn.Module):
         Maps that are handed the very same tensor read the same input. In the first adapted layer, the one called first
         reads an input no particle has touched: (inputs by path, that input). These are facts of the architecture.
         """
-        model, first = self.model, self._layers[self._first_layer]
+        model, first = self.model, self._layers[self.first_layer]
         inputs: dict[str, Tensor] = {}
         called_first_layer: list[str] = []
 
@@ -406,6 +438,11 @@ def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> d
         device = next(linear.parameters()).device
         adapters[path] = (A.to(device), B.to(device))
     return adapters
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """The first real token stands at position 0, whatever side the padding is on."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _repeat_rows(value: Tensor, times: int) -> Tensor:
