@@ -20,11 +20,12 @@ LAYERS = [
     ["dry_run", "export", "environment"],
     ["trainer"],
     ["evaluation", "report", "progress", "run_folder", "signals"],
-    ["sft"],
+    ["sft", "predict"],
     ["data", "base_model", "checkpoint"],
     ["config"],
     ["prior", "particle_optim"],
     ["ensemble"],
+    ["generation"],
     ["adapted_maps", "adapter_folder", "targets", "objective", "seeding"],
     ["files", "settings"],
 ]

@@ -738,14 +738,14 @@ def record_rows(monkeypatch, batch):
     rows = {}
     run, op = MapGroup._run, adapted_maps.lora_linears
 
-    def spy_run(group, path, x):
+    def spy_run(group, path, x, shared):
         def spy_op(x, *maps):
             sequences = x.shape[:-1].numel() // batch["input_ids"].shape[1]
             rows.update(dict.fromkeys(group._linears, sequences))
             return op(x, *maps)
 
         monkeypatch.setattr(adapted_maps, "lora_linears", spy_op)
-        return run(group, path, x)
+        return run(group, path, x, shared)
 
     monkeypatch.setattr(MapGroup, "_run", spy_run)
 

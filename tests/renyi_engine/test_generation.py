@@ -32,11 +32,9 @@ def prompts():
 
 @pytest.fixture
 def attached(tiny_model):
-    def attach(architecture="llama", layers=None, K=3, dtype=torch.float64):
-        model = tiny_model(architecture, dtype=dtype)
-        config = EnsembleConfig(
-            num_particles=K, rank=2, lora_alpha=8, layers_to_transform=layers, init="spread", seed=3
-        )
+    def attach(architecture="llama", layers=None, **overrides):
+        model = tiny_model(architecture, dtype=torch.float64, **overrides)
+        config = EnsembleConfig(num_particles=3, rank=2, layers_to_transform=layers, init="spread", seed=3)
         ensemble = LoraEnsemble.attach(model, config)
         with torch.no_grad():  # particles far enough apart to say different things
             for parameter in ensemble.parameters():
@@ -65,10 +63,7 @@ def test_greedy_particles_say_what_peft_and_hugging_face_say(
 ):
     windowed = {"sliding_window": 4} if architecture == "mistral" else {}
     base = tiny_model(architecture, dtype=torch.float64, **windowed)
-    ensemble = attached(architecture, layers)
-    if windowed:
-        ensemble.detach()
-        ensemble = LoraEnsemble.attach(tiny_model(architecture, dtype=torch.float64, **windowed), ensemble.config)
+    ensemble = attached(architecture, layers, **windowed)
     ensemble.save_pretrained(tmp_path)
     ours = ensemble.generate(*prompts, temperature=0, max_new_tokens=9, eos_token_id=STOP, pad_token_id=PAD)
     ours = torch.nn.functional.pad(ours[:, :, 0], (0, 9 - ours.shape[-1]), value=PAD)
@@ -182,7 +177,7 @@ def test_what_does_not_do_is_named(attached, prompts, change, named):
 
 
 def test_a_prompt_padded_on_the_right_is_refused(attached, prompts):
-    input_ids, mask = prompts
+    input_ids, _ = prompts
     with pytest.raises(ValueError, match="prompt 1 is empty or padded on the right"):
         attached().generate(input_ids, torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1] * 5]))
 
