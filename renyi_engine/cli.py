@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from renyi_engine import environment, export
+from renyi_engine.config import TrainConfig
+from renyi_engine.dpo import DpoConfig
 from renyi_engine.dry_run import dry_run
 from renyi_engine.progress import use_plain_warnings
 from renyi_engine.report import write_report
@@ -55,7 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sft(argv: Sequence[str]) -> None:
     """fine-tune an ensemble"""
-    config, options = parse(SftConfig, argv, "renyi-engine sft", dry_run=True)
+    _train(SftConfig, argv, "renyi-engine sft")
+
+
+def _dpo(argv: Sequence[str]) -> None:
+    """train an ensemble on preferences"""
+    _train(DpoConfig, argv, "renyi-engine dpo")
+
+
+def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> None:
+    config, options = parse(settings, argv, prog, dry_run=True)
     if options.print_config:
         print(to_yaml(config), end="")
     elif options.dry_run:
@@ -88,7 +99,13 @@ def _env(argv: Sequence[str]) -> None:
     print(environment.describe(), end="")
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sft": _sft, "export": _export, "report": _report, "env": _env}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "export": _export,
+    "report": _report,
+    "env": _env,
+}
 
 
 def _quiet_libraries() -> None:

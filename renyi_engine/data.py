@@ -6,11 +6,10 @@ Layout: B sequences, T tokens.
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from renyi_engine import seeding
 from renyi_kernels import IGNORE_INDEX
+
+T = TypeVar("T")
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -31,6 +32,10 @@ class Example:
     row: int
     input_ids: list[int]
     labels: list[int]
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        return (self,)
 
     @property
     def num_labels(self) -> int:
@@ -80,23 +85,31 @@ def rows_of(splits: Mapping[str, Any], split: str, name: str, argument: str) -> 
 
 
 def tokenize(
-    rows: Iterable[Mapping[str, Any]], one: Callable[[int, Mapping[str, Any]], Example], argument: str = "dataset_name"
-) -> tuple[list[Example], Counter[str]]:
-    """(examples, dropped): every row through `one`, and how many rows were left out for which reason.
+    rows: Iterable[Mapping[str, Any]], one: Callable[[int, Mapping[str, Any]], T], argument: str
+) -> tuple[list[T], dict[str, list[int]]]:
+    """(examples, dropped): every row through `one`, and the numbers of the rows left out for each reason.
 
     Raises:
         ValueError: no row is left; the message says why each kind was dropped.
     """
-    examples, dropped = [], Counter[str]()
+    examples: list[T] = []
+    dropped: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         try:
             examples.append(one(number, row))
         except Dropped as reason:
-            dropped[str(reason)] += 1
+            dropped.setdefault(str(reason), []).append(number)
     if not examples:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
-        raise ValueError(f"{argument}: no row is left to use ({reasons})")
+        raise ValueError(f"{argument}: no row is left to use ({'; '.join(describe_dropped(dropped))})")
     return examples, dropped
+
+
+def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> list[str]:
+    """A line a reason: how many rows, which, and why."""
+    return [
+        f"{len(rows)} rows dropped ({', '.join(map(str, rows[:10]))}{', ...' if len(rows) > 10 else ''}): {reason}"
+        for reason, rows in dropped.items()
+    ]
 
 
 def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Example
+from renyi_engine.data import Example, describe_dropped
 from renyi_engine.settings import to_yaml
+from renyi_engine.task import length
 from renyi_engine.trainer import load_dataset, make_task
 from renyi_kernels import IGNORE_INDEX
 from renyi_kernels.linear_logprob import CHUNK_MIB
@@ -18,14 +19,15 @@ def dry_run(config: TrainConfig) -> str:
     """Resolved settings, a decoded example and a memory estimate, as text; no weights are loaded."""
     task = make_task(config)
     dataset = load_dataset(config, task)
-    dropped = "".join(f"dropped {count} rows: {reason}\n" for reason, count in dataset.dropped.items())
-    longest = max(len(example.input_ids) for example in dataset.train)
+    dropped = "".join(f"{line}\n" for line in describe_dropped(dataset.dropped))
+    longest = max(map(length, dataset.train))
+    first = dataset.train[0]
+    shown = "\n\n".join(show(sequence, task.tokenizer) for sequence in first.sequences)
     return (
         f"# settings\n{to_yaml(config)}\n# data\n{len(dataset.train)} training and {len(dataset.held_out)} held-out "
         f"examples, the longest of {longest} tokens\n{dropped}\n"
-        f"# row {dataset.train[0].row}; the loss is on what stands in [[ ]]\n"
-        f"{show(dataset.train[0], task.tokenizer)}\n\n"
-        f"# memory\n{memory_estimate(config, longest)}"
+        f"# row {first.row}; the loss is on what stands in [[ ]]\n{shown}\n\n"
+        f"# memory\n{memory_estimate(config, longest, len(first.sequences))}"
     )
 
 
@@ -42,8 +44,9 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(pieces)
 
 
-def memory_estimate(config: TrainConfig, longest: int) -> str:
-    """MiB of weights, adapters and activations at the largest micro-batch; activations are a rough count."""
+def memory_estimate(config: TrainConfig, longest: int, num_sequences: int) -> str:
+    """MiB of weights, adapters and activations at the largest micro-batch, whose examples hold `num_sequences` each;
+    activations are a rough count."""
     base_config = base_model.load_config(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.trust_remote_code)
@@ -62,7 +65,7 @@ def memory_estimate(config: TrainConfig, longest: int) -> str:
     if config.gradient_checkpointing:
         width = base_config.get_text_config().hidden_size
         kept = width * (len(layers) - first) + kept // (len(layers) - first)
-    rows = config.num_particles * config.per_device_train_batch_size * longest
+    rows = config.num_particles * config.per_device_train_batch_size * num_sequences * longest
     parts = {
         "base weights": itemsize * sum(p.numel() for p in model.parameters()),
         "adapters, gradients, AdamW moments": 16 * adapters,

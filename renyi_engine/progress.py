@@ -5,14 +5,36 @@ from __future__ import annotations
 import datetime
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import rich.progress
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+T = TypeVar("T")
+
+QUIET_S = 30.0
+"""Seconds from one line to the next where there is no terminal."""
+
+
+def track(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one by one, with a bar on a terminal and a line at the start and every half minute elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from rich.progress.track(items, what, console=console, transient=True)
+        return
+    started = spoken = time.monotonic()
+    console.print(f"{what}: {len(items)} batches", markup=False, highlight=False, soft_wrap=True)
+    for done, item in enumerate(items):
+        if done and (now := time.monotonic()) - spoken > QUIET_S:
+            left = datetime.timedelta(seconds=round((now - started) / done * (len(items) - done)))
+            console.print(f"{what}: {done}/{len(items)}  ETA {left}", markup=False, highlight=False, soft_wrap=True)
+            spoken = now
+        yield item
 
 
 class TrainingProgress:
@@ -48,11 +70,10 @@ class TrainingProgress:
         if self._live:
             self._bar.update(self._task, completed=step)
 
-    def show(self, metrics: Mapping[str, Any]) -> None:
-        """Show a line of training metrics."""
+    def show(self, metrics: Mapping[str, Any], headline: str) -> None:
+        """Show a line of training metrics, of which `headline` is what matters to the task."""
         numbers = (
-            f"loss {metrics['loss_nats']:.3f} nats  "
-            f"mixture NLL {metrics['mixture_nll_nats_per_token']:.3f} nats/token  "
+            f"loss {metrics['loss_nats']:.3f} nats  {headline}  "
             f"ESS {metrics['ess_particles']:.2f}/{self._num_particles}  "
             f"{metrics['tokens_per_s']:.0f} tokens/s"
         )

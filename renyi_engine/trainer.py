@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +18,10 @@ from transformers import get_scheduler
 
 from renyi_engine import base_model, checkpoint, data
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Example, StepSampler
+from renyi_engine.data import StepSampler
+from renyi_engine.dpo import DpoConfig, DpoTask
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.evaluation import Evaluation, evaluate, nll_per_token
+from renyi_engine.evaluation import Evaluation, evaluate, means, sums
 from renyi_engine.objective import data_term
 from renyi_engine.particle_optim import clip_grad_norms_, grad_norms, step_healthy
 from renyi_engine.prior import prior_term
@@ -30,6 +30,8 @@ from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
+from renyi_engine.task import Item, Task, length
+from renyi_kernels import renyi_reduce
 
 # without held-out data, the report's heat map is of this many training examples
 TRAINING_EXAMPLES_SHOWN = 256
@@ -62,11 +64,11 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class Dataset:
-    """Tokenised examples; `held_out` is empty where the data has no such split."""
+    """Tokenised examples; `held_out` is empty where the data has no such split. `dropped`: rows by reason."""
 
-    train: list[Example]
-    held_out: list[Example]
-    dropped: Counter[str]
+    train: list[Item]
+    held_out: list[Item]
+    dropped: dict[str, list[int]]
 
 
 @dataclass
@@ -84,17 +86,27 @@ class State:
 class Window:
     examples: int = 0
     labels: int = 0
-    loss_nats: float = 0.0
-    ess: float = 0.0
-    mixture_nll_nats: float = 0.0
-    particle_nll_nats: list[float] = field(default_factory=list)
+    totals: dict[str, Any] = field(default_factory=dict)
+    """Sums over the examples, each one number, or a list with one of each particle."""
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add what is [examples], or [K, examples]."""
+        for name, total in sums(values).items():
+            before = self.totals.get(name)
+            if isinstance(total, list):
+                total = [a + b for a, b in zip(before or [0.0] * len(total), total, strict=True)]
+            elif before is not None:
+                total += before
+            self.totals[name] = total
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """logp [K, examples] nats of the step, its losses and ESS [examples], prior in nats, norms [K] before clipping."""
+    """logp [K, examples] nats of the step and the task's details of it, losses and ESS [examples], prior in nats, norms
+    [K] before clipping."""
 
     logp: Tensor
+    details: dict[str, Tensor]
     loss: Tensor
     ess: Tensor
     prior: Tensor
@@ -118,12 +130,15 @@ def train(config: TrainConfig) -> TrainResult:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
-    return _Trainer(config, run, task, dataset, ensemble).run_to_the_end()
+    fingerprint = checkpoint.fingerprint(model)
+    for part in (dataset.train, dataset.held_out):
+        part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, fingerprint)
+    return _Trainer(config, run, task, dataset, ensemble, fingerprint).run_to_the_end()
 
 
 def train_step(
     ensemble: LoraEnsemble,
-    task: SftTask,
+    task: Task,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[Mapping[str, Tensor]],
     config: TrainConfig,
@@ -133,12 +148,13 @@ def train_step(
     parameters = list(ensemble.parameters())
     num_examples = sum(len(batch["labels"]) for batch in micro_batches)
     optimizer.zero_grad()
-    reductions = []
+    reductions, details = [], []
     for batch in micro_batches:
-        logp = task.logp(ensemble, batch)
-        loss, reduction = data_term(logp, config.alpha, num_examples)
+        scores = task.score(ensemble, batch)
+        loss, reduction = data_term(scores.logp, config.alpha, num_examples)
         loss.backward()
         reductions.append(reduction)
+        details.append(scores.details)
     prior = prior_term(
         config.prior,
         parameters,
@@ -154,6 +170,7 @@ def train_step(
     step_healthy(optimizer, norms.isfinite())
     return StepResult(
         logp=torch.cat([r.logp for r in reductions], dim=1),
+        details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},
         loss=torch.cat([r.loss.detach() for r in reductions]),
         ess=torch.cat([r.ess for r in reductions]),
         prior=prior.detach(),
@@ -161,20 +178,23 @@ def train_step(
     )
 
 
-def make_task(config: TrainConfig) -> SftTask:
+def make_task(config: TrainConfig) -> Task:
     """The kind of training that `config` asks for."""
     if isinstance(config, SftConfig):
         return SftTask(base_model.load_tokenizer(config), config.max_length)
-    raise TypeError(f"config: expected an SftConfig; got {type(config).__name__}")
+    if isinstance(config, DpoConfig):
+        tokenizer = base_model.load_tokenizer(config)
+        return DpoTask(tokenizer, config.max_length, config.beta, config.min_score_gap, config.score_columns)
+    raise TypeError(f"config: expected an SftConfig or a DpoConfig; got {type(config).__name__}")
 
 
-def load_dataset(config: TrainConfig, task: SftTask) -> Dataset:
+def load_dataset(config: TrainConfig, task: Task) -> Dataset:
     """Tokenised training and held-out examples."""
     splits = data.load_splits(config.dataset_name, config.dataset_train_split, config.dataset_config, "dataset_name")
     rows = data.rows_of(splits, config.dataset_train_split, config.dataset_name, "dataset_name")
     task.check_columns(rows.column_names, "dataset_name")
     examples, dropped = data.tokenize(rows, task.example, "dataset_name")
-    held_out: list[Example] = []
+    held_out: list[Item] = []
     argument, name, split = "dataset_name", config.dataset_name, config.dataset_test_split
     if config.eval_dataset_name:
         argument, name = "eval_dataset_name", config.eval_dataset_name
@@ -183,13 +203,14 @@ def load_dataset(config: TrainConfig, task: SftTask) -> Dataset:
         rows = data.rows_of(splits, split, name, argument)
         task.check_columns(rows.column_names, argument)
         held_out, dropped_held_out = data.tokenize(rows, task.example, argument)
-        dropped += Counter({f"held out: {reason}": count for reason, count in dropped_held_out.items()})
+        dropped |= {f"held out: {reason}": numbers for reason, numbers in dropped_held_out.items()}
     return Dataset(examples, held_out, dropped)
 
 
 def check_vocabulary(dataset: Dataset, num_embeddings: int) -> None:
     """ValueError if the tokenizer knows tokens that the model does not."""
-    largest = max(max(example.input_ids) for example in [*dataset.train, *dataset.held_out])
+    sequences = [sequence for item in [*dataset.train, *dataset.held_out] for sequence in item.sequences]
+    largest = max(max(sequence.input_ids) for sequence in sequences)
     if largest >= num_embeddings:
         raise ValueError(
             f"model_name_or_path: the tokenizer gives token {largest}, the model has {num_embeddings} embeddings; "
@@ -199,12 +220,19 @@ def check_vocabulary(dataset: Dataset, num_embeddings: int) -> None:
 
 class _Trainer:
     def __init__(
-        self, config: TrainConfig, run: RunFolder, task: SftTask, dataset: Dataset, ensemble: LoraEnsemble
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        task: Task,
+        dataset: Dataset,
+        ensemble: LoraEnsemble,
+        fingerprint: str,
     ) -> None:
         self.config, self.run, self.task, self.dataset, self.ensemble = config, run, task, dataset, ensemble
+        self.fingerprint = fingerprint
         K = config.num_particles
         self.sampler = StepSampler(
-            [len(example.input_ids) for example in dataset.train],
+            [length(item) for item in dataset.train],
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,
             config.seed,
@@ -220,7 +248,6 @@ class _Trainer:
             weight_decay=config.weight_decay,
         )
         self.learning_rate_factor = _schedule(config, self.optimizer, self.total_steps)
-        self.fingerprint = checkpoint.fingerprint(ensemble.model)
         self.state = State(skipped=[0] * K, skipped_in_a_row=[0] * K)
         if run.resume_from:
             self._restore(run.resume_from)
@@ -262,7 +289,7 @@ class _Trainer:
         micro_batches = [self.task.collate(part) for part in parts]
         result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, config, len(self.dataset.train))
         examples = [example for part in parts for example in part]
-        tokens = sum(len(example.input_ids) for example in examples)
+        tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
         state.step += 1
         self.progress.advance(state.step)
         state.tokens += tokens
@@ -276,28 +303,25 @@ class _Trainer:
 
     def _add_to_window(self, result: StepResult, labels: int) -> None:
         window = self.state.window
-        nll = nll_per_token(result.logp, 1)
-        particles = nll["particle_nll_nats_per_token"]
         window.examples += result.loss.numel()
         window.labels += labels
-        window.loss_nats += result.loss.sum().item()
-        window.ess += result.ess.sum().item()
-        window.mixture_nll_nats += nll["mixture_nll_nats_per_token"]
-        window.particle_nll_nats = [
-            a + b for a, b in zip(window.particle_nll_nats or [0.0] * len(particles), particles, strict=True)
-        ]
+        mixture = renyi_reduce(result.logp, 1.0).loss
+        window.add({"loss": result.loss, "ess": result.ess, "mixture": mixture, "particles": -result.logp})
+        window.add(result.details)
 
     def _log(self, result: StepResult, learning_rate: float) -> None:
         state, window, now = self.state, self.state.window, time.monotonic()
-        particles = [nll / window.labels for nll in window.particle_nll_nats]
+        totals, unit = window.totals, self.task.unit
+        particles = [nll / window.labels for nll in totals["particles"]]
         metrics = {
             "step": state.step,
             "epoch": state.step / self.sampler.steps_per_epoch,
-            "loss_nats": window.loss_nats / window.examples,
-            "mixture_nll_nats_per_token": window.mixture_nll_nats / window.labels,
-            "mean_particle_nll_nats_per_token": sum(particles) / len(particles),
-            "particle_nll_nats_per_token": particles,
-            "ess_particles": window.ess / window.examples,
+            "loss_nats": totals["loss"] / window.examples,
+            f"mixture_nll_nats_per_{unit}": totals["mixture"] / window.labels,
+            f"mean_particle_nll_nats_per_{unit}": sum(particles) / len(particles),
+            f"particle_nll_nats_per_{unit}": particles,
+            "ess_particles": totals["ess"] / window.examples,
+            **means({name: totals[name] for name in result.details}, window.examples),
             "alpha": self.config.alpha,
             "prior_nats": result.prior.item(),
             "learning_rate": learning_rate,
@@ -308,19 +332,13 @@ class _Trainer:
             "elapsed_s": now - self.started,
         }
         self.run.log(metrics)
-        self.progress.show(metrics)
+        self.progress.show(metrics, self.task.headline(metrics))
         state.window = Window()
         self.window_started, self.window_tokens = now, 0
 
     def _evaluate(self) -> Evaluation:
         examples = self.dataset.held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
-        evaluation = evaluate(
-            self.ensemble,
-            examples,
-            self.task.collate,
-            self.task.logp,
-            self.config.per_device_eval_batch_size,
-        )
+        evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
         summary = evaluation.summary(self.config.alpha)
         if self.dataset.held_out:
             epoch = self.state.step / self.sampler.steps_per_epoch
@@ -332,14 +350,14 @@ class _Trainer:
                 "split": "held-out" if self.dataset.held_out else "training",
                 "alpha": self.config.alpha,
                 "example_ids": evaluation.rows,
-                "num_tokens": evaluation.num_tokens.tolist(),
+                "num_labels": evaluation.num_labels.tolist(),
                 "logp_nats": evaluation.logp.tolist(),
             },
         )
         kind = "held-out" if self.dataset.held_out else "training examples:"
         self.progress.say(
-            f"{kind} mixture NLL {summary['mixture_nll_nats_per_token']:.3f}, mean particle "
-            f"{summary['mean_particle_nll_nats_per_token']:.3f} nats/token, "
+            f"{kind} {self.task.headline(summary)}, mean particle NLL "
+            f"{summary[f'mean_particle_nll_nats_per_{self.task.unit}']:.3f} nats/{self.task.unit}, "
             f"ESS {summary['ess_particles']:.2f}/{self.config.num_particles}"
         )
         return evaluation
@@ -359,7 +377,7 @@ class _Trainer:
                 "num_eval_examples": len(self.dataset.held_out),
                 "num_parameters_per_particle": per_particle,
                 "adapted_maps": len(self.ensemble.paths),
-                "dropped_rows": dict(self.dataset.dropped),
+                "dropped_rows": {reason: len(rows) for reason, rows in self.dataset.dropped.items()},
                 "elapsed_s": time.monotonic() - self.started,
             },
         )
@@ -372,8 +390,8 @@ class _Trainer:
             f"{len(dataset.train)} training and {len(dataset.held_out)} held-out examples, "
             f"{self.total_steps} steps{resumed}"
         )
-        for reason, count in dataset.dropped.items():
-            self.progress.say(f"{count} rows dropped: {reason}")
+        for line in data.describe_dropped(dataset.dropped):
+            self.progress.say(line)
 
     # ------------------------------------------------------------------ what can go wrong
 

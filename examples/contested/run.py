@@ -105,7 +105,7 @@ def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answe
         asked = [question for question in questions if question.kind == kind]
         rows = [question.row(by_first) for question in asked for by_first in (True, False)]
         examples = [task.example(number, row) for number, row in enumerate(rows)]
-        scored = evaluate(ensemble, examples, task.collate, task.logp, batch_size=32)
+        scored = evaluate(ensemble, task, examples, batch_size=32)
         s = scored.logp.view(len(scored.logp), len(asked), 2)  # [K, questions, camps]
         given = torch.tensor([[question.share_of_first, 1.0 - question.share_of_first] for question in asked])
         mixture = renyi_reduce(s.flatten(1), 1.0).loss.view_as(given)

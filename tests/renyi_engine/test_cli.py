@@ -142,7 +142,7 @@ def test_a_second_signal_exits_at_once(sft_flags, tmp_path, monkeypatch):
     """The step is made to last an hour, so that only the second signal can end it."""
     program = (
         "import sys, time; from renyi_engine.sft import SftTask; from renyi_engine.cli import main\n"
-        "SftTask.logp = lambda *_: (print('in the step', flush=True), [time.sleep(0.05) for _ in range(72000)])\n"
+        "SftTask.score = lambda *_: (print('in the step', flush=True), [time.sleep(0.05) for _ in range(72000)])\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(

@@ -121,11 +121,11 @@ def test_dropped_rows_are_counted_by_reason_and_nothing_left_is_an_error():
             return Example(number, [1, 2], [1, 2])
         raise Dropped(f"it is {row}")
 
-    examples, dropped = tokenize(["bad", "good", "bad", "ugly"], one)
+    examples, dropped = tokenize(["bad", "good", "bad", "ugly"], one, "dataset_name")
     assert [e.row for e in examples] == [1]
-    assert dropped == {"it is bad": 2, "it is ugly": 1}
-    with pytest.raises(ValueError, match=r"dataset_name: no row is left to use \(2 rows: it is bad\)"):
-        tokenize(["bad", "bad"], one)
+    assert dropped == {"it is bad": [0, 2], "it is ugly": [3]}
+    with pytest.raises(ValueError, match=r"dataset_name: no row is left to use \(2 rows dropped \(0, 1\): it is bad\)"):
+        tokenize(["bad", "bad"], one, "dataset_name")
 
 
 def test_padding_falls_back_to_eos_and_then_gives_up():

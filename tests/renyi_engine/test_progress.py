@@ -8,9 +8,10 @@ import re
 import pytest
 from rich.console import Console
 
-from renyi_engine.progress import TrainingProgress
+from renyi_engine import progress as progress_module
+from renyi_engine.progress import TrainingProgress, track
 
-METRICS = {"loss_nats": 12.345, "mixture_nll_nats_per_token": 1.234, "ess_particles": 3.21, "tokens_per_s": 12345.0}
+METRICS = {"loss_nats": 12.345, "ess_particles": 3.21, "tokens_per_s": 12345.0}
 NUMBERS = "loss 12.345 nats  mixture NLL 1.234 nats/token  ESS 3.21/4  12345 tokens/s"
 
 
@@ -20,7 +21,7 @@ def shown(terminal: bool, width: int = 80) -> str:
     with TrainingProgress(1200, 20, num_particles=4, console=console) as progress:
         progress.say("hello")
         progress.advance(30)
-        progress.show(METRICS)
+        progress.show(METRICS, "mixture NLL 1.234 nats/token")
     return file.getvalue()
 
 
@@ -36,3 +37,12 @@ def test_elsewhere_each_report_is_one_plain_line():
     assert lines[0] == "hello"
     assert re.fullmatch(rf"step 30/1200  {re.escape(NUMBERS)}  ETA \d+:\d\d:\d\d", lines[1])
     assert len(lines) == 2
+
+
+def test_batches_are_all_passed_on_with_a_line_at_the_start_and_at_long_intervals(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    assert list(track("abcde", "scoring")) == list("abcde")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "scoring: 5 batches"
+    assert [re.fullmatch(r"scoring: (\d)/5  ETA \d:\d\d:\d\d", line)[1] for line in lines[1:]] == ["2", "4"]

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from renyi_engine.data import Dropped
-from renyi_engine.sft import SftTask, _labels_after_prefix
+from renyi_engine.sft import SftTask
 
 
 @pytest.fixture
@@ -48,9 +48,11 @@ def test_of_a_chat_every_assistant_turn_is_learnt(task):
     assert labelled == "B</s>D</s>"
 
 
-def test_a_token_across_the_seam_belongs_to_the_completion():
-    assert _labels_after_prefix([1, 2, 9, 4], [1, 2, 3]) == ([1, 2, 9, 4], [-100, -100, 9, 4])
-    assert _labels_after_prefix([1, 2, 3, 4], [1, 2]) == ([1, 2, 3, 4], [-100, -100, 3, 4])
+def test_a_token_across_the_seam_belongs_to_the_completion(task, monkeypatch):
+    tokens = {"ab": [1, 2, 3], "abcd</s>": [1, 2, 9, 4], "abef</s>": [1, 2, 3, 4]}
+    monkeypatch.setattr(task._encoder, "text", tokens.__getitem__)
+    assert task.example(0, {"prompt": "ab", "completion": "cd"}).labels == [-100, -100, 9, 4]
+    assert task.example(0, {"prompt": "ab", "completion": "ef"}).labels == [-100, -100, -100, 4]
 
 
 def test_the_end_is_cut_off_at_max_length(tokenizer):

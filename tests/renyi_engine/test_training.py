@@ -39,15 +39,15 @@ class Killed(BaseException):
 
 def kill_in_micro_batch(monkeypatch, number: int) -> None:
     """Die in the given forward pass, counted over the whole run."""
-    original, seen = SftTask.logp, []
+    original, seen = SftTask.score, []
 
-    def logp(self, ensemble, batch):
+    def score(self, ensemble, batch):
         seen.append(None)
         if len(seen) == number:
             raise Killed
         return original(self, ensemble, batch)
 
-    monkeypatch.setattr(SftTask, "logp", logp)
+    monkeypatch.setattr(SftTask, "score", score)
 
 
 # ---------------------------------------------------------------------- one step
@@ -368,18 +368,18 @@ def _loaded(config):
 
 def poison(monkeypatch, particle, steps):
     """Make the log-likelihoods of one particle (None: of all) NaN in the given steps, counted from 1."""
-    original, seen = SftTask.logp, []
+    original, seen = SftTask.score, []
 
-    def logp(self, ensemble, batch):
+    def score(self, ensemble, batch):
         seen.append(None)
-        out = original(self, ensemble, batch)
+        scores = original(self, ensemble, batch)
         if len(seen) in steps:
-            factor = torch.ones(len(out), 1)
+            factor = torch.ones(len(scores.logp), 1)
             factor[slice(None) if particle is None else particle] = float("nan")
-            out = out * factor
-        return out
+            scores = replace(scores, logp=scores.logp * factor)
+        return scores
 
-    monkeypatch.setattr(SftTask, "logp", logp)
+    monkeypatch.setattr(SftTask, "score", score)
 
 
 def test_a_sick_particle_is_skipped_counted_and_its_rows_recorded(sft_config, monkeypatch):
@@ -417,7 +417,7 @@ def no_model(monkeypatch):
         ([{"promt": "a", "completion": "b"}], "is 'promt' meant to be 'prompt'"),
         (
             [{"prompt": "x" * 80, "completion": "b"}] * 3,
-            r"no row is left to use \(3 rows: the prompt alone fills max_length",
+            r"no row is left to use \(3 rows dropped \(0, 1, 2\): the prompt alone fills max_length",
         ),
         ([{"text": "a"}, {"text": None}], "row 1: text: expected a string"),
     ],

@@ -1,0 +1,218 @@
+"""Direct preference optimisation: pairs of completions, and s[k, i] = how surely particle k prefers the chosen one.
+
+    s[k, i] = log sigmoid( beta ((lp_k(y+) - lp_ref(y+)) - (lp_k(y-) - lp_ref(y-))) )         (24), App. B
+
+lp sums over completion tokens; the reference is the bare base, scored once per data set before training.
+
+Layout: K particles, B pairs, N pairs of a data set, T tokens; in [B, 2], 0 is the chosen, 1 the rejected completion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from renyi_engine import files
+from renyi_engine.config import TrainConfig
+from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id
+from renyi_engine.encoding import Encoder, common_prefix, is_messages, require_field
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.progress import track
+from renyi_engine.settings import flag, require
+from renyi_engine.task import Scores, by_length
+from renyi_kernels import IGNORE_INDEX
+
+FORMS = ("prompt + chosen + rejected", "chosen + rejected")
+
+
+@dataclass
+class DpoConfig(TrainConfig):
+    """Settings of preference optimisation; the data set has the columns chosen and rejected, and prompt unless that is
+    what both begin with."""
+
+    beta: float = flag(0.1, "Strength of the preference: larger keeps particles closer to the base.")
+    min_score_gap: float | None = flag(None, "Keep only pairs whose scores differ by more than this.")
+    score_columns: list[str] = flag(["score_chosen", "score_rejected"], "Columns that min_score_gap compares.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, ("beta",), "a number above 0", lambda v: 0 < v < float("inf"))
+        require(self, ("min_score_gap",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
+        if len(self.score_columns) != 2:
+            raise ValueError(f"score_columns: expected two names, chosen and rejected; got {self.score_columns}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt, and what the bare base gives them: log-probabilities (chosen, rejected), nats."""
+
+    row: int
+    chosen: Example
+    rejected: Example
+    reference: tuple[float, float] | None = None
+
+    @property
+    def sequences(self) -> tuple[Example, Example]:
+        return self.chosen, self.rejected
+
+    @property
+    def num_labels(self) -> int:
+        return 1
+
+
+class DpoTask:
+    """A `Task`: a pair an example, chosen and rejected in one batch."""
+
+    unit = "pair"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        beta: float,
+        min_score_gap: float | None = None,
+        score_columns: Sequence[str] = ("score_chosen", "score_rejected"),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length, self.beta = max_length, beta
+        self.min_score_gap, self.score_columns = min_score_gap, list(score_columns)
+        self.pad_token_id = pad_token_id(tokenizer)
+        self._encoder = Encoder(tokenizer)
+
+    def check_columns(self, columns: Sequence[str], argument: str) -> None:
+        if not {"chosen", "rejected"} <= set(columns):
+            raise missing_column(argument, columns, FORMS)
+        if self.min_score_gap is not None and not set(self.score_columns) <= set(columns):
+            raise missing_column(argument, columns, [" + ".join(self.score_columns)])
+
+    def example(self, number: int, row: Mapping[str, Any]) -> Pair:
+        """The pair of row `number`.
+
+        Raises:
+            Dropped: it teaches nothing: both are the same, a score is missing or too near, a completion is empty or cut
+                off whole. ValueError: a field is missing or not what its column says.
+        """
+        prompt, chosen, rejected = _with_prompt(number, row)
+        if chosen == rejected:
+            raise Dropped("chosen and rejected are the same")
+        if self.min_score_gap is not None:
+            self._require_gap(number, row)
+        if not prompt:
+            raise Dropped("the prompt is empty")
+        if not chosen or not rejected:
+            raise Dropped("a completion is empty")
+        chosen_ids, chosen_start = self._encoder.completed(number, prompt, chosen, "chosen")
+        rejected_ids, rejected_start = self._encoder.completed(number, prompt, rejected, "rejected")
+        start = min(chosen_start, rejected_start)
+        if start >= self.max_length:
+            raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
+        return Pair(number, self._sequence(number, chosen_ids, start), self._sequence(number, rejected_ids, start))
+
+    def prepare(
+        self, ensemble: LoraEnsemble, items: Sequence[Pair], folder: Path, batch_size: int, fingerprint: str
+    ) -> list[Pair]:
+        """The pairs with their reference log-probabilities, kept in `folder` under a key of base, data and template."""
+        key = _key(items, fingerprint, str(ensemble.model.dtype))
+        path = folder / f"reference-{key}.safetensors"
+        if not path.is_file():
+            files.write_tensors(path, {"logp_nats": self._reference(ensemble, items, batch_size)})
+        logp = files.read_tensors(path)["logp_nats"]
+        return [
+            dataclasses.replace(pair, reference=(chosen, rejected))
+            for pair, (chosen, rejected) in zip(items, logp.tolist(), strict=True)
+        ]
+
+    def collate(self, items: Sequence[Pair]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels [B, 2, T]; reference_logp [B, 2] once the pairs are prepared."""
+        rows = collate([sequence for pair in items for sequence in pair.sequences], self.pad_token_id)
+        batch = {name: value.view(len(items), 2, -1) for name, value in rows.items()}
+        if items[0].reference is not None:
+            batch["reference_logp"] = torch.tensor([pair.reference for pair in items])
+        return batch
+
+    def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
+        """Details are named as TRL names them; rewards are beta times the log-ratio to the base, in nats."""
+        logp = _completion_logp(ensemble, batch)
+        rewards = self.beta * (logp - batch["reference_logp"].to(logp.device))
+        margins = rewards[..., 0] - rewards[..., 1]
+        s = nn.functional.logsigmoid(margins)
+        details = {
+            "rewards/chosen": rewards[..., 0],
+            "rewards/rejected": rewards[..., 1],
+            "rewards/accuracies": (margins > 0).float(),
+            "rewards/margins": margins,
+            "logps/chosen": logp[..., 0],
+            "logps/rejected": logp[..., 1],
+            # the particles' probabilities averaged
+            "rewards/mixture_accuracies": (s.exp().mean(dim=0) > 0.5).float(),
+        }
+        return Scores(s, {name: value.detach() for name, value in details.items()})
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        return f"reward accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.3f} nats"
+
+    def _require_gap(self, number: int, row: Mapping[str, Any]) -> None:
+        scores = [row[column] for column in self.score_columns]
+        if any(score is None for score in scores):
+            raise Dropped("a score is missing")
+        for column, score in zip(self.score_columns, scores, strict=True):
+            is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+            require_field(is_number, number, column, "a number", score)
+        if not scores[0] - scores[1] > self.min_score_gap:
+            raise Dropped(f"the scores do not differ by more than {self.min_score_gap:g} (min_score_gap)")
+
+    def _sequence(self, number: int, input_ids: list[int], start: int) -> Example:
+        labels = [IGNORE_INDEX] * start + input_ids[start:]
+        return Example(number, input_ids[: self.max_length], labels[: self.max_length])
+
+    @torch.no_grad()
+    def _reference(self, ensemble: LoraEnsemble, items: Sequence[Pair], batch_size: int) -> Tensor:
+        """Log-probabilities [N, 2] of the bare base."""
+        logp = torch.empty(len(items), 2)
+        order = by_length(items)
+        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        with ensemble.disable_adapters():
+            for part in track(parts, "reference log-probabilities of the base"):
+                logp[part] = _completion_logp(ensemble, self.collate([items[i] for i in part]))[0].float().cpu()
+        return logp
+
+
+def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probability [K, B, 2] of the completions, nats."""
+    rows = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+    return ensemble.sequence_logprob(rows).unflatten(1, (-1, 2))
+
+
+def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), all strings or all lists of messages.
+
+    Without a prompt of their kind, the prompt is what chosen and rejected begin with; of strings, a space at the seam
+    goes to the completions. Both keep at least one message or character.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    for column, value in (("chosen", chosen), ("rejected", rejected)):
+        known = isinstance(value, str) or is_messages(value)
+        require_field(known, number, column, "a string or a list of messages", value)
+    same_kind = isinstance(chosen, str) == isinstance(rejected, str)
+    require_field(same_kind, number, "rejected", f"a {type(chosen).__name__}, as chosen is", rejected)
+    if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
+        return prompt, chosen, rejected
+    length = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if length > 0 and chosen[length - 1] == " ":
+        length -= 1
+    return chosen[: max(length, 0)], chosen[max(length, 0) :], rejected[max(length, 0) :]
+
+
+def _key(items: Sequence[Pair], fingerprint: str, dtype: str) -> str:
+    """Of base, data and template: the tokens and labels hold the last two."""
+    sequences = [[s.input_ids, s.labels] for pair in items for s in pair.sequences]
+    return hashlib.sha256(json.dumps([fingerprint, dtype, sequences]).encode()).hexdigest()[:16]

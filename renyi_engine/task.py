@@ -1,0 +1,80 @@
+"""What the trainer asks of a kind of training. SFT and DPO differ in nothing else.
+
+Layout: K particles, B examples, N examples of a data set, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from renyi_engine.data import Example
+from renyi_engine.ensemble import LoraEnsemble
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a batch fares.
+
+    Attributes:
+        logp: s [K, B] in nats, from which the loss is made.
+        details: what else is worth a line of metrics, detached: [K, B], or [B] where it is the mixture's.
+    """
+
+    logp: Tensor
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Item(Protocol):
+    """An example: one token sequence, or several that are judged together."""
+
+    @property
+    def row(self) -> int:
+        """Its number in the data set."""
+
+    @property
+    def sequences(self) -> tuple[Example, ...]: ...
+
+    @property
+    def num_labels(self) -> int:
+        """What its negative log-likelihood is divided by: `Task.unit`s."""
+
+
+def length(item: Item) -> int:
+    """Tokens of its longest sequence."""
+    return max(len(sequence.input_ids) for sequence in item.sequences)
+
+
+def by_length(items: Sequence[Item]) -> list[int]:
+    """Indices from the longest to the shortest: batches of similar length, and memory runs out at once or never."""
+    return sorted(range(len(items)), key=lambda i: -length(items[i]))
+
+
+class Task(Protocol):
+    tokenizer: PreTrainedTokenizerBase
+    unit: str
+    """What one label is: "token" or "pair"."""
+
+    def check_columns(self, columns: Sequence[str], argument: str) -> None:
+        """ValueError unless rows with these columns can be taken."""
+
+    def example(self, number: int, row: Mapping[str, Any]) -> Any:
+        """The `Item` that row `number` makes. Raises data.Dropped if it cannot be used, ValueError if it is broken."""
+
+    def prepare(
+        self, ensemble: LoraEnsemble, items: Sequence[Any], folder: Path, batch_size: int, fingerprint: str
+    ) -> list[Any]:
+        """The items, with what has to be known of them before training; `folder` is the run's, to keep it in."""
+
+    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """A batch; its "labels" has one entry an item."""
+
+    def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores: ...
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """The few words of a line of metrics that a person wants to see while training."""
