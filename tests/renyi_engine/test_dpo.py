@@ -272,10 +272,11 @@ def test_the_reference_is_kept_and_belongs_to_base_data_and_template(task, attac
 
 @pytest.fixture
 def dpo_config(sft_config, jsonl, tmp_path):
-    rows = [
-        {"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 3), "rejected": "no" * (1 + i % 2), "score_chosen": 5, "score_rejected": i % 5}
-        for i in range(24)
-    ]  # fmt: skip
+    def row(i):
+        pair = {"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 3), "rejected": "no" * (1 + i % 2)}
+        return pair | {"score_chosen": 5, "score_rejected": i % 5}
+
+    rows = [row(i) for i in range(24)]
     path, held_out = jsonl(tmp_path / "pairs.jsonl", rows[:18]), jsonl(tmp_path / "held_out.jsonl", rows[18:])
 
     def make(**overrides):
@@ -334,9 +335,7 @@ def test_the_command_line_trains_shows_both_sequences_and_exports(dpo_config, tm
     assert (tmp_path / "out" / "p002" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    ("setting", "named"), [({"beta": 0.0}, "beta"), ({"min_score_gap": -1.0}, "min_score_gap"), ({"score_columns": ["a"]}, "score_columns")]
-)  # fmt: skip
-def test_settings_that_do_not_do_are_named(dpo_config, setting, named):
-    with pytest.raises(ValueError, match=named):
+@pytest.mark.parametrize("setting", [{"beta": 0.0}, {"min_score_gap": -1.0}, {"score_columns": ["a"]}])
+def test_settings_that_do_not_do_are_named(dpo_config, setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
         dpo_config(**setting)
