@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from csrc_bench.measure import OpSuite, Variant, compiled, copies, device_type
+from csrc_bench.measure import OpSuite, Variant, copies, device_type, variants_of_op
 from renyi_kernels import grouped_lora, reference
 
 SCALING = 2.0
@@ -42,10 +42,8 @@ def naive(shape):
     return lambda x, A, B, base: reference.grouped_lora(x, A, B, SCALING, base)
 
 
-def ours(backend):
-    return Variant(
-        "ours", lambda _: lambda x, A, B, base: grouped_lora(x, A, B, SCALING, base, backend=backend), backend
-    )
+def ours(shape, backend):
+    return lambda x, A, B, base: grouped_lora(x, A, B, SCALING, base, backend=backend)
 
 
 def baddbmm(shape):
@@ -90,12 +88,7 @@ def copy(shape, direction):
 
 
 def variants(device):
-    return {
-        "ours": ours("triton" if device == "cuda" else "torch"),
-        "copy": Variant("floor", copy),
-        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
-        "naive": Variant("naive", naive),
-        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
+    return variants_of_op(device, ours, naive, copy) | {
         "baddbmm": Variant("peer", baddbmm),
         "baddbmm_": Variant("peer", baddbmm_),
         "vmap": Variant("peer", vmap),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from csrc_bench.measure import OpSuite, Skipped, Variant, compiled
+from csrc_bench.measure import OpSuite, Skipped, Variant, variants_of_op
 from renyi_kernels import reference, renyi_loss
 
 ALPHA = 0.8
@@ -54,11 +54,8 @@ def naive(shape):
     return run
 
 
-def ours(backend):
-    def run(hidden, weight, labels):
-        return renyi_loss(hidden, weight, labels, ALPHA, backend=backend).loss
-
-    return Variant("ours", lambda _: run, backend)
+def ours(shape, backend):
+    return lambda hidden, weight, labels: renyi_loss(hidden, weight, labels, ALPHA, backend=backend).loss
 
 
 def with_cross_entropy(cross_entropy):
@@ -109,12 +106,7 @@ def gemms(shape, direction):
 
 
 def variants(device):
-    return {
-        "ours": ours("triton" if device == "cuda" else "torch"),
-        "gemms": Variant("floor", gemms),
-        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
-        "naive": Variant("naive", naive),
-        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
+    return variants_of_op(device, ours, naive, gemms) | {
         "torch_chunked": Variant("peer", torch_chunked),
         "liger": Variant("peer", liger, needs="liger_kernel"),
         "cut_cross_entropy": Variant("peer", cut_cross_entropy, needs="cut_cross_entropy"),

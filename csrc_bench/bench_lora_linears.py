@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from csrc_bench.measure import OpSuite, Variant, compiled
+from csrc_bench.measure import OpSuite, Variant, variants_of_op
 from renyi_kernels import lora_linears, reference
 
 SCALING = 2.0
@@ -59,14 +59,11 @@ def naive(shape):
     return on_lists(shape, lambda x, W, A, B: reference.lora_linears(x, W, none, A, B, SCALING))
 
 
-def ours(backend):
-    def build(shape):
-        none = [None] * len(shape["O"])
-        return on_lists(
-            shape, lambda x, W, A, B: lora_linears(x, list(W), none, list(A), list(B), SCALING, backend=backend)
-        )
-
-    return Variant("ours", build, backend)
+def ours(shape, backend):
+    none = [None] * len(shape["O"])
+    return on_lists(
+        shape, lambda x, W, A, B: lora_linears(x, list(W), none, list(A), list(B), SCALING, backend=backend)
+    )
 
 
 def baddbmm_(shape):
@@ -118,12 +115,7 @@ def gemms(shape, direction):
 
 
 def variants(device):
-    return {
-        "ours": ours("triton" if device == "cuda" else "torch"),
-        "gemms": Variant("floor", gemms),
-        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
-        "naive": Variant("naive", naive),
-        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
+    return variants_of_op(device, ours, naive, gemms) | {
         "baddbmm_": Variant("peer", baddbmm_),
         "vmap": Variant("peer", vmap),
         "loop": Variant("peer", loop),

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from csrc_bench.measure import OpSuite, Variant, compiled, copies, device_type
+from csrc_bench.measure import OpSuite, Variant, copies, device_type, variants_of_op
 from renyi_kernels import reference, renyi_reduce
 
 ALPHA = 0.8
@@ -33,8 +33,8 @@ def naive(shape):
     return lambda logp: reference.renyi_reduce(logp.sum(-1), ALPHA)[0]
 
 
-def ours(backend):
-    return Variant("ours", lambda _: lambda logp: renyi_reduce(logp, ALPHA, backend=backend).loss, backend)
+def ours(shape, backend):
+    return lambda logp: renyi_reduce(logp, ALPHA, backend=backend).loss
 
 
 def logsumexp(shape):
@@ -49,14 +49,7 @@ def copy(shape, direction):
 
 
 def variants(device):
-    return {
-        "ours": ours("triton" if device == "cuda" else "torch"),
-        "copy": Variant("floor", copy),
-        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
-        "naive": Variant("naive", naive),
-        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
-        "logsumexp": Variant("peer", logsumexp),
-    }
+    return variants_of_op(device, ours, naive, copy) | {"logsumexp": Variant("peer", logsumexp)}
 
 
 SUITE = OpSuite("renyi_reduce", shapes, inputs, naive, variants)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,18 @@ def clock() -> float:
 
 def peak_mib(call: Callable[[], Any]) -> float:
     """The most MiB of tensors alive at once that `call` allocated, its result included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not torch.cuda.is_available():
+        return cpu_peak_mib(call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def cpu_peak_mib(call: Callable[[], Any]) -> float:
+    """The same of tensors on the CPU, with or without a GPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -252,6 +258,24 @@ def _gradients(outputs, inputs, upstream, **options) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)], **options
     )
+
+
+def variants_of_op(device: str, ours: Callable[..., Callable], naive: Callable, floor: Callable) -> dict[str, Variant]:
+    """What every op suite times: ours on the device's path (on a GPU in torch, too), a floor, naive, naive compiled.
+
+    Args:
+        ours: shape, backend -> f(*inputs).
+        naive: shape -> f(*inputs).
+        floor: shape, direction -> f(*inputs); its name is the variant's.
+    """
+    on = lambda backend: Variant("ours", partial(ours, backend=backend), backend)
+    return {
+        "ours": on("triton" if device == "cuda" else "torch"),
+        floor.__name__: Variant("floor", floor),
+        **({"ours_torch": on("torch")} if device == "cuda" else {}),
+        "naive": Variant("naive", naive),
+        "compile": Variant("peer", lambda shape: compiled(naive(shape)), slow=True),
+    }
 
 
 def compiled(function: Callable) -> Callable:

@@ -185,7 +185,7 @@ def _compile(launch: Launch, target: str) -> Compiled:
 
     name = launch.kernel.__name__
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
-    constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
+    constants = {(launch.kernel.arg_names.index(argument),): value for argument, value in launch.constants.items()}
     source = ASTSource(launch.kernel, launch.signature, constants, attributes)
     try:
         made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
@@ -218,20 +218,13 @@ def _used_on_amd(assembly: str) -> tuple[int, int]:
 
 
 def table(results: list[Compiled]) -> str:
-    heads = ("kernel", "mode", "target", "registers", "spills", "shared B", "matrix")
-    rows = [
-        (
-            r.kernel,
-            r.mode,
-            r.target,
-            *((r.error,) if r.error else map(str, (r.registers, r.spills, r.shared, r.matrix))),
-        )
-        for r in results
-    ]
-    widths = [max(len(row[i]) for row in [heads, *rows] if len(row) > i and (i != 3 or len(row) > 4)) for i in range(7)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in [heads, *rows]
-    )
+    """A line for each launch, in columns; what did not compile has no numbers and ends with its error."""
+    rows = [("kernel", "mode", "target", "registers", "spills", "shared B", "matrix")]
+    for r in results:
+        numbers = ("", "", "") if r.error else (str(r.registers), str(r.spills), str(r.shared))
+        rows.append((r.kernel, r.mode, r.target, *numbers, r.error or r.matrix))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# csrc_bench, which knows how to measure memory, is found from the root of the checkout, not installed
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,6 +25,12 @@ def _one_thread():
 def device():
     """Where the kernels run: on the GPU, or without one on the CPU, in Triton's interpreter (`tests/conftest.py`)."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def device_of(device):
+    """device_of(backend): where that path is run; all but the kernels on the CPU."""
+    return lambda backend: device if backend == "triton" else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -11,37 +11,21 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from renyi_kernels import grouped_lora, use_backend
 
+from .closeness import assert_close, assert_errs_at_most_half_again_as_much, largest
+from .marks import (
+    every_backend,
+    every_path,
+    every_x,
+    fast_paths,
+    fp64_paths,
+    low_precision_paths,
+    no_bf16_in_the_interpreter,
+)
+
 SCALING = 1.75
 PARTS = ["x", "A", "B", "base_out"]
 
-every_x = pytest.mark.parametrize("shared_x", [False, True], ids=["own_x", "shared_x"])
 every_base = pytest.mark.parametrize("base", [None, "own", "shared"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
-# with the precision that the path is tested in; the kernels have no fp64
-every_path = pytest.mark.parametrize(
-    ("backend", "dtype", "relative"),
-    [
-        ("torch", torch.float64, 1e-12),
-        ("reference", torch.float64, 1e-12),
-        ("torch", torch.float32, 1e-5),
-        ("triton", torch.float32, 1e-5),
-    ],
-    ids=str,
-)
-fast_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
-no_bf16_in_the_interpreter = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="Triton's interpreter gets matrix products of bf16 wrong"
-)
-low_precision_paths = pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [
-        ("torch", torch.bfloat16),
-        ("torch", torch.float16),
-        ("triton", torch.float16),
-        pytest.param("triton", torch.bfloat16, marks=no_bf16_in_the_interpreter),
-    ],
-    ids=str,
-)
 any_shape = {
     "K": st.integers(1, 5),
     "M": st.integers(0, 6),
@@ -72,12 +56,12 @@ def cast(tensors, dtype):
 
 
 @pytest.fixture(scope="session")
-def through(device):
+def through(device_of):
     """through(backend): the op of x, A, B, base_out, run where that path runs, its result on the CPU."""
 
     def build(backend):
         def run(*tensors):
-            on = device if backend == "triton" else "cpu"
+            on = device_of(backend)
             x, A, B, base_out = (None if x is None else x.to(on) for x in tensors)
             return grouped_lora(x, A, B, SCALING, base_out, backend=backend).cpu()
 
@@ -94,17 +78,6 @@ def loop_of_linears(x, A, B, base_out):
         base = 0.0 if base_out is None else base_out if base_out.dim() == 2 else base_out[k]
         outs.append(base + update)
     return torch.stack(outs)
-
-
-def assert_close(ours, theirs, relative):
-    """Of the same size and, by the largest entry or 1, the same values; None where an input is None."""
-    for x, truth in zip(ours, theirs, strict=True):
-        if truth is not None:
-            torch.testing.assert_close(x.double(), truth.double(), rtol=0, atol=relative * max(1.0, largest(truth)))
-
-
-def largest(x):
-    return x.abs().max().item() if x.numel() else 0.0
 
 
 # values and gradients
@@ -161,7 +134,7 @@ def test_value_and_all_gradients_equal_a_loop_of_linears(
     assert_close([value, *grads], [expected, *expected_grads], relative)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@fp64_paths
 @every_x
 @every_base
 def test_first_and_second_derivatives_agree_with_finite_differences(inputs, through, backend, shared_x, base):
@@ -213,10 +186,10 @@ def test_without_a_base_output_it_is_zero(inputs, through, backend, dtype, relat
 @every_path
 @every_x
 def test_strided_inputs_equal_contiguous_ones(
-    device, inputs, value_and_grads, uneven, backend, dtype, relative, shared_x
+    device_of, inputs, value_and_grads, uneven, backend, dtype, relative, shared_x
 ):
     op = lambda x, A, B, base_out: grouped_lora(x, A, B, SCALING, base_out, backend=backend)
-    on = device if backend == "triton" else "cpu"
+    on = device_of(backend)
     x, A, B, base_out = (x.to(on) for x in cast(inputs(6, 8, 10, 14, 4, shared_x, "own"), dtype))
     strided = [x[..., ::2, 1::2] if shared_x else x[::2, ::2, 1::2], A[::2, :, ::2], B[::2].mT.contiguous().mT]
     strided.append(base_out[::2, ::2].transpose(1, 2).contiguous().transpose(1, 2))
@@ -280,8 +253,8 @@ def test_changing_one_particle_changes_no_bit_of_another(
 @every_backend
 @every_x
 @every_base
-def test_inputs_are_left_alone(device, inputs, backend, shared_x, base):
-    on, dtype = (device, torch.float32) if backend == "triton" else ("cpu", torch.float64)
+def test_inputs_are_left_alone(device_of, inputs, backend, shared_x, base):
+    on, dtype = device_of(backend), torch.float32 if backend == "triton" else torch.float64
     given_ = [None if x is None else x.to(on) for x in cast(inputs(3, 4, 5, 7, 2, shared_x, base), dtype)]
     before = [None if x is None else x.clone() for x in given_]
     x, A, B, base_out = given_
@@ -313,11 +286,8 @@ def test_low_precision_errs_at_most_half_again_as_much_as_naive(
     gold, gold_grads = value_and_grads(through("reference"), cast(given_, torch.float64), upstream)
     naive, naive_grads = value_and_grads(through("reference"), given_, upstream)
     value, grads = value_and_grads(through(backend), given_, upstream)
-    for ours, theirs, truth in zip([value, *grads], [naive, *naive_grads], [gold, *gold_grads], strict=True):
-        if truth is not None:
-            assert ours.dtype == dtype
-            error, naive_error = largest(ours.double() - truth), largest(theirs.double() - truth)
-            assert error <= 1.5 * naive_error + 1e-3 * largest(truth)
+    assert all(x is None or x.dtype == dtype for x in [value, *grads])
+    assert_errs_at_most_half_again_as_much([value, *grads], [naive, *naive_grads], [gold, *gold_grads])
 
 
 # errors

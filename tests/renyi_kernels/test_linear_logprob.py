@@ -5,8 +5,6 @@ Gold is the reference path in fp64, and that path in turn is held to cross_entro
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 
 import pytest
@@ -15,9 +13,11 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
-from torch.profiler import ProfilerActivity, profile
 
+from csrc_bench.measure import cpu_peak_mib
 from renyi_kernels import linear_logprob
+
+from .marks import every_backend, fast_paths, no_bf16_in_the_interpreter
 
 IGNORE = -100
 HEADS = {
@@ -49,11 +49,6 @@ def case(normals):
 
 
 LOW_PRECISION = [torch.bfloat16, torch.float16]
-no_bf16_in_the_interpreter = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="Triton's interpreter cuts to bf16 instead of rounding"
-)
-fast_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 # the kernels have no fp64; the tolerance is absolute, in nats, as are fp32's 1e-5
 precise_paths = pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"), [("torch", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)], ids=str
@@ -61,11 +56,11 @@ precise_paths = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="session")
-def score(device):
+def score(device_of):
     """score(hidden, weight, labels, ..., backend=...): the op run where that path runs, its result on the CPU."""
 
     def run(*tensors, backend, **head):
-        on = device if backend == "triton" else "cpu"
+        on = device_of(backend)
         head = {name: x.to(on) if isinstance(x, torch.Tensor) else x for name, x in head.items()}
         return linear_logprob(*(x.to(on) for x in tensors), backend=backend, **head).cpu()
 
@@ -240,8 +235,8 @@ def test_an_unlabelled_token_is_exactly_zero_whatever_its_hidden_state(
 
 
 @precise_paths
-def test_strided_inputs_equal_contiguous_ones(device, case, value_and_grads, uneven, backend, dtype, tolerance):
-    on = device if backend == "triton" else "cpu"
+def test_strided_inputs_equal_contiguous_ones(device_of, case, value_and_grads, uneven, backend, dtype, tolerance):
+    on = device_of(backend)
     wide_hidden, wide_weight, wide_labels, _ = case((4, 6), 10, 22)
     wide_hidden, wide_weight, wide_labels = wide_hidden.to(on, dtype), wide_weight.to(on, dtype), wide_labels.to(on)
     hidden, weight = wide_hidden.transpose(0, 1)[:, :, ::2], wide_weight[::2, 1::2]
@@ -334,7 +329,7 @@ def test_low_precision_errs_at_most_half_again_as_much_as_naive(
     assert error(grad, gold_grad) <= 1.5 * error(naive_grad, gold_grad) + 1e-3 * gold_grad.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize(("backend", "V"), [("torch", 1001), ("torch", 9001), ("triton", 1001)])
 def test_logits_between_16_and_32_are_not_rounded_to_low_precision(case, score, dtype, backend, V):
     hidden, weight, _, _ = case((100,), 64, V, size=8.0)
@@ -365,11 +360,11 @@ def test_fp16_gradient_survives_a_flat_distribution_over_a_large_vocabulary(
 
 
 @fast_paths
-def test_autocast_changes_nothing(device, case, score, value_and_grads, uneven, backend):
+def test_autocast_changes_nothing(device_of, case, score, value_and_grads, uneven, backend):
     hidden, weight, labels, _ = case((3, 4), 16, 50)
     f = lambda hidden: score(hidden, weight.float(), labels, backend=backend)
     plain, (plain_grad,) = value_and_grads(f, [hidden.float()], uneven((3, 4)))
-    with torch.autocast(device if backend == "triton" else "cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
         cast_, (cast_grad,) = value_and_grads(f, [hidden.float()], uneven((3, 4)))
     assert torch.equal(cast_, plain)
     assert torch.equal(cast_grad, plain_grad)
@@ -430,18 +425,6 @@ def test_backward_can_run_twice_with_other_upstreams(case, score, backend):
 # memory
 
 
-def peak_mib(step, folder):
-    """The most MiB of CPU tensors alive at once that `step` allocated, its result included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = step()
-    trace = folder / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    del kept
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    return max(itertools.accumulate(e["args"]["Bytes"] for e in events)) / 2**20
-
-
 N, D, V, CHUNK_MIB = 600, 32, 50_000, 16.0
 
 
@@ -461,20 +444,20 @@ def forward_backward(normals, dtype, softcap, backend, requires_grad=True):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forward_and_backward_hold_less_than_one_and_a_half_chunks(normals, tmp_path, dtype, softcap):
+def test_forward_and_backward_hold_less_than_one_and_a_half_chunks(normals, dtype, softcap):
     outputs = (4 * N + 2 * N * D * dtype.itemsize) / 2**20  # log-probabilities; d logp / d hidden; hidden's gradient
-    peak = peak_mib(forward_backward(normals, dtype, softcap, "torch"), tmp_path)
+    peak = cpu_peak_mib(forward_backward(normals, dtype, softcap, "torch"))
     assert 0.5 * CHUNK_MIB < peak < 1.5 * CHUNK_MIB + outputs
 
 
-def test_forward_alone_holds_less_than_one_and_a_half_chunks(normals, tmp_path):
-    peak = peak_mib(forward_backward(normals, torch.float32, None, "torch", requires_grad=False), tmp_path)
+def test_forward_alone_holds_less_than_one_and_a_half_chunks(normals):
+    peak = cpu_peak_mib(forward_backward(normals, torch.float32, None, "torch", requires_grad=False))
     assert 0.5 * CHUNK_MIB < peak < 1.5 * CHUNK_MIB + 4 * N / 2**20
 
 
-def test_the_memory_measure_sees_the_whole_logits_of_the_reference(normals, tmp_path):
+def test_the_memory_measure_sees_the_whole_logits_of_the_reference(normals):
     whole_logits = 4 * N * V / 2**20
-    peak = peak_mib(forward_backward(normals, torch.float32, None, "reference"), tmp_path)
+    peak = cpu_peak_mib(forward_backward(normals, torch.float32, None, "reference"))
     assert peak > 2 * whole_logits > 10 * CHUNK_MIB
 
 
@@ -493,9 +476,9 @@ def test_two_runs_are_bitwise_equal(two_threads, case, score, value_and_grads, u
 
 
 @fast_paths
-def test_inputs_are_left_alone(device, case, value_and_grads, uneven, backend):
+def test_inputs_are_left_alone(device_of, case, value_and_grads, uneven, backend):
     hidden, weight, labels, head = case((3, 4), 5, 7, HEADS["all"])
-    on = device if backend == "triton" else "cpu"
+    on = device_of(backend)
     hidden, weight, labels = hidden.to(on, torch.float32), weight.to(on, torch.float32), labels.to(on)
     head["bias"] = head["bias"].to(on, torch.float32)
     before = [x.clone() for x in (hidden, weight, labels, head["bias"])]

@@ -11,37 +11,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from renyi_kernels import lora_linears, use_backend
 
+from .closeness import assert_close, assert_errs_at_most_half_again_as_much
+from .marks import every_backend, every_path, every_x, fast_paths, low_precision_paths
+
 SCALING = 1.75
 # what lora_linears gives is held together for comparison: all maps' outputs beside each other
 O, R, BIASED = (7, 3, 6), (2, 5, 1), (True, False, True)
-
-every_x = pytest.mark.parametrize("shared_x", [False, True], ids=["own_x", "shared_x"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
-# with the precision that the path is tested in; the kernels have no fp64
-every_path = pytest.mark.parametrize(
-    ("backend", "dtype", "relative"),
-    [
-        ("reference", torch.float64, 1e-12),
-        ("torch", torch.float64, 1e-12),
-        ("torch", torch.float32, 1e-5),
-        ("triton", torch.float32, 1e-5),
-    ],
-    ids=str,
-)
-fast_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
-no_bf16_in_the_interpreter = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="Triton's interpreter gets matrix products of bf16 wrong"
-)
-low_precision_paths = pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [
-        ("torch", torch.bfloat16),
-        ("torch", torch.float16),
-        ("triton", torch.float16),
-        pytest.param("triton", torch.bfloat16, marks=no_bf16_in_the_interpreter),
-    ],
-    ids=str,
-)
 
 
 class Problem:
@@ -88,9 +63,9 @@ def problem(normals):
 
 
 @pytest.fixture(scope="session")
-def place(device):
+def place(device_of):
     """place(problem, backend, dtype): where that path runs."""
-    return lambda problem, backend, dtype: problem.map(lambda t: t.to(device if backend == "triton" else "cpu", dtype))
+    return lambda problem, backend, dtype: problem.map(lambda t: t.to(device_of(backend), dtype))
 
 
 @pytest.fixture(scope="session")
@@ -104,17 +79,6 @@ def run(value_and_grads, uneven):
         return [value.cpu(), *(grad.cpu() for grad in grads)]
 
     return both
-
-
-def assert_close(ours, theirs, relative):
-    """The same values, by the largest entry or 1."""
-    for x, truth in zip(ours, theirs, strict=True):
-        assert x.shape == truth.shape
-        torch.testing.assert_close(x.double(), truth.double(), rtol=0, atol=relative * max(1.0, largest(truth)))
-
-
-def largest(x):
-    return x.abs().max().item() if x.numel() else 0.0
 
 
 def loop_of_linears(problem):
@@ -383,9 +347,7 @@ def test_low_precision_errs_at_most_half_again_as_much_as_naive(problem, place, 
     ours, naive = run(given_, backend), run(given_, "reference")
     gold = run(given_.map(torch.Tensor.double), "reference")
     assert [x.dtype for x in ours] == [dtype, dtype, *[masters or dtype] * 4]
-    for x, theirs, truth in zip(ours, naive, gold, strict=True):
-        error, naive_error = largest(x.double() - truth), largest(theirs.double() - truth)
-        assert error <= 1.5 * naive_error + 1e-3 * largest(truth)
+    assert_errs_at_most_half_again_as_much(ours, naive, gold)
 
 
 @fast_paths

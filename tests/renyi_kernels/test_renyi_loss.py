@@ -11,14 +11,13 @@ import torch
 import renyi_kernels
 from renyi_kernels import BACKENDS, grouped_lora, linear_logprob, lora_linears, renyi_loss, renyi_reduce, use_backend
 
+from .marks import every_alpha, fast_paths, fp64_paths
+
 IGNORE = -100
-ALPHAS = [0.0, 1e-8, 0.3, 0.8, 1.0, 3.0]
 HEADS = [{}, {"bias": True, "logit_softcap": 4.0, "logit_scale": 0.7, "chunk_mib": 0.001}]
 K, B, T, D, V = 3, 4, 6, 5, 11
 
-every_alpha = pytest.mark.parametrize("alpha", ALPHAS)
 every_head = pytest.mark.parametrize("head", HEADS, ids=["plain", "full"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def by_hand(hidden, weight, labels, alpha, bias=None, logit_softcap=None, logit_
     return -(torch.logsumexp(alpha * s, dim=0) - math.log(s.shape[0])) / alpha, s
 
 
-@every_backend
+@fp64_paths
 @every_head
 @every_alpha
 def test_loss_and_gradient_equal_the_plain_formula_on_full_logits(
@@ -78,9 +77,9 @@ def test_loss_and_gradient_equal_the_plain_formula_on_full_logits(
 
 @every_alpha
 @every_head
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@fast_paths
 def test_fp32_is_within_1e5_nats_a_token_and_gradients_within_5e4_of_the_largest(
-    device, problem, value_and_grads, uneven, alpha, head, backend
+    device_of, problem, value_and_grads, uneven, alpha, head, backend
 ):
     hidden, weight, labels, head = problem(head)
     labels[-1, 0] = 1  # a sequence without labels has a test of its own
@@ -92,7 +91,7 @@ def test_fp32_is_within_1e5_nats_a_token_and_gradients_within_5e4_of_the_largest
         value, (grad,) = value_and_grads(f, [hidden.float().to(on, dtype)], uneven((B,)).to(on))
         return value.cpu(), grad.cpu()
 
-    on = device if backend == "triton" else "cpu"
+    on = device_of(backend)
     (loss, grad), (gold, gold_grad) = run(on, torch.float32, backend), run("cpu", torch.float64, "reference")
     assert loss.dtype == grad.dtype == torch.float32
     assert ((loss - gold).abs() <= 1e-5 * (labels != IGNORE).sum(dim=1)).all()
@@ -129,7 +128,7 @@ def test_changing_one_particle_changes_no_bit_of_anothers_log_likelihood(problem
     assert torch.equal(after[[0, 2]], before[[0, 2]])
 
 
-@every_backend
+@fp64_paths
 @every_alpha
 def test_an_example_that_no_particle_can_explain_loses_inf_with_zero_gradient(
     problem, value_and_grads, uneven, backend, alpha
@@ -161,7 +160,7 @@ def test_unlabelled_positions_take_no_part_whatever_their_hidden_state(problem, 
     assert loss[-1] == 0  # a sequence without labels
 
 
-@every_backend
+@fp64_paths
 @pytest.mark.parametrize("lead", [(1, 2, 3), (3, 0, 4), (3, 2, 1), (3, 2, 0)], ids=str)
 def test_one_particle_no_sequences_one_token_and_no_tokens_work(problem, value_and_grads, uneven, backend, lead):
     hidden, weight, labels, _ = problem(lead=lead)

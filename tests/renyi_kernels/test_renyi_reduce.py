@@ -13,7 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from renyi_kernels import RenyiOutput, renyi_reduce
 
-ALPHAS = [0.0, 1e-8, 0.3, 0.8, 1.0, 3.0]
+from .marks import ALPHAS, every_alpha, fast_paths
+
 POSITIVE_ALPHAS = ALPHAS[1:]
 SPREADS = [0.0, 1e-3, 1.0, 30.0, 1e4]
 DTYPES = [torch.float64, torch.float32]
@@ -21,22 +22,20 @@ RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-6}
 TINY = 1e-37  # below it fp32 is subnormal
 
 property_test = settings(max_examples=25, deadline=None, derandomize=True)
-every_alpha = pytest.mark.parametrize("alpha", ALPHAS)
 every_positive_alpha = pytest.mark.parametrize("alpha", POSITIVE_ALPHAS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # the kernels take no fp64, and work in it inside
 every_path = pytest.mark.parametrize(
     ("backend", "dtype"), [*(("torch", dtype) for dtype in DTYPES), ("triton", torch.float32)], ids=str
 )
-fast_paths = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 @pytest.fixture(scope="session")
-def reduce(device):
+def reduce(device_of):
     """reduce(s, alpha, backend, mask=None): the op run where that path runs, its results on the CPU."""
 
     def run(s, alpha, backend, mask=None):
-        on = device if backend == "triton" else "cpu"
+        on = device_of(backend)
         out = renyi_reduce(s.to(on), alpha, mask=None if mask is None else mask.to(on), backend=backend)
         return RenyiOutput(*(x.cpu() for x in out))
 
@@ -503,9 +502,9 @@ def test_low_precision_tokens_are_summed_in_fp32(normals, reduce, dtype, backend
 
 @every_alpha
 @every_path
-def test_strided_input_equals_contiguous(device, normals, uneven, gradient, alpha, backend, dtype):
+def test_strided_input_equals_contiguous(device_of, normals, uneven, gradient, alpha, backend, dtype):
     slack = {"rtol": RELATIVE[dtype], "atol": RELATIVE[dtype]}
-    on, upstream = device if backend == "triton" else "cpu", uneven((3,))
+    on, upstream = device_of(backend), uneven((3,))
     draw = lambda *shape: normals(10)(*shape).to(on, dtype)
     for strided in (draw(3, 4).T, draw(8, 6)[::2, 1::2], draw(4, 1).expand(4, 3)):
         assert not strided.is_contiguous()
@@ -518,9 +517,9 @@ def test_strided_input_equals_contiguous(device, normals, uneven, gradient, alph
 
 
 @every_path
-def test_strided_tokens_mask_and_upstream_equal_contiguous_ones(device, normals, uneven, backend, dtype):
+def test_strided_tokens_mask_and_upstream_equal_contiguous_ones(device_of, normals, uneven, backend, dtype):
     slack = {"rtol": RELATIVE[dtype], "atol": RELATIVE[dtype]}
-    on = device if backend == "triton" else "cpu"
+    on = device_of(backend)
     tokens, mask = normals(11)(4, 3, 2).to(on, dtype).permute(2, 1, 0), (normals(12)(4, 3) > 0).to(on).T
     upstream = uneven((6,)).to(on, dtype)[::2]
     assert not any(x.is_contiguous() for x in (tokens, mask, upstream))
@@ -537,8 +536,8 @@ def test_strided_tokens_mask_and_upstream_equal_contiguous_ones(device, normals,
 
 
 @fast_paths
-def test_two_runs_are_bitwise_equal_and_leave_the_input_alone(device, normals, backend):
-    on = device if backend == "triton" else "cpu"
+def test_two_runs_are_bitwise_equal_and_leave_the_input_alone(device_of, normals, backend):
+    on = device_of(backend)
     tokens, mask = normals(13)(4, 3, 50).to(on, torch.float32), (normals(15)(3, 50) > 0).to(on)
     before = tokens.clone(), mask.clone()
     runs = [renyi_reduce(tokens, 0.8, mask=mask, backend=backend) for _ in range(2)]

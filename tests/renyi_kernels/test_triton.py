@@ -17,10 +17,11 @@ import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
 from renyi_kernels import grouped_lora, linear_logprob, lora_linears, renyi_loss, renyi_reduce, use_backend
 from renyi_kernels.triton_ops import tuning
 
+from .marks import every_x
+
 IGNORE = -100
 ALPHA, SCALING = 0.8, 1.75
 
-every_x = pytest.mark.parametrize("shared_x", [False, True], ids=["own_x", "shared_x"])
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run")
 
