@@ -11,9 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from renyi_engine import environment, export
-from renyi_engine.config import TrainConfig
+from renyi_engine.config import EvalConfig, TrainConfig
+from renyi_engine.diagnostics import NllConfig, evaluate_nll
 from renyi_engine.dpo import DpoConfig
 from renyi_engine.dry_run import dry_run
 from renyi_engine.progress import use_plain_warnings
@@ -75,6 +77,18 @@ def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> None:
         train(config)
 
 
+def _eval(argv: Sequence[str]) -> None:
+    """evaluate an ensemble, or a base alone: mmlu, refusal or nll"""
+    parser = argparse.ArgumentParser(
+        prog="renyi-engine eval", description="Evaluate.", epilog="renyi-engine eval KIND --help tells more"
+    )
+    parser.add_argument("kind", choices=sorted(_EVALUATIONS))
+    kind = parser.parse_args(argv[:1] or ["--help"]).kind
+    settings, evaluate = _EVALUATIONS[kind]
+    config, options = parse(settings, argv[1:], f"renyi-engine eval {kind}")
+    print(to_yaml(config) if options.print_config else evaluate(config))
+
+
 def _export(argv: Sequence[str]) -> None:
     """write a checkpoint as PEFT adapter folders"""
     parser = argparse.ArgumentParser(prog="renyi-engine export", description=export.__doc__)
@@ -99,9 +113,11 @@ def _env(argv: Sequence[str]) -> None:
     print(environment.describe(), end="")
 
 
+_EVALUATIONS: dict[str, tuple[type[EvalConfig], Callable[[Any], str]]] = {"nll": (NllConfig, evaluate_nll)}
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sft": _sft,
     "dpo": _dpo,
+    "eval": _eval,
     "export": _export,
     "report": _report,
     "env": _env,

@@ -1,17 +1,24 @@
-"""What an ensemble predicts: the subject of an evaluation, and how it scores answers that are given.
+"""What an ensemble predicts: the subject of an evaluation, and the log-likelihood of completions that are given.
 
-Layout: K particles, N questions, C choices.
+Layout: K particles, N questions, C choices, B rows of a batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine import base_model
+from renyi_engine import base_model, targets
 from renyi_engine.config import EvalConfig
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
+from renyi_kernels import IGNORE_INDEX, linear_logprob, renyi_reduce
 
 
 @dataclass(frozen=True)
@@ -46,3 +53,169 @@ def load_subject(config: EvalConfig) -> Subject:
     if alpha is None:
         raise ValueError(f"alpha: {config.ensemble} does not record the one it was trained with; pass --alpha")
     return Subject(ensemble, tokenizer, ensemble.config.num_particles, alpha)
+
+
+# ---------------------------------------------------------------------- completions as text
+
+
+class CompletionLogprob(NamedTuple):
+    """Log-likelihoods in nats of N completions: of every particle ``[K, N]``, and of their mixture ``[N]``."""
+
+    particles: Tensor
+    mixture: Tensor
+
+
+def completion_logprob(
+    ensemble: LoraEnsemble,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    batch_size: int = 8,
+) -> CompletionLogprob:
+    """How likely each of N completions is after its prompt; inside `ensemble.disable_adapters()`, to the bare base.
+
+    >>> completion_logprob(ensemble, tokenizer, ["The capital of France is"], [" Paris"]).mixture  # [N]
+
+    Raises:
+        ValueError: not as many prompts as completions, or none; one that is empty, or longer than the context.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"completions: expected one of each of {len(prompts)} prompts; got {len(completions)}")
+    choices = [encode_choices(tokenizer, p, [c]) for p, c in zip(prompts, completions, strict=True)]
+    particles = score_choices(ensemble, choices, batch_size=batch_size)[..., 0]
+    return CompletionLogprob(particles, mixture_logprob(particles))
+
+
+def mixture_logprob(logp: Tensor) -> Tensor:
+    """``log (1/K) sum_k exp logp[k]``, nats, ``[K, ...] -> [...]``: the likelihood under the mixture of particles."""
+    # minus the loss at alpha = 1 (Lemma 1)
+    return -renyi_reduce(logp.flatten(1), 1.0).loss.view(logp.shape[1:])
+
+
+# ---------------------------------------------------------------------- completions as tokens
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A prompt and C completions of it, as token ids."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """What the longest completion asks the model to read: its own last token is predicted, never read."""
+        return len(self.prompt) + max(map(len, self.completions)) - 1
+
+
+def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str]) -> Choices:
+    """Tokens of a prompt and of each completion, parted as lm-eval does it, so that scores can be compared.
+
+    Prompt and completion are encoded as one text, which is cut where the tokens of the prompt alone end; white space
+    at the end of the prompt goes to the completions. The tokenizer adds its special tokens, but no second BOS.
+
+    Raises:
+        ValueError: the prompt is empty, or a completion adds no token to it.
+    """
+    stripped = prompt.rstrip()
+    if not stripped:
+        raise ValueError("prompt: it is empty, and a first token has no prediction; begin it with the BOS token")
+    bos = tokenizer.bos_token
+    texts = [stripped, *(prompt + completion for completion in completions)]
+    encoded = tokenizer(texts, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
+    start = len(encoded[0])
+    for completion, ids in zip(completions, encoded[1:], strict=True):
+        if len(ids) <= start:
+            raise ValueError(f"completions: {completion!r} adds no token to the prompt {prompt[-40:]!r}")
+    return Choices(encoded[0], [ids[start:] for ids in encoded[1:]])
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read at once, where its configuration limits them."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def score_choices(
+    ensemble: LoraEnsemble,
+    choices: Sequence[Choices],
+    *,
+    batch_size: int,
+    track: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
+) -> Tensor:
+    """Log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
+
+    Where every completion is one token, the prompt is read once for all of them. Of a sequence longer than the model's
+    context, the left end is cut off. Inside `ensemble.disable_adapters()` it is the bare base's, K = 1.
+
+    Args:
+        choices: N prompts, each with the same number C of completions.
+        batch_size: prompts of a batch; batches are of similar length, right-padded.
+        track: goes through the batches in place of `iter`, to show progress.
+
+    Raises:
+        ValueError: no prompt, a different number of completions, or a completion longer than the model's context.
+    """
+    if len({len(one.completions) for one in choices}) != 1:
+        raise ValueError("choices: expected at least one prompt, and the same number of completions for each")
+    context = context_length(ensemble.model) or sys.maxsize
+    longest = max(len(ids) for one in choices for ids in one.completions)
+    if longest > context:
+        raise ValueError(f"completions: one has {longest} tokens, but the model reads {context} at once; shorten it")
+    if longest == 1:
+        labels = torch.tensor([[ids[0] for ids in one.completions] for one in choices])
+        prompts = [one.prompt[-context:] for one in choices]
+        return _score_rows(prompts, batch_size, track, lambda b: _last_logprob(ensemble, prompts, labels, b))
+    sequences = [(one.prompt + ids)[-context - 1 :] for one in choices for ids in one.completions]
+    num_labels = [len(ids) for one in choices for ids in one.completions]
+    rows = _score_rows(sequences, batch_size, track, lambda b: _suffix_logprob(ensemble, sequences, num_labels, b))
+    return rows.view(rows.shape[0], len(choices), -1)
+
+
+def _score_rows(
+    rows: Sequence[list[int]],
+    batch_size: int,
+    track: Callable[[Sequence[list[int]]], Iterable[list[int]]],
+    score: Callable[[list[int]], Tensor],
+) -> Tensor:
+    """`score` [K, B, ...] of batches, each given by the indices of its rows, put together in the order of the rows."""
+    # the longest first: what does not fit into memory fails at once
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    scores = torch.cat([score(batch).cpu() for batch in track(batches)], dim=1)
+    return scores[:, torch.tensor(order).argsort()]
+
+
+def _last_logprob(ensemble: LoraEnsemble, prompts: Sequence[list[int]], labels: Tensor, batch: list[int]) -> Tensor:
+    """[K, B, C]: of C single tokens, labels [N, C], after the last token of each prompt."""
+    hidden = _read(ensemble, [prompts[i] for i in batch])
+    ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=hidden.device)
+    last = hidden[:, torch.arange(len(batch), device=hidden.device), ends]
+    return _head_logprob(ensemble, last.unsqueeze(2).expand(-1, -1, labels.shape[1], -1), labels[batch])
+
+
+def _suffix_logprob(
+    ensemble: LoraEnsemble, sequences: Sequence[list[int]], num_labels: Sequence[int], batch: list[int]
+) -> Tensor:
+    """[K, B]: of the last num_labels[i] tokens of each sequence together."""
+    hidden = _read(ensemble, [sequences[i][:-1] for i in batch])
+    labels = torch.full(hidden.shape[1:3], IGNORE_INDEX)
+    for row, i in enumerate(batch):
+        # the last of them is predicted at the last position that is read
+        end = len(sequences[i]) - 1
+        labels[row, end - num_labels[i] : end] = torch.tensor(sequences[i][-num_labels[i] :])
+    return _head_logprob(ensemble, hidden, labels).sum(dim=-1)
+
+
+def _read(ensemble: LoraEnsemble, rows: Sequence[list[int]]) -> Tensor:
+    """Hidden states [K, B, T, D] of right-padded rows."""
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
+    return ensemble(pad_sequence([torch.tensor(row) for row in rows], batch_first=True), mask)
+
+
+def _head_logprob(ensemble: LoraEnsemble, hidden: Tensor, labels: Tensor) -> Tensor:
+    """linear_logprob of labels [...] that every particle shares, under the model's head: [K, ...]."""
+    weight = cast(Tensor, ensemble.model.get_output_embeddings().weight)
+    head = targets.logit_transform(ensemble.model)
+    return linear_logprob(hidden, weight.to(hidden.dtype), labels.expand(hidden.shape[:-1]), **head)

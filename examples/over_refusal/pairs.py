@@ -1,0 +1,35 @@
+"""A small sample of a preference data set, split into pairs to train on and pairs held out.
+
+    python examples/over_refusal/pairs.py --output_dir runs/over_refusal
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from renyi_engine.data import load_splits, rows_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset_name", default="HuggingFaceH4/ultrafeedback_binarized", help="A hub id or a file.")
+    parser.add_argument("--split", default="train_prefs")
+    parser.add_argument("--num_pairs", type=int, default=240)
+    parser.add_argument("--num_held_out", type=int, default=60)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    options = parser.parse_args()
+    splits = load_splits(options.dataset_name, options.split, None, "dataset_name")
+    rows = rows_of(splits, options.split, options.dataset_name, "dataset_name").shuffle(seed=0)
+    end = options.num_pairs + options.num_held_out
+    if len(rows) < end:
+        parser.error(f"--num_pairs, --num_held_out: {options.dataset_name} has {len(rows)} rows, {end} are asked for")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, start, stop in (("train", 0, options.num_pairs), ("held_out", options.num_pairs, end)):
+        path = options.output_dir / f"{name}.jsonl"
+        rows.select(range(start, stop)).to_json(path)
+        print(f"{path}: {stop - start} pairs")
+
+
+if __name__ == "__main__":
+    main()

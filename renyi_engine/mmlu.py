@@ -1,0 +1,252 @@
+"""MMLU: what the particles, their mixture and the bare base know, question by question, asked as lm-eval asks it.
+
+Layout: K particles, N questions, C choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from renyi_engine import files, lm_eval_format, mmlu_data, mmlu_report
+from renyi_engine.config import EvalConfig
+from renyi_engine.mmlu_data import COMPLETIONS, SPLITS, SUBJECTS, Question
+from renyi_engine.page import write_page
+from renyi_engine.predict import Subject, context_length, encode_choices, load_subject, score_choices
+from renyi_engine.progress import track
+from renyi_engine.run_folder import versions
+from renyi_engine.settings import flag, require
+from renyi_engine.uncertainty import predictive
+
+RESULTS, SAMPLES, MODELS, REPORT = "results.json", "samples", "models", "report.html"
+
+
+@dataclass
+class MmluConfig(EvalConfig):
+    """Settings of an evaluation on MMLU; prompts, order and weights are lm-eval's."""
+
+    dataset_name: str = flag("cais/mmlu", "A hub id, or a folder of dev, validation and test files.")
+    split: Literal["test", "validation", "dev"] = flag("test", "Split to answer.")
+    num_fewshot: int = flag(0, "Solved examples in front of a question: the first of its subject in dev, which has 5.")
+    subjects: list[str] | None = flag(None, "Subjects to ask about; all 57 if not given.")
+    limit: int | None = flag(None, "Questions of each subject, the first; all if not given.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, ("num_fewshot",), "a whole number of at least 0", lambda v: v >= 0)
+        require(self, ("limit",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
+        if self.split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {self.split!r}")
+        if self.split == "dev" and self.num_fewshot:
+            raise ValueError("split: the questions of dev are the few-shot examples; pass --num_fewshot 0")
+        mmlu_data.check_subjects(self.subjects or [])
+
+
+def evaluate_mmlu(config: MmluConfig) -> Path:
+    """Ask every question and write what comes of it into `output_dir`; returns the report.
+
+    results.json: accuracies of the mixture (of the base where there is no ensemble), in lm-eval's shape.
+    models/base.json, p000.json, ...: the same of the base and of each particle.
+    samples/mmlu_SUBJECT.jsonl: every question in lm-eval's shape with what each particle makes of it; of the mixture,
+        the log-likelihoods in it are log-probabilities among the four choices.
+    report.html: calibration, uncertainty and responsibilities.
+
+    Raises:
+        ValueError: the data, the model or the ensemble does not do, or output_dir holds an evaluation already.
+    """
+    started = time.time()
+    output = Path(config.output_dir)
+    if (output / RESULTS).exists():
+        raise ValueError(f"output_dir: {output} already holds an evaluation; choose another folder or remove it")
+    questions, sizes = _choose(config)
+    prompts = _prompts(config, questions)
+    output.mkdir(parents=True, exist_ok=True)
+
+    subject = load_subject(config)
+    base, particles, num_cut = _score(subject, prompts, config.per_device_eval_batch_size)
+    # the first is what results.json and the samples are about
+    answers = {"base": base}
+    if particles is not None:
+        members = {f"p{k:03d}": logp for k, logp in enumerate(particles)}
+        answers = {"mixture": predictive(particles).mixture, "base": base, **members}
+    main, *others = answers
+
+    samples = _samples(questions, prompts, answers[main], base, particles, subject.alpha)
+    _write_samples(output / SAMPLES, samples)
+    run = _run_facts(config, subject) | {
+        "task_hashes": lm_eval_format.task_hashes(samples),
+        "num_prompts_cut": num_cut,
+        "date": started,
+        "total_evaluation_time_seconds": str(time.time() - started),
+    }
+
+    def results(member: str) -> dict[str, Any]:
+        chosen = answers[member].argmax(dim=-1).tolist()
+        right = [choice == question.answer for choice, question in zip(chosen, questions, strict=True)]
+        scores = lm_eval_format.results(
+            questions,
+            right,
+            sizes=sizes,
+            dataset_name=config.dataset_name,
+            split=config.split,
+            num_fewshot=config.num_fewshot,
+        )
+        return scores | run | _model_facts(config, subject, member)
+
+    for member in others:
+        (output / MODELS).mkdir(exist_ok=True)
+        files.write_json(output / MODELS / f"{member}.json", results(member))
+    write_page(
+        output / REPORT,
+        title="MMLU",
+        lead=_lead(config, subject, questions, num_cut),
+        sections=mmlu_report.sections(questions, base, particles, subject.alpha),
+        words=[*(mmlu_report.ENSEMBLE_WORDS if subject.num_particles else ()), *mmlu_report.WORDS],
+        details={"settings": dataclasses.asdict(config), "versions": versions()},
+    )
+    # last: where it is, the rest is
+    files.write_json(output / RESULTS, results(main))
+    return output / REPORT
+
+
+def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:
+    """(questions, how many there are of each of their subjects in the split), by group and subject."""
+    found = mmlu_data.load_questions(config.dataset_name, config.split)
+    for name in config.subjects or ():
+        if name not in found:
+            raise ValueError(f"subjects: {config.dataset_name} has no {config.split} question of {name}")
+    chosen = [name for name in SUBJECTS if name in (config.subjects or found)]
+    questions = [question for name in chosen for question in found[name][: config.limit]]
+    return questions, {name: len(found[name]) for name in chosen}
+
+
+def _prompts(config: MmluConfig, questions: Sequence[Question]) -> list[str]:
+    if not config.num_fewshot:
+        return [mmlu_data.prompt(question, ()) for question in questions]
+    dev = mmlu_data.load_questions(config.dataset_name, "dev")
+    for name in dict.fromkeys(question.subject for question in questions):
+        if len(dev.get(name, ())) < config.num_fewshot:
+            raise ValueError(
+                f"num_fewshot: {config.num_fewshot} examples asked for, but the dev split of {config.dataset_name} has "
+                f"{len(dev.get(name, ()))} of {name}"
+            )
+    return [mmlu_data.prompt(question, dev[question.subject][: config.num_fewshot]) for question in questions]
+
+
+def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, Tensor | None, int]:
+    """(base [N, C], particles [K, N, C] or None, how many prompts are cut to the model's context)."""
+    ensemble = subject.ensemble
+    choices = [encode_choices(subject.tokenizer, prompt, COMPLETIONS) for prompt in prompts]
+    context = context_length(ensemble.model)
+    num_cut = sum(context is not None and one.num_tokens > context for one in choices)
+    if num_cut:
+        message = (
+            f"{num_cut} prompts are longer than the model's context of {context} tokens; their beginning is cut off"
+        )
+        warnings.warn(message, stacklevel=2)
+    with ensemble.disable_adapters():
+        [base] = score_choices(ensemble, choices, batch_size=batch_size, track=partial(track, what="MMLU, base"))
+    if not subject.num_particles:
+        return base, None, num_cut
+    particles = score_choices(ensemble, choices, batch_size=batch_size, track=partial(track, what="MMLU, particles"))
+    return base, particles, num_cut
+
+
+def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], num_cut: int) -> str:
+    num_subjects = len({question.subject for question in questions})
+    who = f"An ensemble of {subject.num_particles} particles on" if subject.num_particles else "The bare base model"
+    lead = (
+        f"{who} {config.model_name_or_path}, asked {len(questions):,} {config.split} questions of {num_subjects} "
+        f"subjects, with {config.num_fewshot} solved examples in front of each."
+    )
+    return lead + (f" {num_cut:,} prompts lost their beginning to fit the model's context." if num_cut else "")
+
+
+def _write_samples(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
+    """One file for each subject, as lm-eval has one for each task."""
+    folder.mkdir(exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    for one in samples:
+        lines.setdefault(one["doc"]["subject"], []).append(json.dumps(one, ensure_ascii=False) + "\n")
+    for subject, of_subject in lines.items():
+        files.write_text(folder / f"{lm_eval_format.task_name(subject)}.jsonl", "".join(of_subject))
+
+
+def _samples(
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    main: Tensor,
+    base: Tensor,
+    particles: Tensor | None,
+    alpha: float,
+) -> list[dict[str, Any]]:
+    samples = [
+        lm_eval_format.sample(question, prompt, logp) | {"base_logp_nats": of_base}
+        for question, prompt, logp, of_base in zip(questions, prompts, main.tolist(), base.tolist(), strict=True)
+    ]
+    if particles is None:
+        return samples
+    labels = torch.tensor([question.answer for question in questions])
+    found = predictive(particles)
+    columns = {
+        "particle_logp_nats": particles.transpose(0, 1),
+        "responsibilities": mmlu_report.answer_responsibilities(particles, labels, alpha).T,
+        "total_nats": found.total,
+        "aleatoric_nats": found.aleatoric,
+        "epistemic_nats": found.epistemic,
+        "variation_ratio": found.variation_ratio,
+    }
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return [one | dict(zip(columns, row, strict=True)) for one, row in zip(samples, rows, strict=True)]
+
+
+def _run_facts(config: MmluConfig, subject: Subject) -> dict[str, Any]:
+    """What lm-eval's files say of a run, whichever member of the ensemble they are about."""
+    tokenizer = subject.tokenizer
+    special = {
+        f"tokenizer_{name}_token": [getattr(tokenizer, f"{name}_token"), str(getattr(tokenizer, f"{name}_token_id"))]
+        for name in ("pad", "eos", "bos")
+    }
+    return {
+        "model_source": "renyi-engine",
+        "transformers_version": versions()["transformers"],
+        **special,
+        "eot_token_id": tokenizer.eos_token_id,
+        "max_length": context_length(subject.ensemble.model),
+        "system_instruction": None,
+        "chat_template": None,
+        "alpha": subject.alpha if subject.num_particles else None,
+        "num_particles": subject.num_particles,
+        "package_versions": versions(),
+    }
+
+
+def _model_facts(config: MmluConfig, subject: Subject, member: str) -> dict[str, Any]:
+    model = subject.ensemble.model
+    arguments = {"pretrained": config.model_name_or_path, "revision": config.model_revision or "main"}
+    name = config.model_name_or_path
+    if member != "base":
+        arguments |= {"ensemble": config.ensemble, "member": member}
+        name = f"{config.ensemble} {member}"
+    return {
+        "model_name": name,
+        "config": {
+            "model": "renyi-engine",
+            "model_args": arguments,
+            "model_num_parameters": model.num_parameters(),
+            "model_dtype": str(model.dtype),
+            "batch_size": config.per_device_eval_batch_size,
+            "device": str(model.device),
+            "limit": config.limit,
+        },
+    }

@@ -1,0 +1,245 @@
+"""Do the particles refuse, and do they agree about it: responses to prompts, judged, counted and compared.
+
+    RUN/config.yaml, run.json     what was asked: an evaluation that was stopped goes on only with the same
+    RUN/responses.jsonl           every response and its verdict, as it comes
+    RUN/results.json              rates and variances of base, ensemble and particles on each split
+    RUN/prompts.jsonl             rates and disagreement of each prompt
+    RUN/report.html               the same to look at
+
+Layout: K particles, N prompts, n samples, B prompts of a batch, S = K + 1 speakers: the particles and the base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from renyi_engine import files
+from renyi_engine.config import CONFIG_FILE, EvalConfig
+from renyi_engine.data import pad_token_id
+from renyi_engine.judges import FAILED, FORMS, Exchange, Judge, make_judge
+from renyi_engine.predict import Subject, context_length, load_subject
+from renyi_engine.progress import track
+from renyi_engine.prompts import Prompt, PromptColumns, encode_prompts, left_padded, read_prompts
+from renyi_engine.refusal_report import write_refusal_report
+from renyi_engine.refusal_results import positive_label, summarise
+from renyi_engine.responses import BASE, Response, ResponseFile, Speaker
+from renyi_engine.run_folder import versions
+from renyi_engine.settings import flag, read_yaml, require, require_given, to_yaml
+
+RESPONSES_FILE = "responses.jsonl"
+
+# what may differ when an evaluation goes on: none of it changes a response, and verdicts know their judge
+_MAY_CHANGE = {
+    "output_dir", "alpha", "label_column", "judge", "judge_model", "judge_api_key_env", "judge_timeout_s",
+    "judge_max_retries",
+}  # fmt: skip
+
+
+@dataclass
+class RefusalConfig(EvalConfig):
+    """Settings of `evaluate_refusal`; the defaults are the paper's where it says, and OR-Bench's columns."""
+
+    dataset_name: list[str] = flag([], "Prompts: files (.csv, .jsonl, ...) or hub ids; each is a split of the table.")
+    dataset_config: list[str] | None = flag(
+        None, "Configurations of a hub data set, such as or-bench-hard-1k or-bench-toxic; each is a split."
+    )
+    prompt_column: str = flag("prompt", "Column of the prompts.")
+    split_column: str | None = flag(None, "Column whose values make splits of the table.")
+    label_column: str | None = flag(None, "Column with two values: can the disagreement of particles tell them apart?")
+    limit: int | None = flag(None, "Prompts of each split, the first ones; all if not given.")
+    num_samples: int = flag(12, "Responses of each particle to each prompt.")
+    max_new_tokens: int = flag(256, "Longest response in tokens.")
+    temperature: float = flag(1.0, "Of the sampling; 0 takes the most likely token, so that samples are all the same.")
+    top_p: float = flag(1.0, "Sample from the most likely tokens that make up this much.")
+    judge: str = flag("keyword", f"Who tells refusals: {FORMS}.")
+    judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
+    judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
+    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take to answer.")
+    judge_max_retries: int = flag(4, "Tries after the first, at growing distance, before a verdict counts as failed.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_given(self, ("dataset_name", "prompt_column", "judge"))
+        at_least_one = "a whole number of at least 1"
+        require(self, ("num_samples", "max_new_tokens"), at_least_one, lambda v: v >= 1)
+        require(self, ("limit",), f"{at_least_one}, or nothing", lambda v: v is None or v >= 1)
+        require(self, ("temperature",), "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0)
+        require(self, ("top_p",), "a number above 0, at most 1", lambda v: 0 < v <= 1)
+        require(self, ("judge_timeout_s",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
+        require(self, ("judge_max_retries",), "a whole number of at least 0", lambda v: v >= 0)
+        if self.dataset_config and len(self.dataset_name) > 1:
+            raise ValueError("dataset_config: expected only with one data set; got several in dataset_name")
+
+
+def evaluate_refusal(config: RefusalConfig) -> str:
+    """Generate, judge, count; write the files above. Returns the table as plain text.
+
+    Stopped at any point and started again with the same settings, it goes on, and ends with the table and the files of
+    a run that was never stopped (with an endpoint as judge, as far as that repeats itself). With another judge it
+    judges anew what was generated.
+
+    Raises:
+        ValueError: the settings, the prompts, the model or the judge do not do; or output_dir holds something else.
+    """
+    judge = make_judge(
+        config.judge,
+        compute=config,
+        model=config.judge_model,
+        api_key_env=config.judge_api_key_env,
+        timeout_s=config.judge_timeout_s,
+        max_retries=config.judge_max_retries,
+    )
+    columns = PromptColumns(config.prompt_column, config.split_column, config.label_column)
+    prompts = read_prompts(config.dataset_name, config.dataset_config, columns, config.limit)
+    if config.label_column:
+        positive_label(prompts, config.label_column)
+    folder = Path(config.output_dir)
+    _begin(folder, config, prompts)
+    responses = ResponseFile(folder / RESPONSES_FILE)
+    num_particles = _generate(config, prompts, responses)
+    _judge(judge, prompts, responses, config.per_device_eval_batch_size)
+    responses.finish()
+    results = summarise(prompts, responses.responses, num_particles, config.num_samples, config.label_column)
+    facts = {"judge": judge.name, "settings": dataclasses.asdict(config), "versions": versions()}
+    files.write_json(folder / "results.json", results.summary | facts)
+    files.write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in results.prompts))
+    return write_refusal_report(folder / "report.html", results, facts)
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> None:
+    """Save what is asked; of a folder that holds responses, see that they answer the same."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
+    fingerprint = _fingerprint(config, prompts)
+    if (folder / CONFIG_FILE).exists():
+        # through YAML and back, so that both sides have the same types
+        asked = yaml.safe_load(to_yaml(config)) | fingerprint
+        before = read_yaml(folder / CONFIG_FILE) | files.read_json(folder / "run.json")
+        names = sorted((asked.keys() | before.keys()) - _MAY_CHANGE)
+        changed = [name for name in names if asked.get(name) != before.get(name)]
+        if not fingerprint.keys() <= before.keys():
+            raise ValueError(f"output_dir: {folder} holds another kind of run; choose another folder")
+        if changed and (folder / RESPONSES_FILE).exists():
+            diff = "".join(f"\n  {name}: {before.get(name)!r} then, {asked.get(name)!r} now" for name in changed)
+            raise ValueError(
+                f"output_dir: the responses in {folder} were made with other settings; choose another:{diff}"
+            )
+    files.write_json(folder / "run.json", fingerprint)
+    files.write_text(folder / CONFIG_FILE, to_yaml(config))
+
+
+def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Checksums of what the settings only name, and what may therefore change unseen."""
+    texts = json.dumps([(prompt.split, prompt.prompt) for prompt in prompts])
+    weights = sorted(Path(config.ensemble).rglob("*.safetensors")) if config.ensemble else []
+    checksums = "".join(map(files.sha256_of, weights))
+    return {
+        "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "ensemble_sha256": hashlib.sha256(checksums.encode()).hexdigest(),
+    }
+
+
+# ---------------------------------------------------------------------- responses and verdicts
+
+
+def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile) -> int:
+    """Add every response that is missing; returns K.
+
+    Batches follow from the whole list of prompts, and one that is not complete is generated again: so a response does
+    not depend on where an evaluation was stopped.
+    """
+    subject = load_subject(config)
+    encoded = encode_prompts(subject.tokenizer, prompts)
+    _check_lengths(subject, prompts, encoded, config.max_new_tokens)
+    # the longest first: memory runs out at once or not at all
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    size = config.per_device_eval_batch_size
+    for batch in track([order[i : i + size] for i in range(0, len(order), size)], "responses"):
+        for speakers in _speakers(subject.num_particles):
+            wanted = {(prompts[i].prompt_id, k, s) for i in batch for k in speakers for s in range(config.num_samples)}
+            if wanted <= responses.responses.keys():
+                continue
+            made = _sample(config, subject, speakers, [prompts[i] for i in batch], [encoded[i] for i in batch])
+            responses.write(response for response in made if response.key not in responses.responses)
+    return subject.num_particles
+
+
+def _speakers(num_particles: int) -> list[list[Speaker]]:
+    """Those who speak at once: the particles, if any, and the base."""
+    return [list(range(num_particles)), [BASE]] if num_particles else [[BASE]]
+
+
+def _sample(
+    config: RefusalConfig,
+    subject: Subject,
+    speakers: Sequence[Speaker],
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Sequence[int]],
+) -> list[Response]:
+    ensemble, tokenizer = subject.ensemble, subject.tokenizer
+    input_ids, attention_mask = left_padded(encoded, tokenizer)
+    with ensemble.disable_adapters() if BASE in speakers else contextlib.nullcontext():
+        tokens = ensemble.generate(
+            input_ids,
+            attention_mask,
+            num_samples=config.num_samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            prompt_ids=[prompt.prompt_id for prompt in prompts],
+            pad_token_id=pad_token_id(tokenizer),
+        )
+    texts = iter(tokenizer.batch_decode(tokens.flatten(0, 2), skip_special_tokens=True))
+    return [
+        Response(prompt.split, prompt.prompt_id, speaker, sample, next(texts))
+        for speaker in speakers
+        for prompt in prompts
+        for sample in range(config.num_samples)
+    ]
+
+
+def _check_lengths(
+    subject: Subject, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    room = (context_length(subject.ensemble.model) or math.inf) - max_new_tokens
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) > room:
+            raise ValueError(
+                f"max_new_tokens: prompt {prompt.prompt_id} ({prompt.split}) has {len(ids)} tokens, which leaves no "
+                f"room for {max_new_tokens} more in the model's context; lower it, or leave the prompt out"
+            )
+
+
+def _judge(judge: Judge, prompts: Sequence[Prompt], responses: ResponseFile, batch_size: int) -> None:
+    """Add every verdict that is missing, failed or another judge's. Batches follow from the whole list of responses."""
+    texts = {prompt.prompt_id: prompt.prompt for prompt in prompts}
+    everything = responses.in_order()
+    batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
+    batches = [batch for batch in batches if any(_lacks_verdict(response, judge) for response in batch)]
+    for batch in track(batches, f"verdicts of {judge.name}"):
+        asked = batch if judge.depends_on_batch else [response for response in batch if _lacks_verdict(response, judge)]
+        verdicts = judge([Exchange(texts[response.prompt_id], response.response) for response in asked])
+        responses.write(
+            dataclasses.replace(response, judge=judge.name, verdict=verdict.label, basis=verdict.basis)
+            for response, verdict in zip(asked, verdicts, strict=True)
+            if _lacks_verdict(response, judge)
+        )
+
+
+def _lacks_verdict(response: Response, judge: Judge) -> bool:
+    return response.judge != judge.name or response.verdict == FAILED
