@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from renyi_engine import environment, export
+from renyi_engine.answers import GenerateConfig, answer
 from renyi_engine.config import EvalConfig, TrainConfig
 from renyi_engine.diagnostics import NllConfig, evaluate_nll
 from renyi_engine.dpo import DpoConfig
 from renyi_engine.dry_run import dry_run
+from renyi_engine.mmlu import MmluConfig, evaluate_mmlu
 from renyi_engine.progress import use_plain_warnings
+from renyi_engine.refusal import RefusalConfig, evaluate_refusal
 from renyi_engine.report import write_report
 from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
@@ -89,6 +92,12 @@ def _eval(argv: Sequence[str]) -> None:
     print(to_yaml(config) if options.print_config else evaluate(config))
 
 
+def _generate(argv: Sequence[str]) -> None:
+    """let every particle answer a few prompts"""
+    config, options = parse(GenerateConfig, argv, "renyi-engine generate")
+    print(to_yaml(config) if options.print_config else answer(config))
+
+
 def _export(argv: Sequence[str]) -> None:
     """write a checkpoint as PEFT adapter folders"""
     parser = argparse.ArgumentParser(prog="renyi-engine export", description=export.__doc__)
@@ -113,11 +122,16 @@ def _env(argv: Sequence[str]) -> None:
     print(environment.describe(), end="")
 
 
-_EVALUATIONS: dict[str, tuple[type[EvalConfig], Callable[[Any], str]]] = {"nll": (NllConfig, evaluate_nll)}
+_EVALUATIONS: dict[str, tuple[type[EvalConfig], Callable[[Any], str]]] = {
+    "mmlu": (MmluConfig, evaluate_mmlu),
+    "nll": (NllConfig, evaluate_nll),
+    "refusal": (RefusalConfig, evaluate_refusal),
+}
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sft": _sft,
     "dpo": _dpo,
     "eval": _eval,
+    "generate": _generate,
     "export": _export,
     "report": _report,
     "env": _env,

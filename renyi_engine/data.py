@@ -53,25 +53,27 @@ def load_splits(name: str, split: str, config_name: str | None, argument: str) -
     Raises:
         ValueError: it is not there or cannot be read.
     """
+    path = Path(name)
+    loader = _LOADERS.get(next((s for s in reversed(path.suffixes) if s != ".gz"), ""))
+    if path.is_file() and loader is None:
+        raise ValueError(f"{argument}: {name}: expected a file that ends in {', '.join(_LOADERS)}")
+    if loader is not None and not path.is_file():
+        raise ValueError(f"{argument}: {name}: no such file")
+    if not path.is_dir() and loader is None and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"{argument}: {name}: no such file or folder")
     import datasets  # heavy, and only reading data needs it
 
     datasets.disable_progress_bars()
-    path = Path(name)
-    loader = _LOADERS.get(next((s for s in reversed(path.suffixes) if s != ".gz"), ""))
     try:
-        if path.is_file() and loader is None:
-            raise ValueError(f"{argument}: {name}: expected a file that ends in {', '.join(_LOADERS)}")
         if loader is not None:
-            if not path.is_file():
-                raise ValueError(f"{argument}: {name}: no such file")
             return datasets.load_dataset(loader, data_files={split: str(path)})
-        if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             return loaded if isinstance(loaded, Mapping) else {split: loaded}
-        if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-            raise ValueError(f"{argument}: {name}: no such file or folder")
         return datasets.load_dataset(name, config_name)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except StopIteration:  # what a file without a line makes of the loader
+        raise ValueError(f"{argument}: {name} is empty; at least one row is needed") from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{argument}: {name} cannot be read as a data set ({_first_line(error)})") from None
 
 
@@ -133,6 +135,14 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         "attention_mask": pad(([1] * len(e.input_ids) for e in examples), 0),
         "labels": pad((e.labels for e in examples), IGNORE_INDEX),
     }
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), each [B, T], of prompts to be continued."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    return input_ids, mask
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -83,8 +83,10 @@ def evaluate_nll(config: NllConfig) -> str:
     """
     splits = data.load_splits(config.dataset_name, config.dataset_split, config.dataset_config, "dataset_name")
     rows = data.rows_of(splits, config.dataset_split, config.dataset_name, "dataset_name")
+    folder = files.make_folder(Path(config.output_dir), "output_dir")
     subject = load_subject(config)
-    if subject.alpha == 0:
+    alpha = subject.require_alpha()
+    if alpha == 0:
         raise ValueError(f"alpha: {config.ensemble} was trained at 0, where every share is 1/K; pass --alpha 1")
     if subject.num_particles < 2:
         raise ValueError(f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}")
@@ -98,9 +100,9 @@ def evaluate_nll(config: NllConfig) -> str:
     if high is None:
         high = torch.quantile((-scored.logp.amax(dim=0) / scored.num_labels).double(), config.high_quantile).item()
     texts = [_text(subject, example) for example in examples]
-    found = diagnose(scored.logp, base.logp[0], scored.num_labels, subject.alpha, config.contested_ess, high)
+    found = diagnose(scored.logp, base.logp[0], scored.num_labels, alpha, config.contested_ess, high)
     table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
-    return _write(config, subject, table, high, data.describe_dropped(dropped))
+    return _write(config, folder, subject, table, high, data.describe_dropped(dropped))
 
 
 def diagnose(
@@ -134,9 +136,10 @@ def _text(subject: Subject, example: Example) -> str:
     return " ".join(f"{head}{before[-MOST_TEXT:]}[[{after[:MOST_TEXT]}{tail}]]".split())
 
 
-def _write(config: NllConfig, subject: Subject, table: Sequence[Diagnosis], high: float, dropped: list[str]) -> str:
-    folder, K = Path(config.output_dir), subject.num_particles
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(
+    config: NllConfig, folder: Path, subject: Subject, table: Sequence[Diagnosis], high: float, dropped: list[str]
+) -> str:
+    K = subject.num_particles
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
     with (folder / "examples.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(Diagnosis.__dataclass_fields__))

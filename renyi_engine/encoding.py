@@ -84,3 +84,12 @@ def is_messages(value: Any) -> bool:
 def require_field(holds: bool, number: int, column: str, expected: str, got: Any) -> None:
     if not holds:
         raise ValueError(f"row {number}: {column}: expected {expected}; got {type(got).__name__} {str(got)[:60]!r}")
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each prompt: as the user's turn where the tokenizer has a chat template, else as plain text."""
+    encoder = Encoder(tokenizer)
+    if not tokenizer.chat_template:
+        return [encoder.text(prompt) for prompt in prompts]
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [encoder.chat(number, turn, add_generation_prompt=True) for number, turn in enumerate(turns)]

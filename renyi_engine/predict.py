@@ -27,31 +27,35 @@ class Subject:
 
     Attributes:
         num_particles: K; 0 if there is the bare base alone.
-        alpha: the coupling of responsibilities.
+        alpha: the coupling of responsibilities, where it was given or the ensemble's folder records it.
     """
 
     ensemble: LoraEnsemble
     tokenizer: PreTrainedTokenizerBase
     num_particles: int
-    alpha: float
+    alpha: float | None
+
+    def require_alpha(self) -> float:
+        """alpha. Raises ValueError where nothing says it."""
+        if self.alpha is None:
+            raise ValueError("alpha: the ensemble's folder does not record the one it was trained with; pass --alpha")
+        return self.alpha
 
 
 def load_subject(config: EvalConfig) -> Subject:
     """The base of `config` with the particles of its `ensemble` folder, if it names one.
 
     Raises:
-        ValueError: the model or the folder does not do, or nothing says which alpha to take.
+        ValueError: the model or the folder does not do.
     """
     tokenizer = base_model.load_tokenizer(config)
     model = base_model.load_model(config)
     if not config.ensemble:
         # the least that can be attached; nothing asks these adapters anything
         ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=1, rank=1))
-        return Subject(ensemble, tokenizer, 0, 0.0)
+        return Subject(ensemble, tokenizer, 0, None)
     ensemble = LoraEnsemble.from_pretrained(model, config.ensemble)
     alpha = ensemble.alpha if config.alpha is None else config.alpha
-    if alpha is None:
-        raise ValueError(f"alpha: {config.ensemble} does not record the one it was trained with; pass --alpha")
     return Subject(ensemble, tokenizer, ensemble.config.num_particles, alpha)
 
 

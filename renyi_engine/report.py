@@ -8,65 +8,28 @@ Layout: K particles, N examples, S logged steps.
 
 from __future__ import annotations
 
-import html
-import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.style
 import numpy as np
 import torch
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
-from renyi_engine.files import read_json, write_text
+from renyi_engine import page, pictures
+from renyi_engine.files import read_json
 from renyi_engine.objective import data_term
+from renyi_engine.page import Table
+from renyi_engine.pictures import ACCENT, INK, MUTED, PAPER, Array, order_examples, particle_colours
 
 Record = Mapping[str, Any]
-Array = NDArray[np.float64]
 Cell = tuple[str, str]  # one run's part of a section: a picture, or none, and a note
 
 MAX_POINTS = 400  # of a line
-MAX_SHOWN = 600  # examples in a heat map
 CONFIDENT = 0.9  # weight from which one particle is said to hold an example
-# Light to dark in steps of near equal distance in Oklab, as even as viridis.
-HEAT = LinearSegmentedColormap.from_list("heat", ["#f0f4f5", "#8dcfec", "#44a1d9", "#286fb4", "#284279", "#1b1f32"])
-# Figures are drawn in these colours, and the page swaps them for its own so that they follow a dark theme.
-INK, MUTED, GRID, PAPER, ACCENT = "#1b2a3b", "#5a6774", "#dde3e8", "#fdfdfc", "#0a6fb1"
-THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", ACCENT: "--accent"}
-# Okabe and Ito's colour-blind safe set, less yellow and black, which vanish on a light or a dark page.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8878c3", "#8a9099")
-STYLE = {
-    "svg.hashsalt": "renyi-engine",
-    "svg.fonttype": "none",
-    "font.size": 9.5,
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
-    **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
-    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.7),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
-    "grid.color": GRID,
-}
-WIDTH, LEFT, BOTTOM = 430, 50, 36  # points; equal margins align the axes down the page
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of ready-made text for the top of the report."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 class _Run(NamedTuple):
@@ -78,6 +41,11 @@ class _Run(NamedTuple):
     evaluation: Record | None
     K: int
     alpha: float
+
+    @property
+    def unit(self) -> str:
+        """What one negative log-likelihood is of: "token", or "pair" of a preference."""
+        return "pair" if any("mixture_nll_nats_per_pair" in record for record in self.train) else "token"
 
 
 def write_report(
@@ -91,33 +59,17 @@ def write_report(
     if not runs:
         raise ValueError("runs: expected at least one run folder; got none")
     read = [_read_run(Path(run)) for run in runs]
-    with matplotlib.style.context(["default", STYLE]):
+    with pictures.style():
         sections = _sections(read)
-    loader = PackageLoader("renyi_engine")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    template = environment.get_template("report.html.j2")
-    page = template.render(title=title, runs=read, tables=tables, sections=sections, colours=particle_colours)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, page)
-    return output
-
-
-def particle_colours(num_particles: int) -> list[str]:
-    """A hex colour for each particle: told apart by hue up to 8, a ramp over the index beyond."""
-    if num_particles <= len(COLOURS):
-        return list(COLOURS[:num_particles])
-    ramp = matplotlib.colormaps["plasma"](np.linspace(0.1, 0.8, num_particles), bytes=True)
-    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue, _ in ramp]
+    lead = "One training run" if len(read) == 1 else f"{len(read)} training runs, side by side"
+    lead += ": K small adapters (particles) on one frozen language model, trained together so that each example goes "
+    lead += "mostly to the particles that already explain it."
+    return page.fill(output, "report.html.j2", title=title, lead=lead, runs=read, tables=tables, sections=sections)
 
 
 def responsibilities(logp_nats: Array, alpha: float) -> Array:
     """Shares [K, N] of each example, exactly as training takes them: softmax over particles of alpha * logp (8)."""
     return data_term(torch.from_numpy(logp_nats), alpha, logp_nats.shape[1])[1].responsibilities.numpy()
-
-
-def order_examples(weights: Array) -> NDArray[np.intp]:
-    """Indices of the N examples of weights [K, N]: grouped by leading particle, each group from sharp to shared."""
-    return np.lexsort((-weights.max(axis=0), weights.argmax(axis=0)))
 
 
 def _read_run(folder: Path) -> _Run:
@@ -186,12 +138,16 @@ def _values(records: Sequence[Record], key: str, width: int = 1) -> Array:
 def _sections(runs: Sequence[_Run]) -> list[tuple[str, list[Cell]]]:
     sections = {
         "loss": _line_cells(runs, "loss", "nats an example", lambda run, ax: _trace(run, ax, "loss_nats", [ACCENT])),
-        "nll": _line_cells(runs, "nll", "nats a token", _draw_nll),
+        "nll": _line_cells(runs, "nll", "nats a {unit}", _draw_nll),
+        "accuracy": _line_cells(runs, "accuracy", "share of the pairs", _draw_accuracy),
+        "margin": _line_cells(runs, "margin", "nats", _draw_margin),
         "ess": _line_cells(runs, "ess", "particles", _draw_ess),
         "heat": [_heat_cell(run, f"heat{i}", at_one=False) for i, run in enumerate(runs)],
         "weights": [_heat_cell(run, f"weights{i}", at_one=True) for i, run in enumerate(runs)],
         "grad": _line_cells(runs, "grad", "norm", _draw_grad),
     }
+    if all(run.unit == "token" for run in runs):
+        del sections["accuracy"], sections["margin"]
     # at alpha 0 the first heat map is one flat colour, at 1 it is the second one
     if all(run.evaluation is None or run.evaluation["alpha"] in (0.0, 1.0) for run in runs):
         del sections["heat"]
@@ -199,18 +155,22 @@ def _sections(runs: Sequence[_Run]) -> list[tuple[str, list[Cell]]]:
 
 
 def _line_cells(runs: Sequence[_Run], key: str, label: str, draw: Callable[[_Run, Any], str]) -> list[Cell]:
-    """One plot over steps for each run, with the same y axis so that they can be compared."""
-    figures = [_axes(height=215) for _ in runs]
+    """One plot over steps for each run; runs on the same kind of data have the same y axis, to be compared."""
+    figures = [pictures.axes(height=215) for _ in runs]
     notes = [draw(run, ax) for run, (_, ax) in zip(runs, figures, strict=True)]
-    drawn = [ax for _, ax in figures if np.isfinite(ax.dataLim.get_points()).all()]
-    limits = [limit for ax in drawn for limit in ax.get_ylim()]
+    labels = [label.format(unit=run.unit) for run in runs]
+    drawn = [np.isfinite(ax.dataLim.get_points()).all() for _, ax in figures]
+    limits: dict[str, list[float]] = {run.unit: [] for run in runs}
+    for run, (_, ax), seen in zip(runs, figures, drawn, strict=True):
+        limits[run.unit] += ax.get_ylim() if seen else ()
     cells = []
     for i, (run, (figure, ax), note) in enumerate(zip(runs, figures, notes, strict=True)):
-        if ax not in drawn:
+        if not drawn[i]:
             cells.append(("", note or "No picture: this run did not record it."))
             continue
-        low, high = ax.get_ylim() if key == "ess" else (min(limits), max(limits))  # ess: 1 to K, always
-        ax.set(ylim=(low, high), xlabel="training step", ylabel=label)
+        shared = limits[run.unit]
+        low, high = ax.get_ylim() if key == "ess" else (min(shared), max(shared))  # ess: 1 to K, always
+        ax.set(ylim=(low, high), xlabel="training step", ylabel=labels[i])
         ax.grid(True, axis="y")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if ax.get_yscale() == "log":
@@ -219,15 +179,44 @@ def _line_cells(runs: Sequence[_Run], key: str, label: str, draw: Callable[[_Run
             ax.yaxis.set_minor_locator(NullLocator())
         if (group := len(run.train) / MAX_POINTS) > 1:
             note += f" Each point averages about {group:.0f} logged steps."
-        cells.append((_svg(figure, f"{key}{i}", f"{run.name}: {label} over training steps"), note.strip()))
+        svg = pictures.svg(figure, f"{key}{i}", f"{run.name}: {labels[i]} over training steps")
+        cells.append((svg, note.strip()))
     return cells
 
 
 def _draw_nll(run: _Run, ax: Any) -> str:
     if run.K > 1:
-        _trace(run, ax, "particle_nll_nats_per_token", particle_colours(run.K), bare=True, linewidth=1)
-        _trace(run, ax, "mean_particle_nll_nats_per_token", [INK], bare=True, linewidth=1.2, linestyle=(0, (3, 1.5)))
-    return _trace(run, ax, "mixture_nll_nats_per_token", [INK])
+        key, dashes = f"mean_particle_nll_nats_per_{run.unit}", (0, (3, 1.5))
+        _trace(run, ax, f"particle_nll_nats_per_{run.unit}", particle_colours(run.K), bare=True, linewidth=1)
+        _trace(run, ax, key, [INK], bare=True, linewidth=1.2, linestyle=dashes)
+    return _trace(run, ax, f"mixture_nll_nats_per_{run.unit}", [INK])
+
+
+def _draw_accuracy(run: _Run, ax: Any) -> str:
+    return _draw_rewards(run, ax, "rewards/accuracies", 0.5, "0.5: a coin toss")
+
+
+def _draw_margin(run: _Run, ax: Any) -> str:
+    return _draw_rewards(run, ax, "rewards/margins", 0, "0: no preference")
+
+
+def _draw_rewards(run: _Run, ax: Any, key: str, limit: float, text: str) -> str:
+    """The particles thin, their mean bold, and at `limit` what knowing nothing gives."""
+    if run.unit == "token":
+        return "No picture: this run did not train on preferences."
+    if run.K > 1:
+        _trace(run, ax, f"particle_{key}", particle_colours(run.K), bare=True, linewidth=1)
+    _trace(run, ax, key, [INK])
+    if np.isfinite(ax.dataLim.get_points()).all():
+        _mark_limit(ax, limit, text, 3, "bottom")
+    return ""
+
+
+def _mark_limit(ax: Any, limit: float, text: str, offset: float, side: str) -> None:
+    """A dashed line across with a text at its right end, `offset` points away."""
+    ax.axhline(limit, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
+    where = {"xycoords": ("axes fraction", "data"), "xytext": (0, offset), "textcoords": "offset points"}
+    ax.annotate(text, (1, limit), **where, ha="right", va=side, color=MUTED, fontsize=pictures.SMALL)
 
 
 def _draw_ess(run: _Run, ax: Any) -> str:
@@ -236,10 +225,8 @@ def _draw_ess(run: _Run, ax: Any) -> str:
     _trace(run, ax, "ess_particles", [ACCENT])
     if not np.isfinite(ax.dataLim.get_points()).all():
         return ""
-    for limit, text, offset, side in ((run.K, "all share alike", 5, "bottom"), (1, "one takes all", -5, "top")):
-        ax.axhline(limit, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
-        where = {"xycoords": ("axes fraction", "data"), "xytext": (0, offset), "textcoords": "offset points"}
-        ax.annotate(f"{limit}: {text}", (1, limit), **where, ha="right", va=side, color=MUTED, fontsize=8.5)
+    _mark_limit(ax, run.K, f"{run.K}: all share alike", 5, "bottom")
+    _mark_limit(ax, 1, "1: one takes all", -5, "top")
     room = 0.16 * (run.K - 1)
     ax.set_ylim(1 - room, run.K + room)
     ax.set_yticks(range(1, run.K + 1) if run.K <= 8 else [1, *(round(run.K * part / 4) for part in (1, 2, 3, 4))])
@@ -288,26 +275,12 @@ def _heat_cell(run: _Run, name: str, *, at_one: bool) -> Cell:
         return "", f"No heat map: {why}."
     alpha, posterior = 1.0 if at_one else found["alpha"], responsibilities(found["logp"], 1.0)
     weights, N = responsibilities(found["logp"], alpha), posterior.shape[1]
-    shown = order_examples(posterior)[np.linspace(0, N - 1, min(N, MAX_SHOWN)).round().astype(int)]
-    height, top, right = min(260, max(80, 21 * K)), 18, 46
-    total = height + top + BOTTOM
-    figure, ax = _axes(total, top, right)
-    style = {"vmin": 0, "vmax": 1, "cmap": HEAT, "aspect": "auto", "interpolation": "nearest"}
-    image = ax.imshow(weights[:, shown], extent=(0, N, K - 0.5, -0.5), **style)
-    ax.spines[:].set_visible(False)
-    ax.set(xlabel="examples, grouped by leading particle", ylabel="particle")
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set_yticks(range(0, K, 1 if K <= 16 else 4 if K <= 32 else 8))
-    ax.tick_params(axis="y", length=0, pad=13)
-    # the colour that the particle has in the plots over steps
-    strip = {"s": min(8.0, 0.8 * height / K) ** 2, "transform": ax.get_yaxis_transform(), "clip_on": False}
-    ax.scatter([-0.017] * K, range(K), c=particle_colours(K), marker="s", linewidth=0, **strip)
+    figure, ax = pictures.weight_map(
+        weights[:, order_examples(posterior)], xlabel="examples, grouped by leading particle"
+    )
     led = np.bincount(posterior.argmax(axis=0), minlength=K)
-    for count, end in zip(led, np.cumsum(led), strict=True):
-        if alpha > 0 and K <= 12 and count >= 0.08 * N:
-            ax.text(end - count / 2, -0.62, f"{count:,}", ha="center", va="bottom", color=MUTED, fontsize=8.5)
-    bar_ax = figure.add_axes(((WIDTH - right + 10) / WIDTH, BOTTOM / total, 9 / WIDTH, height / total))
-    figure.colorbar(image, cax=bar_ax, ticks=[0, 0.5, 1], format="{x:g}").outline.set_visible(False)
+    if alpha > 0:
+        pictures.mark_leads(ax, led.tolist())
     ess, sharp = (1 / (weights**2).sum(axis=0)).mean(), (weights.max(axis=0) > CONFIDENT).mean()
     note = f"{N:,} {found['split']} examples after step {found['step']:,}, weighed at alpha = {alpha:g}. "
     if alpha == 0:
@@ -317,27 +290,5 @@ def _heat_cell(run: _Run, name: str, *, at_one: bool) -> Cell:
             f"Effective sample size {ess:.2f} of {K} on average; on {sharp:.0%} of the examples one particle has over "
         )
         note += f"{CONFIDENT:g} of the weight. Each particle leads {led.min():,} to {led.max():,} examples."
-    if N > MAX_SHOWN:
-        note += f" The picture shows {MAX_SHOWN} of them, evenly spaced in this order."
-    return _svg(figure, name, f"{run.name}: weight of each particle on each example, alpha {alpha:g}"), note
-
-
-def _axes(height: float, top: float = 8, right: float = 8) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    inside = ((WIDTH - LEFT - right) / WIDTH, (height - BOTTOM - top) / height)
-    ax = figure.add_axes((LEFT / WIDTH, BOTTOM / height, *inside))
-    ax.margins(x=0.025)
-    return figure, ax
-
-
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """An inline SVG that fits its column, takes the page's colours and fonts, and shares no id with another."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", dpi=216, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    _, head, body = re.split(r"(<svg[^>]*>)", file.getvalue(), maxsplit=1)
-    head = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
-    body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
-    for colour, variable in THEME.items():
-        body = body.replace(colour, f"var({variable})")
-    return f'{head[:-1]} role="img" aria-label="{html.escape(description)}">{body}'
+    note += pictures.sampling_note(N)
+    return pictures.svg(figure, name, f"{run.name}: weight of each particle on each example, alpha {alpha:g}"), note

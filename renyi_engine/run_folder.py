@@ -6,20 +6,16 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from renyi_engine import checkpoint, files
 from renyi_engine.config import CONFIG_FILE, TrainConfig
-from renyi_engine.settings import read_yaml, to_yaml
+from renyi_engine.settings import changes, read_yaml, to_yaml
 
 # what may differ between a run and its continuation: none of it changes how a step is computed
 _MAY_CHANGE = {
@@ -43,8 +39,7 @@ class RunFolder:
         Raises:
             ValueError: it cannot be written; holds another run; or is to be resumed with settings that differ.
         """
-        path = Path(config.output_dir)
-        _probe_writable(path)
+        path = files.make_folder(Path(config.output_dir), "output_dir")
         wanted = config.resume_from_checkpoint
         has_run = (path / CONFIG_FILE).exists()
         if wanted is None:
@@ -58,7 +53,8 @@ class RunFolder:
             raise ValueError(
                 f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
             )
-        _refuse_changes(config, read_yaml(path / CONFIG_FILE))
+        if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
+            raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
         if wanted.lower() == "true":
             found = checkpoint.newest(path)
             if found is None:
@@ -122,24 +118,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _probe_writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir: {path} cannot be written ({os.strerror(error.errno or 0)})") from None
-
-
-def _refuse_changes(config: TrainConfig, before: dict[str, Any]) -> None:
-    # through YAML and back, so that both sides have the same types
-    now = yaml.safe_load(to_yaml(config))
-    names = [n for n in sorted(now.keys() | before.keys()) if n not in _MAY_CHANGE and now.get(n) != before.get(n)]
-    if names:
-        diff = "".join(f"\n  {name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names)
-        raise ValueError(f"resume_from_checkpoint: {config.output_dir} was started with other settings:{diff}")
 
 
 def _step_of(line: str) -> float:

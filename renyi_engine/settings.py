@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,6 +55,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines; got {type(values).__name__}")
     return values
+
+
+def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Collection[str]) -> str:
+    """What differs between settings and those that were saved, a line each; empty if that is only what may."""
+    # through YAML and back, so that both sides have the same types
+    values = yaml.safe_load(yaml.safe_dump(dict(now)))
+    names = sorted((values.keys() | before.keys()) - set(may_change))
+    return "".join(
+        f"\n  {name}: {before.get(name)!r} then, {values.get(name)!r} now"
+        for name in names
+        if before.get(name) != values.get(name)
+    )
 
 
 def parse(

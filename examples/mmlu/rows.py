@@ -1,6 +1,6 @@
 """MMLU's questions as rows of prompt + completion, to fine-tune on; what the test split asks too is left out.
 
-    python examples/mmlu/rows.py --dataset_name cais/mmlu --output runs/mmlu/train.jsonl
+python examples/mmlu/rows.py --dataset_name cais/mmlu --output runs/mmlu/train.jsonl
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from renyi_engine.mmlu_data import COMPLETIONS, load_questions, prompt
+from renyi_engine.mmlu.questions import COMPLETIONS, load_questions, prompt
 
 
 def main() -> None:

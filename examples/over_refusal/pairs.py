@@ -1,6 +1,6 @@
 """A small sample of a preference data set, split into pairs to train on and pairs held out.
 
-    python examples/over_refusal/pairs.py --output_dir runs/over_refusal
+python examples/over_refusal/pairs.py --output_dir runs/over_refusal
 """
 
 from __future__ import annotations

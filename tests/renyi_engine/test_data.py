@@ -137,3 +137,10 @@ def test_padding_falls_back_to_eos_and_then_gives_up():
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="neither a pad nor an end-of-sequence token"):
         pad_token_id(tokenizer)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    for name, text in (("empty.jsonl", ""), ("header.csv", "prompt,completion\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"dataset_name: .*{name} "):
+            rows_of(load_splits(str(tmp_path / name), "train", None, "dataset_name"), "train", name, "dataset_name")

@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
-from renyi_engine.report import HEAT, Table, order_examples, particle_colours, responsibilities, write_report
+from renyi_engine.pictures import COLOURS, HEAT, order_examples, particle_colours
+from renyi_engine.report import Table, responsibilities, write_report
 from renyi_kernels import renyi_reduce
 
-VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
+from .html_page import Page, pictures_of, read_values
+
 MakeRun = Callable[..., Path]
-
-
-class Page(HTMLParser):
-    """Collects tags, ids, references and text; fails where a tag closes that was not open."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += " " + " ".join(data.split())
-
-    def values(self, *names: str) -> list[str]:
-        return [value for _, attrs in self.tags for name, value in attrs.items() if name in names and value]
 
 
 @pytest.fixture
@@ -89,6 +60,27 @@ def make_run(tmp_path: Path) -> MakeRun:
         (folder / "evaluation.json").write_text(json.dumps({**found, "logp_nats": logp}))
         facts = {"command": f"renyi-engine sft --alpha {alpha}", "versions": {"torch": "2.13"}, "status": "finished"}
         (folder / "run.json").write_text(json.dumps({**facts, "elapsed_s": 3725.0, "dropped_rows": {"too long": 2}}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_preference_run(make_run: MakeRun) -> MakeRun:
+    """A run on preference pairs, in which the particles' accuracies and margins are 0, 1/K, 2/K, ..."""
+
+    def make(name: str, K: int = 3, **settings: Any) -> Path:
+        folder = make_run(name, K, **settings)
+        shares = [k / K for k in range(K)]
+        lines = []
+        for line in read_metrics(folder):
+            prefix = "eval_" if "eval_ess_particles" in line else ""
+            line = {key: value for key, value in line.items() if "nll" not in key}
+            for key in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"):
+                line |= {f"{prefix}{key}": 0.8125 if prefix else sum(shares) / K, f"{prefix}particle_{key}": shares}
+            nll = {f"{prefix}{who}_nll_nats_per_pair": 0.4321 for who in ("mixture", "mean_particle")}
+            lines.append({**line, **nll, f"{prefix}particle_nll_nats_per_pair": [0.5] * K})
+        write_metrics(folder, lines)
         return folder
 
     return make
@@ -172,6 +164,50 @@ def test_runs_share_the_y_axis(make_run: MakeRun, tmp_path: Path) -> None:
     source = write_report([low, high], tmp_path / "report.html").read_text()
     pictures = re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL)[:2]
     assert all(">500</text>" in picture for picture in pictures)
+
+
+def test_a_preference_run_shows_its_rewards(make_preference_run: MakeRun, tmp_path: Path) -> None:
+    path = write_report([make_preference_run("preferences")], tmp_path / "report.html")
+    page = Page(path)
+    for heading in ("Negative log-likelihood of a preference pair", "Reward accuracy", "Reward margin"):
+        assert heading in page.text
+    assert "Held-out NLL, mixture (nats/pair) 0.4321" in page.text
+    assert "Held-out reward accuracy (share of pairs) 0.8125" in page.text
+    assert "Held-out reward margin (nats) 0.8125" in page.text
+    assert "(nats/token)" not in page.text
+    nll = pictures_of(path)[1]
+    circles = re.findall(r'<use [^>]*y="([^"]+)" style="fill: var\(--paper\)', nll)
+    np.testing.assert_allclose(read_values(nll, "y", np.array(circles, float)), 4 * [0.4321], atol=1e-5)
+    for picture, limit in zip(pictures_of(path)[2:4], (0.5, 0.0), strict=True):
+        # held-out circles, then the last points of dashed line, particles and mean, as the axis has them
+        circles = re.findall(r'<use [^>]*y="([^"]+)" style="fill: var\(--paper\)', picture)
+        np.testing.assert_allclose(read_values(picture, "y", np.array(circles, float)), 4 * [0.8125], atol=1e-5)
+        lines = {
+            "stroke-dasharray: 3.2": limit,
+            COLOURS[0]: 0,
+            COLOURS[1]: 1 / 3,
+            COLOURS[2]: 2 / 3,
+            "var(--ink)": 1 / 3,
+        }
+        for style, expected in lines.items():
+            ends = re.findall(rf'([\d.]+) \n"[^>]*style="fill: none; [^"]*{re.escape(style)}', picture)
+            np.testing.assert_allclose(read_values(picture, "y", np.array(ends[-1:], float)), [expected], atol=1e-5)
+
+
+def test_runs_on_pairs_and_on_text_stand_side_by_side(
+    make_run: MakeRun, make_preference_run: MakeRun, tmp_path: Path
+) -> None:
+    pairs, text = make_preference_run("pairs"), make_run("text")
+    write_metrics(text, [{**line, "loss_nats": 500.0} for line in read_metrics(text)])
+    path = write_report([pairs, text], tmp_path / "report.html")
+    page = Page(path)
+    assert page.text.count("No picture: this run did not train on preferences.") == 2
+    assert "Negative log-likelihood of a token or a preference pair" in page.text
+    loss_of_pairs, loss_of_text, nll_of_pairs, nll_of_text, *_ = pictures_of(path)
+    assert ">500</text>" in loss_of_text
+    assert ">500</text>" not in loss_of_pairs  # another unit, another axis
+    assert ">nats a pair</text>" in nll_of_pairs
+    assert ">nats a token</text>" in nll_of_text
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])

@@ -72,8 +72,11 @@ def configure(model_folder, data) -> Callable[..., MmluConfig]:
 def evaluated(configure, particles, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("evaluated") / "run"
     with pytest.warns(UserWarning, match="2 prompts are longer than the model's context of 128 tokens"):
-        report = evaluate_mmlu(configure(output, ensemble=str(particles)))
-    assert report == output / "report.html"
+        table = evaluate_mmlu(configure(output, ensemble=str(particles)))
+    first, *rows, last = table.splitlines()
+    assert first.split() == ["accuracy", "(%)", "NLL", "(nats)", "ECE", "Brier"]
+    assert [row.split("  ")[0] for row in rows[:3]] == ["base", "mixture", "mean of particles"]
+    assert last == f"report: {output / 'report.html'}"
     return output
 
 
@@ -158,7 +161,9 @@ def test_the_report_shows_every_member_and_its_own_numbers(evaluated):
 def test_without_an_ensemble_the_base_stands_alone(configure, tmp_path):
     output = tmp_path / "run"
     with pytest.warns(UserWarning, match="6 prompts are longer"):
-        page = evaluate_mmlu(configure(output, num_fewshot=2, limit=2)).read_text(encoding="utf-8")
+        table = evaluate_mmlu(configure(output, num_fewshot=2, limit=2))
+    assert len(table.splitlines()) == 3
+    page = (output / "report.html").read_text(encoding="utf-8")
     assert "Which particle answers what?" not in page
     assert "mixture" not in page
     assert sorted(str(path.relative_to(output)) for path in output.rglob("*.json")) == ["results.json"]

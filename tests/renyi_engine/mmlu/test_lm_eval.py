@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from jinja2 import Template
 
-from renyi_engine.lm_eval_format import results, sample, task_hashes
-from renyi_engine.mmlu_data import Question, prompt
+from renyi_engine.mmlu.lm_eval import results, sample, task_hashes
+from renyi_engine.mmlu.questions import Question, prompt
 
 # by subject: two of stem, one of other
 RIGHT = {"anatomy": [1, 0, 0, 1, 0], "virology": [0, 0, 1, 0, 0, 0, 1], "astronomy": [1, 1, 0]}

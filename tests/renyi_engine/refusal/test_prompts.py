@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from renyi_engine.prompts import Prompt, PromptColumns, encode_prompts, left_padded, read_prompts
+from renyi_engine.refusal.prompts import Prompt, PromptColumns, read_prompts
 
 
 @pytest.fixture
@@ -80,17 +80,3 @@ def test_bad_data_is_told_in_one_line_with_its_row(rows, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "l.csv").write_text("prompt\na\n")
     refused("2 data sets are called 'l'", [rows("l", *MIXED), str(tmp_path / "sub" / "l.csv")])
-
-
-def test_prompts_are_the_users_turn_if_there_is_a_template_and_plain_text_if_not(tokenizer):
-    prompts = [Prompt(0, "s", "Hi", None, None), Prompt(1, "s", "Hello", None, None)]
-    encoded = encode_prompts(tokenizer, prompts)
-    assert [tokenizer.decode(ids) for ids in encoded] == ["<user>Hi</s><assistant>", "<user>Hello</s><assistant>"]
-    input_ids, mask = left_padded(encoded, tokenizer)
-    assert mask.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]
-    assert [row[m.bool()].tolist() for row, m in zip(input_ids, mask, strict=True)] == encoded
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        assert [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, prompts)] == ["Hi", "Hello"]
-    finally:
-        tokenizer.chat_template = template

@@ -18,10 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from renyi_engine import files, lm_eval_format, mmlu_data, mmlu_report
+from renyi_engine import files
 from renyi_engine.config import EvalConfig
-from renyi_engine.mmlu_data import COMPLETIONS, SPLITS, SUBJECTS, Question
-from renyi_engine.page import write_page
+from renyi_engine.mmlu import lm_eval, report
+from renyi_engine.mmlu import questions as mmlu_questions
+from renyi_engine.mmlu.questions import COMPLETIONS, SPLITS, SUBJECTS, Question
+from renyi_engine.page import as_text, write_page
 from renyi_engine.predict import Subject, context_length, encode_choices, load_subject, score_choices
 from renyi_engine.progress import track
 from renyi_engine.run_folder import versions
@@ -49,11 +51,11 @@ class MmluConfig(EvalConfig):
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {self.split!r}")
         if self.split == "dev" and self.num_fewshot:
             raise ValueError("split: the questions of dev are the few-shot examples; pass --num_fewshot 0")
-        mmlu_data.check_subjects(self.subjects or [])
+        mmlu_questions.check_subjects(self.subjects or [])
 
 
-def evaluate_mmlu(config: MmluConfig) -> Path:
-    """Ask every question and write what comes of it into `output_dir`; returns the report.
+def evaluate_mmlu(config: MmluConfig) -> str:
+    """Ask every question and write what comes of it into `output_dir`. Returns the main table as plain text.
 
     results.json: accuracies of the mixture (of the base where there is no ensemble), in lm-eval's shape.
     models/base.json, p000.json, ...: the same of the base and of each particle.
@@ -70,9 +72,10 @@ def evaluate_mmlu(config: MmluConfig) -> Path:
         raise ValueError(f"output_dir: {output} already holds an evaluation; choose another folder or remove it")
     questions, sizes = _choose(config)
     prompts = _prompts(config, questions)
-    output.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output, "output_dir")
 
     subject = load_subject(config)
+    alpha = subject.require_alpha() if subject.num_particles else 0.0
     base, particles, num_cut = _score(subject, prompts, config.per_device_eval_batch_size)
     # the first is what results.json and the samples are about
     answers = {"base": base}
@@ -81,10 +84,10 @@ def evaluate_mmlu(config: MmluConfig) -> Path:
         answers = {"mixture": predictive(particles).mixture, "base": base, **members}
     main, *others = answers
 
-    samples = _samples(questions, prompts, answers[main], base, particles, subject.alpha)
+    samples = _samples(questions, prompts, answers[main], base, particles, alpha)
     _write_samples(output / SAMPLES, samples)
     run = _run_facts(config, subject) | {
-        "task_hashes": lm_eval_format.task_hashes(samples),
+        "task_hashes": lm_eval.task_hashes(samples),
         "num_prompts_cut": num_cut,
         "date": started,
         "total_evaluation_time_seconds": str(time.time() - started),
@@ -93,7 +96,7 @@ def evaluate_mmlu(config: MmluConfig) -> Path:
     def results(member: str) -> dict[str, Any]:
         chosen = answers[member].argmax(dim=-1).tolist()
         right = [choice == question.answer for choice, question in zip(chosen, questions, strict=True)]
-        scores = lm_eval_format.results(
+        scores = lm_eval.results(
             questions,
             right,
             sizes=sizes,
@@ -106,22 +109,23 @@ def evaluate_mmlu(config: MmluConfig) -> Path:
     for member in others:
         (output / MODELS).mkdir(exist_ok=True)
         files.write_json(output / MODELS / f"{member}.json", results(member))
-    write_page(
+    sections = report.sections(questions, base, particles, alpha)
+    page = write_page(
         output / REPORT,
         title="MMLU",
         lead=_lead(config, subject, questions, num_cut),
-        sections=mmlu_report.sections(questions, base, particles, subject.alpha),
-        words=[*(mmlu_report.ENSEMBLE_WORDS if subject.num_particles else ()), *mmlu_report.WORDS],
+        sections=sections,
+        words=[*(report.ENSEMBLE_WORDS if subject.num_particles else ()), *report.WORDS],
         details={"settings": dataclasses.asdict(config), "versions": versions()},
     )
     # last: where it is, the rest is
     files.write_json(output / RESULTS, results(main))
-    return output / REPORT
+    return f"{as_text(sections[0].tables[0])}report: {page}"
 
 
 def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:
     """(questions, how many there are of each of their subjects in the split), by group and subject."""
-    found = mmlu_data.load_questions(config.dataset_name, config.split)
+    found = mmlu_questions.load_questions(config.dataset_name, config.split)
     for name in config.subjects or ():
         if name not in found:
             raise ValueError(f"subjects: {config.dataset_name} has no {config.split} question of {name}")
@@ -132,15 +136,15 @@ def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:
 
 def _prompts(config: MmluConfig, questions: Sequence[Question]) -> list[str]:
     if not config.num_fewshot:
-        return [mmlu_data.prompt(question, ()) for question in questions]
-    dev = mmlu_data.load_questions(config.dataset_name, "dev")
+        return [mmlu_questions.prompt(question, ()) for question in questions]
+    dev = mmlu_questions.load_questions(config.dataset_name, "dev")
     for name in dict.fromkeys(question.subject for question in questions):
         if len(dev.get(name, ())) < config.num_fewshot:
             raise ValueError(
                 f"num_fewshot: {config.num_fewshot} examples asked for, but the dev split of {config.dataset_name} has "
                 f"{len(dev.get(name, ()))} of {name}"
             )
-    return [mmlu_data.prompt(question, dev[question.subject][: config.num_fewshot]) for question in questions]
+    return [mmlu_questions.prompt(question, dev[question.subject][: config.num_fewshot]) for question in questions]
 
 
 def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, Tensor | None, int]:
@@ -179,7 +183,7 @@ def _write_samples(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
     for one in samples:
         lines.setdefault(one["doc"]["subject"], []).append(json.dumps(one, ensure_ascii=False) + "\n")
     for subject, of_subject in lines.items():
-        files.write_text(folder / f"{lm_eval_format.task_name(subject)}.jsonl", "".join(of_subject))
+        files.write_text(folder / f"{lm_eval.task_name(subject)}.jsonl", "".join(of_subject))
 
 
 def _samples(
@@ -191,7 +195,7 @@ def _samples(
     alpha: float,
 ) -> list[dict[str, Any]]:
     samples = [
-        lm_eval_format.sample(question, prompt, logp) | {"base_logp_nats": of_base}
+        lm_eval.sample(question, prompt, logp) | {"base_logp_nats": of_base}
         for question, prompt, logp, of_base in zip(questions, prompts, main.tolist(), base.tolist(), strict=True)
     ]
     if particles is None:
@@ -200,7 +204,7 @@ def _samples(
     found = predictive(particles)
     columns = {
         "particle_logp_nats": particles.transpose(0, 1),
-        "responsibilities": mmlu_report.answer_responsibilities(particles, labels, alpha).T,
+        "responsibilities": report.answer_responsibilities(particles, labels, alpha).T,
         "total_nats": found.total,
         "aleatoric_nats": found.aleatoric,
         "epistemic_nats": found.epistemic,
@@ -225,7 +229,7 @@ def _run_facts(config: MmluConfig, subject: Subject) -> dict[str, Any]:
         "max_length": context_length(subject.ensemble.model),
         "system_instruction": None,
         "chat_template": None,
-        "alpha": subject.alpha if subject.num_particles else None,
+        "alpha": subject.alpha,
         "num_particles": subject.num_particles,
         "package_versions": versions(),
     }

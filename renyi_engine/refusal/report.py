@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from renyi_engine import eval_pictures
-from renyi_engine.page import Picture, Section, Table, write_page
-from renyi_engine.refusal_results import Results
+from renyi_engine.page import Picture, Section, Table, as_text, printable, write_page
+from renyi_engine.refusal.results import Results
 
 NUM_SHOWN = 20
 """Prompts in the table of most disagreement."""
@@ -77,19 +77,6 @@ def write_refusal_report(output: Path, results: Results, facts: Mapping[str, Any
     details = {"settings": facts["settings"], "versions": facts["versions"]}
     write_page(output, title="Refusals", lead=lead, sections=sections, words=WORDS, details=details)
     return "\n".join(map(as_text, tables))
-
-
-def as_text(table: Table) -> str:
-    """The table in columns of a terminal; control characters, which data may hold, are taken out."""
-    rows = [[_printable(cell) for cell in row] for row in (table.header, *table.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [str.rjust if kind else str.ljust for kind in table.classes]
-    lines = [
-        "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    title = [_printable(table.title)] if table.title else []
-    return "\n".join([*title, *lines]) + "\n"
 
 
 def _rates(summary: Mapping[str, Any]) -> Table:
@@ -164,7 +151,7 @@ def _bars(summary: Mapping[str, Any]) -> list[Picture]:
     return [
         eval_pictures.bars(
             "refusal-rates",
-            [_printable(name) for name in columns],
+            [printable(name) for name in columns],
             values,
             errors,
             rows=["base", "ensemble"][: 2 if summary["num_particles"] else 1],
@@ -202,7 +189,3 @@ def _estimate(row: Mapping[str, Any], key: str, digits: int) -> str:
 
 def _fixed(value: float | None, digits: int) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

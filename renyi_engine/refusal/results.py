@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from renyi_engine import refusal_rates as rates
 from renyi_engine.calibration import auroc
-from renyi_engine.judges import FAILED, LABELS, REFUSALS, UNPARSED
-from renyi_engine.prompts import Prompt
-from renyi_engine.refusal_rates import Array, Estimate
-from renyi_engine.responses import BASE, Key, Response, Speaker
+from renyi_engine.refusal import rates
+from renyi_engine.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED
+from renyi_engine.refusal.prompts import Prompt
+from renyi_engine.refusal.rates import Array, Estimate
+from renyi_engine.refusal.responses import BASE, Key, Response, Speaker
 
 NOISY = "variance within the prompt, sampling noise included (one sample cannot be told from its noise)"
 CORRECTED = "variance within the prompt, less its sampling noise"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from renyi_engine.mmlu_data import GROUPS, SUBJECTS, Question, check_subjects, load_questions, prompt
+from renyi_engine.mmlu.questions import GROUPS, SUBJECTS, Question, check_subjects, load_questions, prompt
 
 ROWS = [
     {"subject": "anatomy", "question": " Which?\nOne. ", "choices": ["a ", "b", "", "d"], "answer": 2},

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi_engine.responses import BASE, Response, ResponseFile
+from renyi_engine.refusal.responses import BASE, Response, ResponseFile
 
 TEXTS = ["", "plain", "two\nlines\r\n", "Grüße \u2028 \U0001f600", '{"a": 1}', "\ud800", "\x1b[31m"]
 RESPONSES = [Response("s", i, k, s, TEXTS[(i + s) % 7]) for i in range(3) for k in (0, 1, 10, BASE) for s in range(2)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from renyi_engine import calibration, eval_pictures
-from renyi_engine.mmlu_data import GROUPS, Question
+from renyi_engine.mmlu.questions import GROUPS, Question
 from renyi_engine.page import Section, Table
 from renyi_engine.uncertainty import Predictive, predictive
 from renyi_kernels import renyi_reduce

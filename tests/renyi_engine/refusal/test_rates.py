@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi_engine import refusal_rates as rates
+from renyi_engine.refusal import rates
 
 
 def drawn(seed, K=4, N=7, n=5, missing=0.0):

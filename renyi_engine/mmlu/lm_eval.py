@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from renyi_engine.mmlu_data import COMPLETIONS, GROUPS, LETTERS, Question, ask, description
+from renyi_engine.mmlu.questions import COMPLETIONS, GROUPS, LETTERS, Question, ask, description
 
 # of lm-eval's tasks that these questions, prompts and weights are those of
 TASK_VERSION, GROUP_VERSION = 1.0, "2"

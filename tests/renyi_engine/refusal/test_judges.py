@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from renyi_engine.config import ModelConfig
-from renyi_engine.judges import (
+from renyi_engine.refusal.judges import (
     DIRECT_ANSWER,
     DIRECT_REFUSAL,
     FAILED,
@@ -194,7 +194,7 @@ def test_a_server_that_times_out_talks_garbage_and_breaks_is_asked_again_until_i
 def test_the_waits_between_tries_double(serve, monkeypatch):
     url, requests = serve((500, b""))
     waits = []
-    monkeypatch.setattr("renyi_engine.judges.time.sleep", waits.append)
+    monkeypatch.setattr("renyi_engine.refusal.judges.time.sleep", waits.append)
     EndpointJudge(url, "m", max_retries=3, first_wait_s=0.5)([Exchange("", "")])
     assert waits == [0.5, 1.0, 2.0]
     assert len(requests) == 4

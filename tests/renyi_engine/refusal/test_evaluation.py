@@ -14,14 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import refusal, refusal_report
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
-from renyi_engine.judges import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
-from renyi_engine.prompts import Prompt
-from renyi_engine.refusal import RefusalConfig, evaluate_refusal
-from renyi_engine.refusal_report import write_refusal_report
-from renyi_engine.refusal_results import positive_label, summarise
-from renyi_engine.responses import BASE, Response
+from renyi_engine.refusal import RefusalConfig, evaluate_refusal, evaluation, report
+from renyi_engine.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
+from renyi_engine.refusal.prompts import Prompt
+from renyi_engine.refusal.report import write_refusal_report
+from renyi_engine.refusal.responses import BASE, Response, ResponseFile
+from renyi_engine.refusal.results import positive_label, summarise
 
 HOSTILE = "<script>alert(1)</script>"
 ROWS = [
@@ -52,7 +51,7 @@ class HashJudge:
 @pytest.fixture
 def judge(monkeypatch):
     judge = HashJudge()
-    monkeypatch.setattr(refusal, "make_judge", lambda *_, **__: judge)
+    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: judge)
     return judge
 
 
@@ -101,10 +100,8 @@ def contents(folder):
 def whole(config, judge, tmp_path, monkeypatch):
     """(table, contents, log): of a run that was never stopped; log is responses.jsonl as it was before the end."""
     logs = []
-    finish = refusal.ResponseFile.finish
-    monkeypatch.setattr(
-        refusal.ResponseFile, "finish", lambda self: (logs.append(self._path.read_bytes()), finish(self))
-    )
+    finish = ResponseFile.finish
+    monkeypatch.setattr(ResponseFile, "finish", lambda self: (logs.append(self._path.read_bytes()), finish(self)))
     table = evaluate_refusal(config(output_dir=str(tmp_path / "whole")))
     return table, contents(tmp_path / "whole"), logs[0]
 
@@ -113,7 +110,7 @@ def whole(config, judge, tmp_path, monkeypatch):
 def test_killed_anywhere_and_started_again_it_gives_what_a_whole_run_gives(whole, config, tmp_path, monkeypatch):
     table, expected, log = whole
     generator = random.Random(0)
-    monkeypatch.setattr(refusal_report, "write_page", lambda *_, **__: None)  # slow, and made of what is compared here
+    monkeypatch.setattr(report, "write_page", lambda *_, **__: None)  # slow, and made of what is compared here
     # in the responses, in the verdicts, at the seams, and in a run that was killed more than once
     for trial, share in enumerate([0.0, 0.02, 0.2, 0.33, 0.7, 0.99]):
         folder = tmp_path / f"killed{trial}"
@@ -169,7 +166,7 @@ def test_a_finished_run_generates_and_judges_nothing_again(whole, config, judge,
 
 def test_another_judge_judges_anew_what_was_generated(whole, config, tmp_path, monkeypatch):
     other = HashJudge("other")
-    monkeypatch.setattr(refusal, "make_judge", lambda *_, **__: other)
+    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: other)
     monkeypatch.setattr(LoraEnsemble, "generate", None)
     folder = tmp_path / "whole"
     evaluate_refusal(config(output_dir=str(folder), judge="endpoint:http://x", judge_model="m"))

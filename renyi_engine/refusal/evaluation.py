@@ -20,20 +20,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from renyi_engine import files
 from renyi_engine.config import CONFIG_FILE, EvalConfig
-from renyi_engine.data import pad_token_id
-from renyi_engine.judges import FAILED, FORMS, Exchange, Judge, make_judge
+from renyi_engine.data import left_padded, pad_token_id
+from renyi_engine.encoding import encode_prompts
 from renyi_engine.predict import Subject, context_length, load_subject
 from renyi_engine.progress import track
-from renyi_engine.prompts import Prompt, PromptColumns, encode_prompts, left_padded, read_prompts
-from renyi_engine.refusal_report import write_refusal_report
-from renyi_engine.refusal_results import positive_label, summarise
-from renyi_engine.responses import BASE, Response, ResponseFile, Speaker
+from renyi_engine.refusal.judges import FAILED, FORMS, Exchange, Judge, make_judge
+from renyi_engine.refusal.prompts import Prompt, PromptColumns, read_prompts
+from renyi_engine.refusal.report import write_refusal_report
+from renyi_engine.refusal.responses import BASE, Response, ResponseFile, Speaker
+from renyi_engine.refusal.results import positive_label, summarise
 from renyi_engine.run_folder import versions
-from renyi_engine.settings import flag, read_yaml, require, require_given, to_yaml
+from renyi_engine.settings import changes, flag, read_yaml, require, require_given, to_yaml
 
 RESPONSES_FILE = "responses.jsonl"
 
@@ -120,21 +119,15 @@ def evaluate_refusal(config: RefusalConfig) -> str:
 
 def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> None:
     """Save what is asked; of a folder that holds responses, see that they answer the same."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
+    files.make_folder(folder, "output_dir")
     fingerprint = _fingerprint(config, prompts)
     if (folder / CONFIG_FILE).exists():
-        # through YAML and back, so that both sides have the same types
-        asked = yaml.safe_load(to_yaml(config)) | fingerprint
-        before = read_yaml(folder / CONFIG_FILE) | files.read_json(folder / "run.json")
-        names = sorted((asked.keys() | before.keys()) - _MAY_CHANGE)
-        changed = [name for name in names if asked.get(name) != before.get(name)]
+        before = files.read_json(folder / "run.json") if (folder / "run.json").exists() else {}
         if not fingerprint.keys() <= before.keys():
             raise ValueError(f"output_dir: {folder} holds another kind of run; choose another folder")
-        if changed and (folder / RESPONSES_FILE).exists():
-            diff = "".join(f"\n  {name}: {before.get(name)!r} then, {asked.get(name)!r} now" for name in changed)
+        before |= read_yaml(folder / CONFIG_FILE)
+        diff = changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE)
+        if diff and (folder / RESPONSES_FILE).exists():
             raise ValueError(
                 f"output_dir: the responses in {folder} were made with other settings; choose another:{diff}"
             )
@@ -163,7 +156,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     not depend on where an evaluation was stopped.
     """
     subject = load_subject(config)
-    encoded = encode_prompts(subject.tokenizer, prompts)
+    encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
     _check_lengths(subject, prompts, encoded, config.max_new_tokens)
     # the longest first: memory runs out at once or not at all
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -191,7 +184,7 @@ def _sample(
     encoded: Sequence[Sequence[int]],
 ) -> list[Response]:
     ensemble, tokenizer = subject.ensemble, subject.tokenizer
-    input_ids, attention_mask = left_padded(encoded, tokenizer)
+    input_ids, attention_mask = left_padded(encoded, pad_token_id(tokenizer))
     with ensemble.disable_adapters() if BASE in speakers else contextlib.nullcontext():
         tokens = ensemble.generate(
             input_ids,

@@ -1,7 +1,4 @@
-"""The prompts of an evaluation: files or hub data sets, taken apart into named splits.
-
-Layout: B prompts of a batch, T tokens.
-"""
+"""The prompts of an evaluation: files or hub data sets, taken apart into named splits."""
 
 from __future__ import annotations
 
@@ -11,12 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from renyi_engine.data import load_splits, missing_column, pad_token_id, rows_of
-from renyi_engine.encoding import Encoder
+from renyi_engine.data import load_splits, missing_column, rows_of
 
 
 @dataclass(frozen=True)
@@ -101,20 +93,3 @@ def _stem(name: str) -> str:
     """What a data set is called: a file without its endings, else the last part of its path or id."""
     path = Path(name)
     return path.name.split(".")[0] if path.is_file() else path.name
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokens of each prompt: as the user's turn where the tokenizer has a chat template, else as plain text."""
-    encoder = Encoder(tokenizer)
-    if not tokenizer.chat_template:
-        return [encoder.text(prompt.prompt) for prompt in prompts]
-    turns = [[{"role": "user", "content": prompt.prompt}] for prompt in prompts]
-    return [encoder.chat(number, turn, add_generation_prompt=True) for number, turn in enumerate(turns)]
-
-
-def left_padded(sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), each [B, T]."""
-    width, pad = max(map(len, sequences)), pad_token_id(tokenizer)
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in sequences])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences])
-    return input_ids, mask
