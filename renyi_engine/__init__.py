@@ -4,14 +4,20 @@ from renyi_engine.dpo import DpoConfig
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
 from renyi_engine.sft import SftConfig
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, TrainResult, train
+from renyi_engine.uncertainty import Policy, Predictive, calibrate, decide, predictive
 
 __all__ = [
     "DpoConfig",
     "EnsembleConfig",
     "LoraEnsemble",
+    "Policy",
+    "Predictive",
     "SftConfig",
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "calibrate",
+    "decide",
+    "predictive",
     "train",
 ]
