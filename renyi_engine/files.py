@@ -42,7 +42,11 @@ def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    """Replace a safetensors file in one go: a kill leaves the old one or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(on_cpu, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:
