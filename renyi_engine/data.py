@@ -137,6 +137,12 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     }
 
 
+def longest_first(lengths: Iterable[int]) -> list[int]:
+    """Indices by falling length: batches are of similar length, and what does not fit into memory fails at once."""
+    lengths = list(lengths)
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask), each [B, T], of prompts to be continued."""
     width = max(map(len, prompts))

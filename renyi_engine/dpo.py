@@ -23,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi_engine import files
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id
+from renyi_engine.data import Dropped, Example, collate, longest_first, missing_column, pad_token_id
 from renyi_engine.encoding import Encoder, common_prefix, is_messages, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.progress import track
 from renyi_engine.settings import flag, require
-from renyi_engine.task import Scores, by_length
+from renyi_engine.task import Scores, length
 from renyi_kernels import IGNORE_INDEX
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")
@@ -178,7 +178,7 @@ class DpoTask:
     def _reference(self, ensemble: LoraEnsemble, items: Sequence[Pair], batch_size: int) -> Tensor:
         """Log-probabilities [N, 2] of the bare base."""
         logp = torch.empty(len(items), 2)
-        order = by_length(items)
+        order = longest_first(map(length, items))
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         with ensemble.disable_adapters():
             for part in track(parts, "reference log-probabilities of the base"):

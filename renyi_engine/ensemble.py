@@ -244,9 +244,15 @@ class LoraEnsemble(nn.Module):
                 f"labels: expected [B, T] as input_ids {list(batch['input_ids'].shape)}; got {list(labels.shape)}"
             )
         hidden = self(batch["input_ids"], batch.get("attention_mask"))
-        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return self.label_logprob(hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX))
+
+    def label_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability, ``[K, ...]`` fp32 nats, of labels ``[...]`` that all particles share, by the model's head.
+
+        hidden: ``[K, ..., D]`` where each label is predicted; -100: no label, 0.0.
+        """
         weight = cast(Tensor, self.model.get_output_embeddings().weight)
-        return linear_logprob(hidden, weight.to(hidden.dtype), shifted.expand(hidden.shape[:3]), **self._head)
+        return linear_logprob(hidden, weight.to(hidden.dtype), labels.expand(hidden.shape[:-1]), **self._head)
 
     def sequence_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed over labelled tokens (4.1)."""
@@ -410,9 +416,8 @@ class LoraEnsemble(nn.Module):
 
     def _check_head(self, hidden: Tensor, logits: Tensor) -> None:
         labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-        weight = cast(Tensor, self.model.get_output_embeddings().weight)
         with torch.no_grad():
-            ours = linear_logprob(hidden, weight.to(hidden.dtype), labels, **self._head)
+            ours = self.label_logprob(hidden, labels)
         theirs = torch.log_softmax(logits.float(), -1)[..., 0]
         tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.5
         if not torch.allclose(ours.float(), theirs, atol=tolerance, rtol=tolerance):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_engine.data import longest_first
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.task import Item, Task, by_length
+from renyi_engine.task import Item, Task, length
 from renyi_kernels import renyi_reduce
 
 
@@ -73,7 +74,7 @@ def means(totals: Mapping[str, float | list[float]], num_examples: int) -> dict[
 @torch.no_grad()
 def evaluate(ensemble: LoraEnsemble, task: Task, examples: Sequence[Item], batch_size: int) -> Evaluation:
     """Score every example under every particle. Batches are of similar length; the result is in the order given."""
-    order = by_length(examples)
+    order = longest_first(map(length, examples))
     parts = []
     for start in range(0, len(order), batch_size):
         scores = task.score(ensemble, task.collate([examples[i] for i in order[start : start + batch_size]]))

@@ -8,17 +8,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine import base_model, targets
+from renyi_engine import base_model
 from renyi_engine.config import EvalConfig
+from renyi_engine.data import longest_first
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
-from renyi_kernels import IGNORE_INDEX, linear_logprob, renyi_reduce
+from renyi_kernels import IGNORE_INDEX, renyi_reduce
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,7 @@ def _score_rows(
     score: Callable[[list[int]], Tensor],
 ) -> Tensor:
     """`score` [K, B, ...] of batches, each given by the indices of its rows, put together in the order of the rows."""
-    # the longest first: what does not fit into memory fails at once
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    order = longest_first(map(len, rows))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     scores = torch.cat([score(batch).cpu() for batch in track(batches)], dim=1)
     return scores[:, torch.tensor(order).argsort()]
@@ -196,7 +196,7 @@ def _last_logprob(ensemble: LoraEnsemble, prompts: Sequence[list[int]], labels: 
     hidden = _read(ensemble, [prompts[i] for i in batch])
     ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=hidden.device)
     last = hidden[:, torch.arange(len(batch), device=hidden.device), ends]
-    return _head_logprob(ensemble, last.unsqueeze(2).expand(-1, -1, labels.shape[1], -1), labels[batch])
+    return ensemble.label_logprob(last.unsqueeze(2).expand(-1, -1, labels.shape[1], -1), labels[batch])
 
 
 def _suffix_logprob(
@@ -209,17 +209,10 @@ def _suffix_logprob(
         # the last of them is predicted at the last position that is read
         end = len(sequences[i]) - 1
         labels[row, end - num_labels[i] : end] = torch.tensor(sequences[i][-num_labels[i] :])
-    return _head_logprob(ensemble, hidden, labels).sum(dim=-1)
+    return ensemble.label_logprob(hidden, labels).sum(dim=-1)
 
 
 def _read(ensemble: LoraEnsemble, rows: Sequence[list[int]]) -> Tensor:
     """Hidden states [K, B, T, D] of right-padded rows."""
     mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
     return ensemble(pad_sequence([torch.tensor(row) for row in rows], batch_first=True), mask)
-
-
-def _head_logprob(ensemble: LoraEnsemble, hidden: Tensor, labels: Tensor) -> Tensor:
-    """linear_logprob of labels [...] that every particle shares, under the model's head: [K, ...]."""
-    weight = cast(Tensor, ensemble.model.get_output_embeddings().weight)
-    head = targets.logit_transform(ensemble.model)
-    return linear_logprob(hidden, weight.to(hidden.dtype), labels.expand(hidden.shape[:-1]), **head)

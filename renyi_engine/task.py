@@ -50,11 +50,6 @@ def length(item: Item) -> int:
     return max(len(sequence.input_ids) for sequence in item.sequences)
 
 
-def by_length(items: Sequence[Item]) -> list[int]:
-    """Indices from the longest to the shortest: batches of similar length, and memory runs out at once or never."""
-    return sorted(range(len(items)), key=lambda i: -length(items[i]))
-
-
 class Task(Protocol):
     tokenizer: PreTrainedTokenizerBase
     unit: str

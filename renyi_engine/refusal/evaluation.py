@@ -22,7 +22,7 @@ from pathlib import Path
 
 from renyi_engine import files
 from renyi_engine.config import CONFIG_FILE, EvalConfig
-from renyi_engine.data import left_padded, pad_token_id
+from renyi_engine.data import left_padded, longest_first, pad_token_id
 from renyi_engine.encoding import encode_prompts
 from renyi_engine.predict import Subject, context_length, load_subject
 from renyi_engine.progress import track
@@ -158,8 +158,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     subject = load_subject(config)
     encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
     _check_lengths(subject, prompts, encoded, config.max_new_tokens)
-    # the longest first: memory runs out at once or not at all
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    order = longest_first(map(len, encoded))
     size = config.per_device_eval_batch_size
     for batch in track([order[i : i + size] for i in range(0, len(order), size)], "responses"):
         for speakers in _speakers(subject.num_particles):
