@@ -265,15 +265,17 @@ class LoraEnsemble(nn.Module):
         `attention_mask` covers too, grows by T."""
         positions = _positions(attention_mask)[:, -input_ids.shape[1] :]
         with self._one_run():
-            output = self.model(
+            hidden = self.model.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1]
+            ).last_hidden_state
+        # rows of a matrix: of a slice of [rows, T, D], torch on a CPU copies the head's weight once a row
+        logits = cast(Tensor, self.model.get_output_embeddings()(hidden[:, -1])) * self._head["logit_scale"]
+        softcap = self._head["logit_softcap"]
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:

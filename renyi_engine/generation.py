@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from renyi_engine import seeding
 from renyi_engine.adapted_maps import Rows
+from renyi_kernels.reference import at_least_fp32
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import LoraEnsemble
@@ -82,7 +83,8 @@ def generate(
             lambda logits, step: draw(logits, uniform[:, step], temperature, top_p),
             max_new_tokens,
             stops,
-            stops[0] if pad_token_id is None else pad_token_id,
+            # without a stop token nothing is padded
+            next(iter(stops), 0) if pad_token_id is None else pad_token_id,
         )
     return tokens.view(K, B, n, -1)
 
@@ -101,13 +103,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability = torch.softmax(logits.double() / temperature, dim=-1)
+    probability = torch.softmax(logits.to(at_least_fp32(logits.dtype)) / temperature, dim=-1)
     order = None
     if top_p < 1:
         probability, order = probability.sort(dim=-1, descending=True, stable=True)
-        before = probability.cumsum(dim=-1) - probability
+        before = probability.cumsum(dim=-1, dtype=torch.float64) - probability
         probability = probability.where(before < top_p, 0.0)
-    cumulative = probability.cumsum(dim=-1)
+    cumulative = probability.cumsum(dim=-1, dtype=torch.float64)
     # the first entry above u times the total: never one of probability zero, as u < 1
     index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
