@@ -106,7 +106,7 @@ def test_the_prompt_is_read_once_by_the_trunk_and_once_by_each_particle(attached
 
 def test_nothing_but_padding_follows_a_stop_token_and_all_stop_early(attached, prompts):
     ensemble = attached()
-    free = ensemble.generate(*prompts, max_new_tokens=12, eos_token_id=[], pad_token_id=PAD, num_samples=2)
+    free = ensemble.generate(*prompts, max_new_tokens=12, eos_token_id=[], num_samples=2)
     stops = [int(free[0, 0, 0, 2]), int(free[1, 1, 1, 4])]
     held = ensemble.generate(*prompts, max_new_tokens=12, eos_token_id=stops, pad_token_id=PAD, num_samples=2)
     assert held.shape[-1] <= 12
