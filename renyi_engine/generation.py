@@ -15,7 +15,6 @@ from transformers import DynamicCache
 
 from renyi_engine import seeding
 from renyi_engine.adapted_maps import Rows
-from renyi_kernels.reference import at_least_fp32
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import LoraEnsemble
@@ -103,13 +102,14 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability = torch.softmax(logits.to(at_least_fp32(logits.dtype)) / temperature, dim=-1)
+    # in fp32 a sum over the vocabulary would end short of 1, and near ties would leave top_p's set by rounding
+    probability = torch.softmax(logits.double() / temperature, dim=-1)
     order = None
     if top_p < 1:
         probability, order = probability.sort(dim=-1, descending=True, stable=True)
-        before = probability.cumsum(dim=-1, dtype=torch.float64) - probability
+        before = probability.cumsum(dim=-1) - probability
         probability = probability.where(before < top_p, 0.0)
-    cumulative = probability.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = probability.cumsum(dim=-1)
     # the first entry above u times the total: never one of probability zero, as u < 1
     index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
