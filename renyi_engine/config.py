@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from renyi_engine.ensemble import EnsembleConfig
 from renyi_engine.prior import PriorName
@@ -29,6 +29,25 @@ class ModelConfig:
     )
     attn_implementation: str = flag("sdpa", "Attention of the base: sdpa, eager, flash_attention_2, ...")
     use_cpu: bool = flag(False, "Stay on the CPU although there is a GPU.")
+
+
+@dataclass
+class SamplingConfig(ModelConfig):
+    """How continuations are drawn."""
+
+    num_samples: int = flag(1, "Responses of each particle to each prompt.")
+    max_new_tokens: int = flag(128, "Longest response in tokens.")
+    temperature: float = flag(1.0, "Of the sampling; 0 takes the most likely token, so that samples are all the same.")
+    top_p: float = flag(1.0, "Sample from the most likely tokens that make up this much.")
+
+    def check_sampling(self) -> None:
+        require(self, ("num_samples", "max_new_tokens"), "a whole number of at least 1", lambda v: v >= 1)
+        require(self, ("temperature",), "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0)
+        require(self, ("top_p",), "a number above 0, at most 1", lambda v: 0 < v <= 1)
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `LoraEnsemble.generate`."""
+        return {name: getattr(self, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_p")}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from renyi_engine import files
-from renyi_engine.config import CONFIG_FILE, EvalConfig
+from renyi_engine.config import CONFIG_FILE, EvalConfig, SamplingConfig
 from renyi_engine.data import left_padded, longest_first, pad_token_id
 from renyi_engine.encoding import encode_prompts
 from renyi_engine.predict import Subject, context_length, load_subject
@@ -44,7 +44,7 @@ _MAY_CHANGE = {
 
 
 @dataclass
-class RefusalConfig(EvalConfig):
+class RefusalConfig(EvalConfig, SamplingConfig):
     """Settings of `evaluate_refusal`; the defaults are the paper's where it says, and OR-Bench's columns."""
 
     dataset_name: list[str] = flag([], "Prompts: files (.csv, .jsonl, ...) or hub ids; each is a split of the table.")
@@ -57,8 +57,6 @@ class RefusalConfig(EvalConfig):
     limit: int | None = flag(None, "Prompts of each split, the first ones; all if not given.")
     num_samples: int = flag(12, "Responses of each particle to each prompt.")
     max_new_tokens: int = flag(256, "Longest response in tokens.")
-    temperature: float = flag(1.0, "Of the sampling; 0 takes the most likely token, so that samples are all the same.")
-    top_p: float = flag(1.0, "Sample from the most likely tokens that make up this much.")
     judge: str = flag("keyword", f"Who tells refusals: {FORMS}.")
     judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
     judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
@@ -68,11 +66,8 @@ class RefusalConfig(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_given(self, ("dataset_name", "prompt_column", "judge"))
-        at_least_one = "a whole number of at least 1"
-        require(self, ("num_samples", "max_new_tokens"), at_least_one, lambda v: v >= 1)
-        require(self, ("limit",), f"{at_least_one}, or nothing", lambda v: v is None or v >= 1)
-        require(self, ("temperature",), "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0)
-        require(self, ("top_p",), "a number above 0, at most 1", lambda v: 0 < v <= 1)
+        self.check_sampling()
+        require(self, ("limit",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
         require(self, ("judge_timeout_s",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
         require(self, ("judge_max_retries",), "a whole number of at least 0", lambda v: v >= 0)
         if self.dataset_config and len(self.dataset_name) > 1:
@@ -188,10 +183,7 @@ def _sample(
         tokens = ensemble.generate(
             input_ids,
             attention_mask,
-            num_samples=config.num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
+            **config.sampling(),
             seed=config.seed,
             prompt_ids=[prompt.prompt_id for prompt in prompts],
             pad_token_id=pad_token_id(tokenizer),
