@@ -142,7 +142,8 @@ class DpoTask:
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         """Details are named as TRL names them; rewards are beta times the log-ratio to the base, in nats."""
         logp = _completion_logp(ensemble, batch)
-        rewards = self.beta * (logp - batch["reference_logp"].to(logp.device))
+        reference = batch["reference_logp"].to(logp.device)
+        rewards = self.beta * (logp - reference.view(-1, *logp.shape[1:]))
         margins = rewards[..., 0] - rewards[..., 1]
         s = nn.functional.logsigmoid(margins)
         details = {

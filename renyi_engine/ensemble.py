@@ -229,10 +229,11 @@ class LoraEnsemble(nn.Module):
             hidden: Tensor = self.model.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
             ).last_hidden_state
-        return hidden.view(self.num_running, *input_ids.shape, hidden.shape[-1])
+        return hidden.view(self.num_running, -1, *hidden.shape[1:])
 
     def token_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere.
+        """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere. With rows of their own,
+        ``[K, B / K, T]``.
 
         `batch` holds input_ids, attention_mask (optional) and labels, each ``[B, T]``; labels as Hugging Face has them:
         aligned with input_ids, -100 where no token counts. Entry t of the result belongs to the label at t + 1. A batch
@@ -244,10 +245,17 @@ class LoraEnsemble(nn.Module):
                 f"labels: expected [B, T] as input_ids {list(batch['input_ids'].shape)}; got {list(labels.shape)}"
             )
         hidden = self(batch["input_ids"], batch.get("attention_mask"))
-        return self.label_logprob(hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX))
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).view(-1, *hidden.shape[1:3])
+        if self.rows is not Rows.OWN:
+            return self.label_logprob(hidden, shifted)
+        # such rows are for derivatives of any order, on the reference path, which skips no position it is given
+        labelled = shifted != IGNORE_INDEX
+        logp = self.label_logprob(hidden[labelled], shifted[labelled])
+        return logp.new_zeros(shifted.shape).masked_scatter(labelled.to(logp.device), logp)
 
     def label_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability, ``[K, ...]`` fp32 nats, of labels ``[...]`` that all particles share, by the model's head.
+        """Log-probability, ``[K, ...]`` fp32 nats, by the model's head, of labels ``[...]`` that all particles share,
+        or ``[K, ...]`` of each its own.
 
         hidden: ``[K, ..., D]`` where each label is predicted; -100: no label, 0.0.
         """

@@ -1,0 +1,132 @@
+"""Derivatives of a language model in the parameters of one LoRA adapter, of every example by itself.
+
+An ensemble of K equal particles, of which each sees an example of its own, is K copies of one adapter: the gradient of
+particle k is the gradient of example k. The ops run on their reference path and attention as plain products, which can
+be differentiated to any order.
+
+Layout: K particles, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from renyi_engine import seeding
+from renyi_engine.adapted_maps import Rows
+from renyi_engine.data import longest_first
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.evaluation import evaluate
+from renyi_engine.progress import track
+from renyi_engine.task import Item, Task, length
+from renyi_engine.theory.stability import Batch, Projection, project
+from renyi_kernels import use_backend
+
+CurvatureName = Literal["hessian", "gauss_newton"]
+ESTIMATE_EXAMPLES = 32
+ESTIMATE_DIMS = 8
+"""What an estimate during training looks at."""
+
+
+def project_adapter(
+    ensemble: LoraEnsemble,
+    adapter: Sequence[Tensor],
+    task: Task,
+    items: Sequence[Item],
+    num_dims: int,
+    *,
+    curvature: CurvatureName = "hessian",
+    prior_curvature: float = 0.0,
+    seed: int = 0,
+    quiet: bool = False,
+) -> tuple[Projection, list[Tensor]]:
+    """H and G of the task's log-likelihoods around one adapter; rows of the result are in the order of `items`.
+
+    Args:
+        ensemble: lends its K particles as places for copies; K examples are met at a time. It is left as it was.
+        adapter: its values, one [...] for each [K, ...] of `ensemble.parameters()`; see `particle`.
+        num_dims: m. prior_curvature, seed: see `stability.project`, whose check a base below fp32 cannot have.
+        curvature: "hessian", as the paper has it, or "gauss_newton" with the final hidden states as outputs, which is
+            positive semidefinite for supervised log-likelihoods.
+        quiet: show no progress.
+
+    Returns:
+        The projection, and the point it is around: `adapter`, or where its B are all zero the B alone. There A moves
+        nothing: the likelihood is flat along it, and bilinear in A and B together.
+
+    Raises:
+        ValueError: a part of the model cannot be differentiated twice.
+    """
+    slots = list(ensemble.parameters())
+    B_only = all(not value.any() for value in adapter[1::2])
+    moved = slice(1, None, 2) if B_only else slice(None)
+    order = longest_first(map(length, items))
+    K = ensemble.config.num_particles
+    parts = [order[start : start + K] for start in range(0, len(order), K)]
+
+    def log_likelihoods(point: Sequence[Tensor], what: str) -> Iterator[Batch]:
+        copies = slots[moved]
+        with torch.no_grad():
+            for slot, value in zip(copies, point, strict=True):
+                slot.copy_(value.expand_as(slot))
+        for part in parts if quiet else track(parts, what):
+            # a last, short batch is filled up; what fills it is not looked at
+            batch = task.collate([items[i] for i in part + part[-1:] * (K - len(part))])
+            s = task.score(ensemble, batch).logp.view(K)[: len(part)]
+            yield Batch(copies, s, hidden.pop() if curvature == "gauss_newton" else None)
+
+    def keep(module: LoraEnsemble, args: tuple, output: Tensor) -> None:
+        hidden[:] = [output]
+
+    hidden: list[Tensor] = []
+    handle = ensemble.register_forward_hook(keep)
+    before, was_training = [slot.detach().clone() for slot in slots], ensemble.training
+    try:
+        ensemble.eval()
+        with torch.no_grad():
+            for slot, value in zip(slots, adapter, strict=True):
+                slot.copy_(value.expand_as(slot))
+        with use_backend("reference"), sdpa_kernel(SDPBackend.MATH), ensemble.running(Rows.OWN):
+            point = [value.clone() for value in adapter[moved]]
+            projection = project(
+                point,
+                log_likelihoods,
+                num_dims,
+                prior_curvature=prior_curvature,
+                seed=seed,
+                check=torch.finfo(ensemble.model.dtype).eps < 1e-6,
+            )
+    finally:
+        handle.remove()
+        ensemble.train(was_training)
+        with torch.no_grad():
+            for slot, value in zip(slots, before, strict=True):
+                slot.copy_(value)
+    back = torch.tensor(order).argsort()
+    return replace(projection, scores=projection.scores[back], curvatures=projection.curvatures[back]), point
+
+
+def particle(ensemble: LoraEnsemble, k: int) -> list[Tensor]:
+    """The values of particle k: A and B of every adapted map in turn."""
+    return [stack[k].detach().clone() for stack in ensemble.parameters()]
+
+
+def estimate_alpha_star(ensemble: LoraEnsemble, task: Task, items: Sequence[Item], *, seed: int) -> float:
+    """A quick critical alpha for training: of some of the `items`, around the particle that explains them best.
+
+    With the Gauss-Newton curvature: in the midst of training the Hessian curves downwards along some direction, so that
+    the critical alpha would be below zero at nearly every step.
+    """
+    chosen = torch.randperm(len(items), generator=seeding.generator(seed))[:ESTIMATE_EXAMPLES].tolist()
+    examples = [items[i] for i in chosen]
+    logp = evaluate(ensemble, task, examples, batch_size=ensemble.config.num_particles).logp
+    best = particle(ensemble, int(logp.mean(dim=1).argmax()))
+    projection, _ = project_adapter(
+        ensemble, best, task, examples, ESTIMATE_DIMS, curvature="gauss_newton", seed=seed, quiet=True
+    )
+    return projection.critical_alpha().alpha

@@ -1,0 +1,290 @@
+"""Finite parameter spaces: the loss of any distribution over M parameters, its posterior, and when specialists win.
+
+A table of log-likelihoods is all they need to know. Everything is worked in fp64.
+
+Layout: M parameters, K specialists, N examples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from renyi_kernels import RenyiOutput, renyi_reduce
+from renyi_kernels.renyi_reduce import check_alpha
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A distribution over a finite parameter space, and the evidence that it minimises `objective`."""
+
+    probabilities: Tensor
+    """[M]: q."""
+    residual: float
+    """Total variation between q and the right side of (10) at q: 0 at the posterior."""
+    gap_nats: float
+    """lambda KL(q || right side of (10)) >= objective(q) - min objective, up to rounding: how far q is from best."""
+    trace_nats: tuple[float, ...]
+    """The objective at the prior and after every step that was taken; it never rises by more than rounding."""
+    num_iterations: int
+    """Steps tried, taken or not; 0 for the closed form at alpha = 0."""
+    converged: bool
+    """Whether residual and gap are both within the tolerance."""
+
+
+def mixture_loss(logp: Tensor, q: Tensor, alpha: float) -> RenyiOutput:
+    """loss_i = -(1/alpha) log sum_m q_m exp(alpha s_mi), eq. (6) for any distribution q; -sum_m q_m s_mi at alpha = 0.
+
+    >>> mixture_loss(logp, torch.full((M,), 1 / M), alpha).loss == renyi_reduce(logp, alpha).loss
+
+    Args:
+        logp: [M, N] nats, s. -inf: the parameter rules the example out.
+        q: [M], a distribution over the parameters.
+        alpha: finite, >= 0.
+
+    Returns:
+        RenyiOutput(loss [N] nats, responsibilities [M, N], ess [N], logp [M, N]), fp64. The responsibilities are
+        q_m exp(alpha s_mi) / E_q[exp(alpha s_i)]. An example that q gives no mass has loss +inf. The loss is
+        differentiable with respect to logp and q.
+
+    Raises:
+        ValueError: a shape does not fit, logp holds NaN or +inf, q is no distribution, alpha is out of range.
+    """
+    s = _table("logp", logp, "M")
+    return _mixture_loss(s, _distribution("q", q, s).log(), check_alpha(alpha))
+
+
+def objective(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: float) -> Tensor:
+    """sum_i loss_i(q) + lambda KL(q || prior), a scalar in nats: what the posterior minimises (Prop. 1).
+
+    Args:
+        logp, q, alpha: as in `mixture_loss`. prior: [M], a distribution. weight: lambda > 0.
+
+    Raises:
+        ValueError: as `mixture_loss`; prior is no distribution; weight is not above 0.
+    """
+    s = _table("logp", logp, "M")
+    q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
+    loss = _mixture_loss(s, q.log(), check_alpha(alpha)).loss
+    return loss.sum() + _weight(weight) * torch.special.xlogy(q, q / prior).sum()
+
+
+def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: float) -> Tensor:
+    """F(q) ∝ prior exp((1/(lambda alpha)) sum_i p_i^alpha / E_q[p_i^alpha]), the right side of (10), [M].
+
+    It minimises the objective with its data term linearised at q, for the derivative of that term with respect to q_m
+    is -(1/alpha) sum_i p_mi^alpha / E_q[p_i^alpha]. At alpha = 0 it is the Gibbs posterior, whatever q.
+
+    Args:
+        logp, q, alpha: as in `mixture_loss`. prior: [M], a distribution. weight: lambda > 0.
+
+    Raises:
+        ValueError: as `objective`; q gives an example no mass, where (10) is not defined.
+    """
+    s = _table("logp", logp, "M")
+    q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
+    alpha, weight = check_alpha(alpha), _weight(weight)
+    if alpha == 0.0:
+        return _gibbs(s, prior.log(), weight).exp()
+    loss = _mixture_loss(s, q.log(), alpha).loss
+    if loss.isinf().any():
+        raise ValueError(f"q: expected some mass on every example; none on {_first(loss.isinf())}; widen its support")
+    return _image(torch.expm1(alpha * (s + loss)), prior.log(), alpha, weight).exp()
+
+
+def self_consistent_posterior(
+    logp: Tensor,
+    prior: Tensor,
+    alpha: float,
+    weight: float,
+    *,
+    tolerance: float = 1e-8,
+    max_iterations: int = 500,
+) -> Posterior:
+    """The minimiser of `objective`: the q with q = F(q), eq. (10); the Gibbs posterior, in closed form, at alpha = 0.
+
+    A damped fixed point in log space: log q <- log q + (C + tau)^-1 lambda (log F(q) - log q), normalised. C is the
+    curvature of the data term. Were it left out, this would be log q <- (1 - eta) log q + eta log F(q) with
+    eta = lambda / tau: entropic mirror descent. At tau = lambda it is Newton's step, which large N / lambda needs:
+    mirror descent takes thousands of steps there. tau grows when a step would raise the objective and shrinks again
+    when none does.
+
+    The gap is a bound because the data term D is convex in q (-log of something linear). With g its gradient at q,
+    objective(q') >= D(q) + g.(q' - q) + lambda KL(q' || prior) for all q'. F(q) minimises the right side, and
+    objective(q) less that minimum is lambda KL(q || F(q)).
+
+    Args:
+        logp: [M, N] nats. -inf: the parameter rules the example out.
+        prior: [M], a distribution; a parameter of prior 0 keeps probability 0.
+        alpha: finite, >= 0. weight: lambda > 0.
+        tolerance: of the residual and, in nats, of the gap. Rounding leaves about 1e-16 N / (lambda alpha) of either.
+        max_iterations: steps to try before returning what there is, with converged False.
+
+    Raises:
+        ValueError: as `objective`; no q has a finite objective, for an example is ruled out by every parameter that the
+            prior allows, or at alpha = 0 every such parameter rules out some example.
+    """
+    table = _table("logp", logp, "M")
+    prior = _distribution("prior", prior, table)
+    alpha, weight = check_alpha(alpha), _weight(weight)
+    support = prior > 0
+    s, log_prior = table[support], prior[support].log()
+    if (impossible := s.isneginf().all(dim=0)).any():
+        raise ValueError(f"logp: expected a parameter of prior > 0 that allows {_first(impossible)}; every one is -inf")
+    if alpha == 0.0:
+        log_q = _gibbs(s, log_prior, weight)
+        q = torch.zeros_like(prior).masked_scatter(support, log_q.exp())
+        value = objective(table, q, prior, alpha, weight).item()
+        return Posterior(q, residual=0.0, gap_nats=0.0, trace_nats=(value,), num_iterations=0, converged=True)
+
+    at, damping, num_iterations = _Point.at(s, log_prior, log_prior, alpha, weight), weight, 0
+    trace, identity = [at.objective], torch.eye(len(s), dtype=s.dtype, device=s.device)
+    while not (converged := max(at.gap, at.residual) <= tolerance) and num_iterations < max_iterations:
+        num_iterations += 1
+        curvature = at.excess @ (at.excess * at.log_q.exp()[:, None]).T / alpha
+        step = torch.linalg.solve(curvature + damping * identity, weight * (at.log_image - at.log_q))
+        tried = _Point.at(s, log_prior, torch.log_softmax(at.log_q + step, dim=0), alpha, weight)
+        # a step that overshoots so far that the way back overflows is as bad as one that rises
+        if tried.objective <= at.objective + at.rounding and tried.excess.isfinite().all():
+            at, damping = tried, max(weight, damping / 16)
+            trace.append(at.objective)
+        else:
+            damping *= 4
+    return Posterior(
+        probabilities=torch.zeros_like(prior).masked_scatter(support, at.log_q.exp()),
+        residual=at.residual,
+        gap_nats=at.gap,
+        trace_nats=tuple(trace),
+        num_iterations=num_iterations,
+        converged=converged,
+    )
+
+
+def threshold(specialists: Tensor, generalist: Tensor) -> float:
+    """The alpha above which K specialists, weighted equally, have a lower total alpha-loss than one generalist.
+
+    Example 1: for likelihoods 0.9 and 0.1 against 0.4 it is 0.5. The specialists' loss does not increase with alpha:
+    it is the mean of their NLL at 0, and at infinity that of the best of them, example by example.
+
+    Args:
+        specialists: [K, N] nats. generalist: [N] nats. -inf: the example is ruled out.
+
+    Returns:
+        0.0 where the specialists win for every alpha > 0, math.inf where for none.
+
+    Raises:
+        ValueError: a shape does not fit; NaN or +inf.
+    """
+    from scipy.optimize import brentq
+
+    s, rival = _table("specialists", specialists, "K"), _table("generalist", generalist[None], "1")[0]
+    if len(rival) != s.shape[1]:
+        raise ValueError(f"generalist: expected [N] = [{s.shape[1]}] beside specialists; got [{len(rival)}]")
+    to_beat, lead = -rival.sum().item(), (s.amax(dim=0) - rival).sum().item()
+
+    def excess_loss(alpha: float) -> float:
+        return renyi_reduce(s, alpha).loss.sum().item() - to_beat
+
+    if not lead > 0.0:  # not even at infinity; NaN: both rule out all the data
+        return math.inf
+    if math.isinf(to_beat) or excess_loss(0.0) <= 0.0:
+        # a generalist of infinite loss is beaten as soon as the specialists' is finite, which holds for every alpha > 0
+        return 0.0
+    # the loss exceeds its limit by at most N log(K) / alpha
+    high = 2.0 * s.shape[1] * math.log(len(s)) / lead
+    low = high / 2.0
+    while excess_loss(low) <= 0.0:
+        low, high = low / 2.0, low
+    return brentq(excess_loss, low, high, xtol=1e-300, rtol=1e-15)
+
+
+class _Point(NamedTuple):
+    """All that a step from q needs, over the support of the prior."""
+
+    log_q: Tensor  # [M]
+    excess: Tensor  # [M, N]: p^alpha / E_q[p^alpha] - 1
+    log_image: Tensor  # [M]: log F(q)
+    objective: float
+    rounding: float  # of the objective, nats
+    gap: float
+    residual: float
+
+    @staticmethod
+    def at(s: Tensor, log_prior: Tensor, log_q: Tensor, alpha: float, weight: float) -> _Point:
+        loss, q = _mixture_loss(s, log_q, alpha).loss, log_q.exp()
+        excess = torch.expm1(alpha * (s + loss))
+        log_image = _image(excess, log_prior, alpha, weight)
+        image, divergence = log_image.exp(), weight * (q * (log_q - log_prior)).sum()
+        return _Point(
+            log_q,
+            excess,
+            log_image,
+            objective=(loss.sum() + divergence).item(),
+            rounding=4 * torch.finfo(s.dtype).eps * (loss.abs().sum() + divergence).item(),
+            # q log(q / F) - q + F: the same sum, of terms that are none of them negative
+            gap=weight * (q * (log_q - log_image) - q + image).clamp(min=0.0).sum().item(),
+            residual=0.5 * (image - q).abs().sum().item(),
+        )
+
+
+def _mixture_loss(s: Tensor, log_q: Tensor, alpha: float) -> RenyiOutput:
+    M, q = len(s), log_q.exp()
+    if alpha == 0.0:
+        # q_m = 0 leaves out what it multiplies, -inf too
+        out = renyi_reduce(torch.where(q[:, None] > 0, M * q[:, None] * s, 0.0), alpha)
+        responsibilities = q.detach()[:, None].expand_as(s)
+        return RenyiOutput(out.loss, responsibilities, 1.0 / responsibilities.square().sum(dim=0), s.detach())
+    # (1/M) sum_m exp(alpha (s + log(M q)/alpha)) = sum_m q_m exp(alpha s): the weights are a shift of the one reduction
+    out = renyi_reduce(s + ((log_q + math.log(M)) / alpha)[:, None], alpha)
+    # the shift costs the digits of log(q)/alpha; that E_q[exp(alpha (s + loss))] is 1 gives them back
+    drift = torch.log1p(q @ torch.expm1(alpha * (s + out.loss))) / alpha
+    return out._replace(loss=out.loss - drift.detach().nan_to_num(0.0, 0.0, 0.0), logp=s.detach())
+
+
+def _image(excess: Tensor, log_prior: Tensor, alpha: float, weight: float) -> Tensor:
+    """log F(q) of (10). Less 1 an example, which normalisation takes out, so that a small alpha does not cancel."""
+    return torch.log_softmax(log_prior + excess.sum(dim=1) / (weight * alpha), dim=0)
+
+
+def _gibbs(s: Tensor, log_prior: Tensor, weight: float) -> Tensor:
+    log_q = log_prior + s.sum(dim=1) / weight
+    if log_q.isneginf().all():
+        raise ValueError("logp: expected a parameter of prior > 0 that allows every example (alpha = 0); there is none")
+    return torch.log_softmax(log_q, dim=0)
+
+
+def _table(name: str, logp: Tensor, rows: str) -> Tensor:
+    if logp.dim() != 2 or 0 in logp.shape:
+        raise ValueError(f"{name}: expected [{rows}, N], at least one of each; got {list(logp.shape)}")
+    if (bad := logp.isnan() | (logp == torch.inf)).any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected log-likelihoods, finite or -inf; got {logp[row, column]} at [{row}, {column}]"
+        )
+    return logp.double()
+
+
+def _distribution(name: str, q: Tensor, s: Tensor) -> Tensor:
+    if q.shape != s.shape[:1]:
+        raise ValueError(f"{name}: expected [M] = [{len(s)}], a probability for each parameter; got {list(q.shape)}")
+    q = q.double()
+    if not ((q >= 0).all() and abs(q.sum().item() - 1.0) < 1e-6):
+        raise ValueError(
+            f"{name}: expected probabilities >= 0 that add up to 1; they add up to {q.sum().item():.6g}, "
+            f"the least is {q.min().item():.6g}; divide by their sum"
+        )
+    return q / q.sum()  # single precision leaves 1e-7
+
+
+def _weight(weight: float) -> float:
+    if not (math.isfinite(weight) and weight > 0.0):
+        raise ValueError(f"weight: expected a finite lambda > 0, the weight of the KL term; got {weight}")
+    return float(weight)
+
+
+def _first(examples: Tensor) -> str:
+    return f"example {int(examples.nonzero()[0])}"
