@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from renyi_engine.alpha import AlphaStarController, Coupling, EssController, Schedule, ScheduleName, parse_controller
 from renyi_engine.ensemble import EnsembleConfig
 from renyi_engine.prior import PriorName
 from renyi_engine.settings import flag, require, require_given
@@ -29,6 +31,43 @@ class ModelConfig:
     )
     attn_implementation: str = flag("sdpa", "Attention of the base: sdpa, eager, flash_attention_2, ...")
     use_cpu: bool = flag(False, "Stay on the CPU although there is a GPU.")
+
+
+@dataclass
+class AdapterConfig(ModelConfig):
+    """What is adapted, and by how much."""
+
+    lora_r: int = flag(8, "Rank of every adapter.")
+    lora_alpha: float = flag(16.0, "LoRA scaling is lora_alpha / lora_r.")
+    lora_target_modules: list[str] = flag(
+        ["all-linear"], "'all-linear', names of linear maps, or one regular expression."
+    )
+    layers_to_transform: list[int] | None = flag(
+        None, "Decoder layers to adapt; layers below the first run once for all."
+    )
+    use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
+
+    def adapters(
+        self, num_particles: int, seed: int, init: Literal["standard", "spread"] = "standard"
+    ) -> EnsembleConfig:
+        """So many of these adapters."""
+        names = self.lora_target_modules
+        # one name that is no plain name is a regular expression, as in PEFT
+        single = (
+            names[0]
+            if len(names) == 1 and (names[0] == "all-linear" or not re.fullmatch(r"[\w.-]+", names[0]))
+            else None
+        )
+        return EnsembleConfig(
+            num_particles=num_particles,
+            rank=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            target_modules=single or names,
+            layers_to_transform=self.layers_to_transform,
+            init=init,
+            seed=seed,
+            use_rslora=self.use_rslora,
+        )
 
 
 @dataclass
@@ -69,7 +108,7 @@ class EvalConfig(ModelConfig):
 
 
 @dataclass
-class TrainConfig(ModelConfig):
+class TrainConfig(AdapterConfig):
     """What every kind of training shares."""
 
     dataset_name: str = flag("", "Training data: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
@@ -77,15 +116,20 @@ class TrainConfig(ModelConfig):
     # the ensemble
     num_particles: int = flag(8, "K, the adapters that are trained together.")
     alpha: float = flag(0.8, "Coupling: 0 trains the particles independently, 1 the likelihood of their mixture.")
-    lora_r: int = flag(8, "Rank of every adapter.")
-    lora_alpha: float = flag(16.0, "LoRA scaling is lora_alpha / lora_r.")
-    lora_target_modules: list[str] = flag(
-        ["all-linear"], "'all-linear', names of linear maps, or one regular expression."
+    alpha_schedule: ScheduleName = flag("constant", "'linear' and 'cosine' warm alpha up, from alpha_0 to alpha.")
+    alpha_0: float = flag(0.0, "Where the warm-up of alpha starts.")
+    alpha_warmup_steps: float = flag(0.5, "Warm-up of alpha in steps, or below 1 as a share of all steps.")
+    alpha_controller: str | None = flag(
+        None,
+        "Sets alpha from step to step: 'ess:TARGET' keeps the mean effective sample size at TARGET * num_particles, "
+        "starting from alpha; 'alpha-star:MARGIN' stays MARGIN above the estimated critical alpha.",
     )
-    layers_to_transform: list[int] | None = flag(
-        None, "Decoder layers to adapt; layers below the first run once for all."
+    alpha_max: float = flag(
+        2.0,
+        "Largest alpha of a controller. 1 is the likelihood of the mixture; a larger one reaches lower 'ess' targets "
+        "at the price of a worse mixture.",
     )
-    use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
+    alpha_star_steps: int = flag(50, "Steps from one estimate of the critical alpha to the next, for 'alpha-star'.")
     init: Literal["standard", "spread"] = flag("standard", "'standard': B zero. 'spread': B small and random too.")
     prior: PriorName = flag("potential", "Prior on particles: Gaussian potential, smoothed KL (repels), or none.")
     prior_lambda: float = flag(1e-4, "lambda, weight of the prior.")
@@ -128,10 +172,10 @@ class TrainConfig(ModelConfig):
         require_given(self, ("model_name_or_path", "dataset_name", "output_dir"))
         check_alpha(self.alpha)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
-        positive = ("learning_rate", "prior_std", "adam_epsilon", "num_train_epochs")
+        positive = ("alpha_max", "learning_rate", "prior_std", "adam_epsilon", "num_train_epochs")
         at_least_one = (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-            "save_steps", "max_consecutive_skips",
+            "save_steps", "max_consecutive_skips", "alpha_star_steps",
         )  # fmt: skip
         require(self, positive, "a number above 0", lambda v: math.isfinite(v) and v > 0)
         require(self, ("kernel_bandwidth",), "a number above 0, or nothing", lambda v: v is None or v > 0)
@@ -139,25 +183,40 @@ class TrainConfig(ModelConfig):
         require(self, ("eval_steps",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
         require(self, ("max_length", "save_total_limit"), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("max_steps",), "-1, or a whole number of at least 1", lambda v: v == -1 or v >= 1)
-        not_negative = ("prior_lambda", "weight_decay", "warmup_steps", "max_grad_norm")
+        not_negative = (
+            "alpha_0", "alpha_warmup_steps", "prior_lambda", "weight_decay", "warmup_steps", "max_grad_norm",
+        )  # fmt: skip
         require(self, not_negative, "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         require(self, ("adam_beta1", "adam_beta2"), "a number from 0 to 1, 1 excluded", lambda v: 0 <= v < 1)
+        self.coupling(total_steps=1, estimate=float)  # alpha_controller, and what goes with it
+
+    def coupling(self, total_steps: int, estimate: Callable[[int], float]) -> Coupling:
+        """What sets alpha in a run of so many steps; `estimate` gives the critical alpha before a step.
+
+        Raises:
+            ValueError: alpha_controller cannot be read, or does not go with the other settings.
+        """
+        if self.alpha_controller is None:
+            num_steps = steps_of(self.alpha_warmup_steps, total_steps)
+            return Schedule(self.alpha_schedule, self.alpha_0, self.alpha, num_steps)
+        if self.alpha_schedule != "constant":
+            raise ValueError(
+                f"alpha_controller: {self.alpha_controller!r} sets alpha by itself and excludes alpha_schedule "
+                f"{self.alpha_schedule!r}; give one of the two"
+            )
+        name, value = parse_controller(self.alpha_controller)
+        if name == "ess":
+            return EssController(value, self.num_particles, self.alpha, self.alpha_max)
+        return AlphaStarController(value, self.alpha_max, self.alpha_star_steps, estimate)
+
+    @property
+    def alpha_varies(self) -> bool:
+        return self.alpha_controller is not None or self.alpha_schedule != "constant"
 
     def ensemble_config(self) -> EnsembleConfig:
-        names = self.lora_target_modules
-        # one name that is no plain name is a regular expression, as in PEFT
-        single = (
-            names[0]
-            if len(names) == 1 and (names[0] == "all-linear" or not re.fullmatch(r"[\w.-]+", names[0]))
-            else None
-        )
-        return EnsembleConfig(
-            num_particles=self.num_particles,
-            rank=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            target_modules=single or names,
-            layers_to_transform=self.layers_to_transform,
-            init=self.init,
-            seed=self.seed,
-            use_rslora=self.use_rslora,
-        )
+        return self.adapters(self.num_particles, self.seed, self.init)
+
+
+def steps_of(given: float, total_steps: int) -> int:
+    """A number of steps that was given as such, or below 1 as a share of all steps."""
+    return int(given if given >= 1 else given * total_steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import adapter_folder, base_model, checkpoint, targets
+from renyi_engine import adapter_folder, base_model, checkpoint, files, targets
 from renyi_engine.config import CONFIG_FILE, TrainConfig
 from renyi_engine.settings import read_yaml
 
@@ -43,6 +43,6 @@ def export(source: Path, output: Path) -> Path:
         layers_to_transform=layers,
         base_model=config.model_name_or_path,
         fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
-        alpha=config.alpha,
+        alpha=files.read_json(path / "state.json")["alpha"],
     )
     return output

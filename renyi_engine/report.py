@@ -20,6 +20,7 @@ import yaml
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from renyi_engine import page, pictures
+from renyi_engine.alpha import alpha_rule, parse_controller
 from renyi_engine.files import read_json
 from renyi_engine.objective import data_term
 from renyi_engine.page import Table
@@ -41,6 +42,12 @@ class _Run(NamedTuple):
     evaluation: Record | None
     K: int
     alpha: float
+    rule: str  # what set alpha, of which `alpha` is then the start or the end
+    target_ess: float | None  # in particles
+
+    @property
+    def alpha_varied(self) -> bool:
+        return self.rule != f"{self.alpha:g}"
 
     @property
     def unit(self) -> str:
@@ -80,6 +87,9 @@ def _read_run(folder: Path) -> _Run:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         K, alpha = int(config["num_particles"]), float(config["alpha"])
+        schedule, start = config.get("alpha_schedule", "constant"), float(config.get("alpha_0", 0.0))
+        controller = config.get("alpha_controller")
+        name, value = parse_controller(str(controller)) if controller else ("", 0.0)
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path}: no num_particles and alpha to be read ({problem}); restore it") from None
@@ -88,7 +98,8 @@ def _read_run(folder: Path) -> _Run:
         raise ValueError(f"{folder / 'run.json'}: expected a JSON object; remove the file to do without it")
     train, held_out = _read_metrics(folder / "metrics.jsonl")
     evaluation = _read_evaluation(folder / "evaluation.json", K)
-    return _Run(folder.resolve().name, config, facts, train, held_out, evaluation, K, alpha)
+    rule, target = alpha_rule(alpha, schedule, start, controller), value * K if name == "ess" else None
+    return _Run(folder.resolve().name, config, facts, train, held_out, evaluation, K, alpha, rule, target)
 
 
 def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
@@ -142,12 +153,15 @@ def _sections(runs: Sequence[_Run]) -> list[tuple[str, list[Cell]]]:
         "accuracy": _line_cells(runs, "accuracy", "share of the pairs", _draw_accuracy),
         "margin": _line_cells(runs, "margin", "nats", _draw_margin),
         "ess": _line_cells(runs, "ess", "particles", _draw_ess),
+        "alpha": _line_cells(runs, "alpha", "alpha", _draw_alpha),
         "heat": [_heat_cell(run, f"heat{i}", at_one=False) for i, run in enumerate(runs)],
         "weights": [_heat_cell(run, f"weights{i}", at_one=True) for i, run in enumerate(runs)],
         "grad": _line_cells(runs, "grad", "norm", _draw_grad),
     }
     if all(run.unit == "token" for run in runs):
         del sections["accuracy"], sections["margin"]
+    if not any(run.alpha_varied for run in runs):
+        del sections["alpha"]
     # at alpha 0 the first heat map is one flat colour, at 1 it is the second one
     if all(run.evaluation is None or run.evaluation["alpha"] in (0.0, 1.0) for run in runs):
         del sections["heat"]
@@ -230,7 +244,27 @@ def _draw_ess(run: _Run, ax: Any) -> str:
     room = 0.16 * (run.K - 1)
     ax.set_ylim(1 - room, run.K + room)
     ax.set_yticks(range(1, run.K + 1) if run.K <= 8 else [1, *(round(run.K * part / 4) for part in (1, 2, 3, 4))])
-    return "At alpha = 0 it is K by definition." if run.alpha == 0 else ""
+    if run.target_ess is not None:
+        _mark_limit(ax, run.target_ess, "", 0, "bottom")
+        return f"Alpha was set so that it stays at {run.target_ess:g}, the dashed line between the limits ({run.rule})."
+    return "At alpha = 0 it is K by definition." if run.rule == "0" else ""
+
+
+def _draw_alpha(run: _Run, ax: Any) -> str:
+    of_steps: dict[int, float] = {}
+    for record in run.train:
+        alphas = [_number(alpha) for alpha in record.get("alpha_of_steps") or ()]
+        of_steps |= {int(record["step"]) - i: alpha for i, alpha in enumerate(reversed(alphas))}
+    if not of_steps:
+        return ""
+    steps, values = np.array(sorted(of_steps.items())).T
+    shown = np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).astype(int)
+    ax.plot(steps[shown], values[shown], color=ACCENT, linewidth=2, marker="." if len(shown) < 30 else None)
+    estimates = _values(run.train, "alpha_star")
+    if not np.isfinite(estimates).any():
+        return f"Set by {run.rule}." if run.alpha_varied else f"Constant at {run.rule}."
+    ax.plot(_values(run.train, "step"), estimates, "o", color=INK, markerfacecolor=PAPER, markersize=5.5)
+    return f"Set by {run.rule}; circles are the estimates of the critical alpha."
 
 
 def _draw_grad(run: _Run, ax: Any) -> str:
@@ -282,7 +316,7 @@ def _heat_cell(run: _Run, name: str, *, at_one: bool) -> Cell:
     if alpha > 0:
         pictures.mark_leads(ax, led.tolist())
     ess, sharp = (1 / (weights**2).sum(axis=0)).mean(), (weights.max(axis=0) > CONFIDENT).mean()
-    note = f"{N:,} {found['split']} examples after step {found['step']:,}, weighed at alpha = {alpha:g}. "
+    note = f"{N:,} {found['split']} examples after step {found['step']:,}, weighed at alpha = {alpha:.4g}. "
     if alpha == 0:
         note += "Here every particle has 1/K of every example by definition."
     else:
@@ -291,4 +325,4 @@ def _heat_cell(run: _Run, name: str, *, at_one: bool) -> Cell:
         )
         note += f"{CONFIDENT:g} of the weight. Each particle leads {led.min():,} to {led.max():,} examples."
     note += pictures.sampling_note(N)
-    return pictures.svg(figure, name, f"{run.name}: weight of each particle on each example, alpha {alpha:g}"), note
+    return pictures.svg(figure, name, f"{run.name}: weight of each particle on each example, alpha {alpha:.4g}"), note

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from renyi_engine import base_model, checkpoint, data
-from renyi_engine.config import TrainConfig
+from renyi_engine import base_model, checkpoint, data, seeding
+from renyi_engine.alpha import alpha_rule
+from renyi_engine.config import TrainConfig, steps_of
 from renyi_engine.data import StepSampler
 from renyi_engine.dpo import DpoConfig, DpoTask
 from renyi_engine.ensemble import LoraEnsemble
@@ -31,6 +32,7 @@ from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
 from renyi_engine.task import Item, Task, length
+from renyi_engine.theory.adapter import estimate_alpha_star
 from renyi_kernels import renyi_reduce
 
 # without held-out data, the report's heat map is of this many training examples
@@ -73,10 +75,12 @@ class Dataset:
 
 @dataclass
 class State:
-    """What a checkpoint keeps beside the tensors. `window` sums what was seen since the last line of metrics."""
+    """What a checkpoint keeps beside the tensors. `alpha` is the last step's; `window` is what came since the last line
+    of metrics."""
 
     step: int = 0
     tokens: int = 0
+    alpha: float = 0.0
     skipped: list[int] = field(default_factory=list)
     skipped_in_a_row: list[int] = field(default_factory=list)
     window: Window = field(default_factory=lambda: Window())
@@ -88,6 +92,10 @@ class Window:
     labels: int = 0
     totals: dict[str, Any] = field(default_factory=dict)
     """Sums over the examples, each one number, or a list with one of each particle."""
+    alphas: list[float] = field(default_factory=list)
+    """Of every step."""
+    alpha_star: float | None = None
+    """The last estimate of the critical alpha, where one was made."""
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add what is [examples], or [K, examples]."""
@@ -141,6 +149,7 @@ def train_step(
     task: Task,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[Mapping[str, Tensor]],
+    alpha: float,
     config: TrainConfig,
     num_train_examples: int,
 ) -> StepResult:
@@ -151,7 +160,7 @@ def train_step(
     reductions, details = [], []
     for batch in micro_batches:
         scores = task.score(ensemble, batch)
-        loss, reduction = data_term(scores.logp, config.alpha, num_examples)
+        loss, reduction = data_term(scores.logp, alpha, num_examples)
         loss.backward()
         reductions.append(reduction)
         details.append(scores.details)
@@ -248,6 +257,7 @@ class _Trainer:
             weight_decay=config.weight_decay,
         )
         self.learning_rate_factor = _schedule(config, self.optimizer, self.total_steps)
+        self.coupling = config.coupling(self.total_steps, self._estimate_alpha_star)
         self.state = State(skipped=[0] * K, skipped_in_a_row=[0] * K)
         if run.resume_from:
             self._restore(run.resume_from)
@@ -274,7 +284,7 @@ class _Trainer:
                 if at_the_end or state.step % config.save_steps == 0:
                     self._save()
             evaluation = self._evaluate()
-            self.ensemble.save_pretrained(self.run.particles, alpha=config.alpha)
+            self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
             self._describe("finished")
             report = write_report([self.run.path], self.run.path / "report.html")
             progress.say(f"particles: {self.run.particles}\nreport: {report}")
@@ -285,9 +295,12 @@ class _Trainer:
         learning_rate = config.learning_rate * self.learning_rate_factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        alpha = state.alpha = self.coupling.at(state.step)
         parts = [[self.dataset.train[i] for i in part] for part in self.sampler.micro_batches(state.step)]
         micro_batches = [self.task.collate(part) for part in parts]
-        result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, config, len(self.dataset.train))
+        num_train_examples = len(self.dataset.train)
+        result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, alpha, config, num_train_examples)
+        self.coupling.observe(result.logp)
         examples = [example for part in parts for example in part]
         tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
         state.step += 1
@@ -305,6 +318,7 @@ class _Trainer:
         window = self.state.window
         window.examples += result.loss.numel()
         window.labels += labels
+        window.alphas.append(self.state.alpha)
         mixture = renyi_reduce(result.logp, 1.0).loss
         window.add({"loss": result.loss, "ess": result.ess, "mixture": mixture, "particles": -result.logp})
         window.add(result.details)
@@ -322,7 +336,9 @@ class _Trainer:
             f"particle_nll_nats_per_{unit}": particles,
             "ess_particles": totals["ess"] / window.examples,
             **means({name: totals[name] for name in result.details}, window.examples),
-            "alpha": self.config.alpha,
+            "alpha": state.alpha,
+            "alpha_of_steps": window.alphas,
+            **({} if window.alpha_star is None else {"alpha_star": window.alpha_star}),
             "prior_nats": result.prior.item(),
             "learning_rate": learning_rate,
             "grad_norm": result.norms.tolist(),
@@ -332,14 +348,15 @@ class _Trainer:
             "elapsed_s": now - self.started,
         }
         self.run.log(metrics)
-        self.progress.show(metrics, self.task.headline(metrics))
+        at_alpha = f"  alpha {state.alpha:.3g}" if self.config.alpha_varies else ""
+        self.progress.show(metrics, self.task.headline(metrics) + at_alpha)
         state.window = Window()
         self.window_started, self.window_tokens = now, 0
 
     def _evaluate(self) -> Evaluation:
         examples = self.dataset.held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
         evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
-        summary = evaluation.summary(self.config.alpha)
+        summary = evaluation.summary(self.state.alpha)
         if self.dataset.held_out:
             epoch = self.state.step / self.sampler.steps_per_epoch
             self.run.log({"step": self.state.step, "epoch": epoch} | {f"eval_{k}": v for k, v in summary.items()})
@@ -348,7 +365,7 @@ class _Trainer:
             {
                 "step": self.state.step,
                 "split": "held-out" if self.dataset.held_out else "training",
-                "alpha": self.config.alpha,
+                "alpha": self.state.alpha,
                 "example_ids": evaluation.rows,
                 "num_labels": evaluation.num_labels.tolist(),
                 "logp_nats": evaluation.logp.tolist(),
@@ -361,6 +378,13 @@ class _Trainer:
             f"ESS {summary['ess_particles']:.2f}/{self.config.num_particles}"
         )
         return evaluation
+
+    def _estimate_alpha_star(self, step: int) -> float:
+        """The critical alpha before `step`; the next line of metrics has it too."""
+        seed = seeding.generator(self.config.seed, step).initial_seed()
+        found = estimate_alpha_star(self.ensemble, self.task, self.dataset.train, seed=seed)
+        self.state.window.alpha_star = found
+        return found
 
     def _describe(self, status: str) -> None:
         """run.json: what the report says of the run beside its settings."""
@@ -385,8 +409,10 @@ class _Trainer:
     def _announce(self) -> None:
         config, dataset = self.config, self.dataset
         resumed = f", from {self.run.resume_from}" if self.run.resume_from else ""
+        at_alpha = "with alpha by" if config.alpha_varies else "at alpha"
+        rule = alpha_rule(config.alpha, config.alpha_schedule, config.alpha_0, config.alpha_controller)
         self.progress.say(
-            f"{config.num_particles} particles at alpha {config.alpha:g} on {config.model_name_or_path}: "
+            f"{config.num_particles} particles {at_alpha} {rule} on {config.model_name_or_path}: "
             f"{len(dataset.train)} training and {len(dataset.held_out)} held-out examples, "
             f"{self.total_steps} steps{resumed}"
         )
@@ -418,7 +444,8 @@ class _Trainer:
 
     def _save(self) -> Path:
         state = asdict(self.state)
-        state |= {"fingerprint": self.fingerprint, "num_train_examples": len(self.dataset.train)}
+        state |= {"coupling": self.coupling.state(), "fingerprint": self.fingerprint}
+        state["num_train_examples"] = len(self.dataset.train)
         keep = self.config.save_total_limit
         return checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
 
@@ -429,11 +456,12 @@ class _Trainer:
             if then != now:
                 what = "base model's weights" if name == "fingerprint" else "number of training examples"
                 raise ValueError(f"resume_from_checkpoint: {path}: the {what} changed: {then} then, {now} now")
+        self.coupling.restore(saved.pop("coupling"))
         self.state = State(**saved | {"window": Window(**saved["window"])})
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """The learning rate's factor as a function of the step: no state to save."""
-    warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * total_steps
+    warmup = steps_of(config.warmup_steps, total_steps)
     name = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
-    return get_scheduler(name, optimizer, num_warmup_steps=int(warmup), num_training_steps=total_steps).lr_lambdas[0]
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0]

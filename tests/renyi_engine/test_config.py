@@ -77,12 +77,57 @@ def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
         ("init", "zeros", "init.*invalid choice: 'zeros'"),
         ("adam_beta2", "1", "adam_beta2: expected a number from 0 to 1, 1 excluded"),
         ("warmup_steps", "-3", "warmup_steps: expected a number of at least 0"),
+        ("alpha_schedule", "step", "alpha_schedule.*invalid choice: 'step'"),
+        ("alpha_0", "-1", "alpha_0: expected a number of at least 0; got -1"),
+        ("alpha_warmup_steps", "inf", "alpha_warmup_steps: expected a number of at least 0"),
+        ("alpha_max", "0", "alpha_max: expected a number above 0; got 0"),
+        ("alpha_star_steps", "0", "alpha_star_steps: expected a whole number of at least 1; got 0"),
+        (
+            "alpha_controller",
+            "ess",
+            "alpha_controller: expected ess:TARGET or alpha-star:MARGIN, as in ess:0.6; got 'ess'",
+        ),
+        ("alpha_controller", "alpha-star:-1", "alpha_controller: .*MARGIN a number of at least 0; got -1"),
+        ("alpha_controller", "ess:0.125", "alpha_controller: .*TARGET above 1/8 and below 1, .*; got 0.125"),
+        ("alpha_controller", "ess:1", "alpha_controller: .*TARGET above 1/8 and below 1, .*; got 1"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(flag, value, message):
     with pytest.raises(ValueError, match=message) as error:
         parsed(f"--{flag}", value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--alpha_schedule", "cosine"], "alpha_controller: 'ess:0.5' .* excludes alpha_schedule 'cosine'"),
+        (
+            ["--num_particles", "1"],
+            "alpha_controller: .* of one particle is always 1; expected num_particles of at least",
+        ),
+        (["--alpha", "0"], r"alpha: .* expected a number from 0.0001 to alpha_max \(\S+\); got 0"),
+        (["--alpha", "0.9", "--alpha_max", "0.85"], r"alpha: .* to alpha_max \(0.85\); got 0.9"),
+    ],
+)
+def test_a_controller_is_refused_beside_what_it_cannot_work_with(argv, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parsed("--alpha_controller", "ess:0.5", *argv)
+    assert "\n" not in str(error.value)
+
+
+def test_the_coupling_is_what_the_flags_say():
+    assert parsed("--alpha", "0.3").coupling(100, float).at(0) == 0.3
+    rising = parsed("--alpha", "0.3", "--alpha_schedule", "linear", "--alpha_0", "0.1")
+    assert [rising.coupling(100, float).at(step) for step in (0, 25, 50)] == pytest.approx([0.1, 0.2, 0.3])
+    in_steps = parsed("--alpha", "0.3", "--alpha_schedule", "linear", "--alpha_warmup_steps", "4")
+    assert in_steps.coupling(100, float).at(1) == pytest.approx(0.075)
+    above = parsed("--alpha_controller", "alpha-star:0.25", "--alpha_max", "0.9", "--alpha_star_steps", "2")
+    coupling = above.coupling(100, lambda step: 0.1 * step)
+    assert [coupling.at(step) for step in range(9)] == pytest.approx(
+        [0.25, 0.25, 0.45, 0.45, 0.65, 0.65, 0.85, 0.85, 0.9]
+    )
+    assert parsed("--alpha_controller", "ess:0.5", "--alpha", "0.4").coupling(100, float).at(7) == 0.4
 
 
 @pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name", "output_dir"])

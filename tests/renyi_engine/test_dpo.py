@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import DpoConfig, EnsembleConfig, LoraEnsemble, train
+from renyi_engine import DpoConfig, EnsembleConfig, LoraEnsemble, train, trainer
 from renyi_engine.cli import main
 from renyi_engine.data import Dropped
 from renyi_engine.dpo import DpoTask
@@ -305,6 +305,12 @@ def test_a_run_learns_the_preference_and_says_so_in_trls_names(dpo_config):
     evaluation = json.loads((result.output_dir / "evaluation.json").read_text())
     assert (len(evaluation["logp_nats"]), len(evaluation["logp_nats"][0])) == (3, 6)
     assert (result.output_dir / "report.html").is_file()
+
+
+def test_a_run_scores_pairs_as_its_settings_say(dpo_config):
+    config = dpo_config(beta=0.45, min_score_gap=2.0, score_columns=["good", "bad"], max_length=50)
+    task = trainer.make_task(config)
+    assert (task.beta, task.max_length, task.min_score_gap, task.score_columns) == (0.45, 50, 2.0, ["good", "bad"])
 
 
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(dpo_config, tmp_path):

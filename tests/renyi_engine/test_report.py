@@ -210,6 +210,68 @@ def test_runs_on_pairs_and_on_text_stand_side_by_side(
     assert ">nats a token</text>" in nll_of_text
 
 
+def steered(run: Path, every: int = 4, **more: Any) -> list[float]:
+    """Give the run an alpha that moves from step to step, in lines of `every` steps; returns those alphas."""
+    lines = read_metrics(run)
+    training = [line for line in lines if "loss_nats" in line][every - 1 :: every]
+    alphas = [0.2 + 0.01 * step for step in range(1, training[-1]["step"] + 1)]
+    for line in training:
+        of_steps = alphas[line["step"] - every : line["step"]]
+        line |= {"alpha": of_steps[-1], "alpha_of_steps": of_steps, **more}
+    write_metrics(run, [*training, *(line for line in lines if "loss_nats" not in line)])
+    return alphas
+
+
+def test_an_alpha_that_varied_is_shown_at_every_step_beside_one_that_did_not(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("steered", alpha_controller="ess:0.5"), make_run("constant")]
+    alphas = steered(runs[0])
+    write_metrics(runs[1], [line | {"alpha_of_steps": [0.8]} for line in read_metrics(runs[1])])
+    path = write_report(runs, tmp_path / "report.html")
+    page, picture, flat = Page(path), *pictures_of(path)[6:8]
+    for expected in (
+        "Coupling: alpha at each step", "Set by ess:0.5.", "Constant at 0.8.", "alpha ess:0.5 0.8",
+        "alpha by ess:0.5, K = 3", "alpha = 0.8, K = 3",
+    ):  # fmt: skip
+        assert expected in page.text
+    for svg, expected_alphas in ((picture, alphas), (flat, [0.8] * 40)):
+        line = re.search(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--accent\)', svg)
+        assert line
+        points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", line[1]), float)
+        assert len(points) >= 2
+        ends = read_values(svg, "y", points[[0, -1], 1])
+        np.testing.assert_allclose(ends, [expected_alphas[0], expected_alphas[-1]], atol=1e-4)
+        np.testing.assert_allclose(read_values(svg, "x", points[[0, -1], 0]), [1, 40], atol=1e-2)
+
+
+def test_the_picture_of_the_ess_has_the_target_it_was_steered_to(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("steered", alpha_controller="ess:0.5"), make_run("above", alpha_controller="alpha-star:0.5")]
+    path = write_report(runs, tmp_path / "report.html")
+    with_target = pictures_of(path)[4]
+    assert Page(path).text.count("stays at 1.5, the dashed line between the limits (ess:0.5).") == 1
+    dashes = re.findall(r'<path d="M [\d.]+ ([\d.]+) \nL [^"]*"[^>]*stroke-dasharray', with_target)
+    np.testing.assert_allclose(sorted(read_values(with_target, "y", np.array(dashes, float))), [1, 1.5, 3], atol=1e-3)
+
+
+def test_estimates_of_the_critical_alpha_are_circles_where_they_were_logged(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("above", alpha_controller="alpha-star:0.25")
+    steered(run, alpha_star=-0.125)
+    path = write_report([run], tmp_path / "report.html")
+    assert "Set by alpha-star:0.25; circles are the estimates of the critical alpha." in Page(path).text
+    picture = pictures_of(path)[3]
+    circles = re.findall(r'<use [^>]*y="([^"]+)" style="fill: var\(--paper\)', picture)
+    np.testing.assert_allclose(read_values(picture, "y", np.array(circles, float)), [-0.125] * 10, atol=1e-4)
+
+
+def test_a_schedule_is_said_and_alpha_that_never_varied_has_no_picture(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("rising", alpha_schedule="cosine", alpha_0=0.1)
+    assert "alpha cosine schedule from 0.1 to 0.8 " in Page(write_report([run], tmp_path / "a.html")).text
+    constant = make_run("constant", alpha_schedule="constant", alpha_0=0.1, alpha_controller=None)
+    steered(constant)
+    page = Page(write_report([constant], tmp_path / "b.html"))
+    assert "Coupling:" not in page.text
+    assert re.search(r"alpha 0.8\s+Steps", page.text)
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
 def test_a_folder_that_is_no_run_is_refused_by_name(make_run: MakeRun, tmp_path: Path, name: str) -> None:
     run = make_run("broken")
@@ -230,6 +292,7 @@ def test_a_folder_that_is_no_run_is_refused_by_name(make_run: MakeRun, tmp_path:
         ("metrics.jsonl", '{"step": 1, "loss_nats": 2.0}\n[1]\n', "line 2 is not a JSON object with a step"),
         ("metrics.jsonl", '{"loss_nats": 2.0}\n', "line 1 is not a JSON object with a step"),
         ("config.yaml", "alpha: 0.5\n", "no num_particles and alpha to be read"),
+        ("config.yaml", "num_particles: 3\nalpha: 1\nalpha_controller: ess\n", "alpha_controller: expected ess:TARGET"),
         ("config.yaml", "a: [1\nb: {\n", "no num_particles and alpha to be read"),
         ("run.json", "[]", "expected a JSON object"),
         ("evaluation.json", "{}", "not an evaluation"),

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 import renyi_engine.trainer as trainer
 from renyi_engine import EnsembleConfig, LoraEnsemble, TrainingDiverged, train
 from renyi_engine.data import collate
+from renyi_engine.export import export
 from renyi_engine.files import sha256_of
 from renyi_engine.sft import SftTask
+from renyi_kernels import renyi_reduce
 
 TIMINGS = {"tokens_per_s", "elapsed_s"}
 
@@ -38,16 +40,16 @@ class Killed(BaseException):
 
 
 def kill_in_micro_batch(monkeypatch, number: int) -> None:
-    """Die in the given forward pass, counted over the whole run."""
-    original, seen = SftTask.score, []
+    """Die in the given training forward, counted over the whole run."""
+    original, seen = trainer.data_term, []
 
-    def score(self, ensemble, batch):
+    def data_term(*args):
         seen.append(None)
         if len(seen) == number:
             raise Killed
-        return original(self, ensemble, batch)
+        return original(*args)
 
-    monkeypatch.setattr(SftTask, "score", score)
+    monkeypatch.setattr(trainer, "data_term", data_term)
 
 
 # ---------------------------------------------------------------------- one step
@@ -79,7 +81,7 @@ def test_a_step_of_one_particle_is_a_plain_peft_step(sft_config, tokenizer, alph
     def adamw(parameters):
         return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
-    result = trainer.train_step(ensemble, task, adamw(ensemble.parameters()), batches, config, 5)
+    result = trainer.train_step(ensemble, task, adamw(ensemble.parameters()), batches, alpha, config, 5)
 
     trainable = [p for p in peft.parameters() if p.requires_grad]
     losses = []
@@ -124,7 +126,7 @@ def test_the_prior_enters_once_a_step_whatever_the_accumulation(sft_config, toke
         before = {name: p.detach().clone() for name, p in ensemble.named_parameters()}
         optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.0)
         batches = [collate(examples[:2], 0), collate(examples[2:], 0)]
-        trainer.train_step(ensemble, task, optimizer, batches, replace(config, prior=prior), num_train_examples=40)
+        trainer.train_step(ensemble, task, optimizer, batches, 0.7, replace(config, prior=prior), num_train_examples=40)
         gradients[prior] = {name: p.grad for name, p in ensemble.named_parameters()}
     for name, value in before.items():
         expected = 50.0 / 40 / 3 * value / 0.5**2
@@ -207,11 +209,119 @@ def test_train_can_run_outside_the_main_thread(sft_config):
     assert done == [1]
 
 
+# ---------------------------------------------------------------------- alpha from step to step
+
+
+def alphas(run: Path) -> list[float]:
+    """Of every step, as metrics.jsonl has them."""
+    return [alpha for line in metrics(run) for alpha in line.get("alpha_of_steps", [])]
+
+
+@pytest.fixture
+def fake_alpha_star(monkeypatch):
+    """Stands for the estimate of the critical alpha; the list of what it was asked."""
+    asked = []
+
+    def estimate_alpha_star(ensemble, task, items, *, seed):
+        asked.append((len(items), seed))
+        return seed % 97 / 97
+
+    monkeypatch.setattr(trainer, "estimate_alpha_star", estimate_alpha_star)
+    return asked
+
+
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_a_schedule_sets_the_alpha_of_every_step_and_all_of_them_are_logged(sft_config, logging_steps):
+    config = sft_config(
+        alpha=0.9, alpha_schedule="linear", alpha_warmup_steps=0.5, max_steps=10, logging_steps=logging_steps
+    )
+    result = train(config)
+    expected = [0.0, 0.18, 0.36, 0.54, 0.72, *[0.9] * 5]
+    assert alphas(result.output_dir) == pytest.approx(expected)
+    lines = [line for line in metrics(result.output_dir) if "loss_nats" in line]
+    assert all(line["alpha"] == line["alpha_of_steps"][-1] for line in lines)
+    assert all("alpha_star" not in line for line in lines)
+
+
+def test_the_alpha_of_a_step_is_the_one_it_is_trained_with(sft_config, tmp_path):
+    run = lambda name, **settings: train(
+        sft_config(output_dir=str(tmp_path / name), init="spread", max_steps=3, **settings)
+    )
+    run("constant", alpha=0.4)
+    run("flat", alpha=0.4, alpha_schedule="cosine", alpha_0=0.4, alpha_warmup_steps=2)
+    run("rising", alpha=0.4, alpha_schedule="linear", alpha_warmup_steps=2)
+    weights = {name: fingerprint(tmp_path / name, 3)["adapters.safetensors"] for name in ("constant", "flat", "rising")}
+    assert weights["flat"] == weights["constant"] != weights["rising"]
+    sizes = {name: [line["ess_particles"] for line in metrics(tmp_path / name)] for name in weights}
+    assert sizes["rising"][0] == 3  # alpha is 0: all share alike
+    assert sizes["constant"][0] < 2.99
+
+
+def test_what_is_written_after_a_step_has_the_alpha_of_that_step(sft_config, data_file, tmp_path):
+    config = sft_config(
+        alpha=0.9, alpha_schedule="linear", alpha_warmup_steps=12, max_steps=8, save_steps=4, init="spread",
+        eval_dataset_name=str(data_file), dataset_test_split="train",
+    )  # fmt: skip
+    result = train(config)
+    evaluation = json.loads((result.output_dir / "evaluation.json").read_text())
+    assert evaluation["alpha"] == pytest.approx(0.9 * 7 / 12)
+    weighed = renyi_reduce(torch.tensor(evaluation["logp_nats"]), 0.9 * 7 / 12)
+    assert metrics(result.output_dir)[-1]["eval_ess_particles"] == pytest.approx(weighed.ess.mean().item(), rel=1e-5)
+    assert metrics(result.output_dir)[-1]["eval_loss_nats"] == pytest.approx(weighed.loss.mean().item(), rel=1e-5)
+    for folder in (result.output_dir / "particles", export(result.output_dir, tmp_path / "newest")):
+        assert json.loads((folder / "ensemble.json").read_text())["alpha"] == pytest.approx(0.9 * 7 / 12)
+    earlier = export(result.output_dir / "checkpoint-4", tmp_path / "earlier")
+    assert json.loads((earlier / "ensemble.json").read_text())["alpha"] == pytest.approx(0.9 * 3 / 12)
+
+
+def test_the_effective_sample_size_is_steered_to_its_target(sft_config):
+    config = sft_config(
+        num_particles=4, init="spread", alpha=0.3, alpha_controller="ess:0.7", alpha_max=20.0, max_steps=60
+    )
+    result = train(config)
+    sizes = [line["ess_particles"] for line in metrics(result.output_dir) if "loss_nats" in line]
+    assert sum(sizes[30:]) / 30 == pytest.approx(0.7 * 4, abs=0.05 * 4)
+    assert alphas(result.output_dir)[0] == 0.3
+
+
+def test_alpha_keeps_its_margin_above_the_estimates_of_the_critical_alpha(sft_config, fake_alpha_star):
+    config = sft_config(alpha_controller="alpha-star:0.25", alpha_star_steps=3, max_steps=7, logging_steps=2)
+    result = train(config)
+    assert [items for items, _ in fake_alpha_star] == [22] * 3
+    seeds = [seed for _, seed in fake_alpha_star]
+    assert len(set(seeds)) == 3
+    estimates = [seed % 97 / 97 for seed in seeds]
+    assert alphas(result.output_dir) == pytest.approx([estimates[i // 3] + 0.25 for i in range(7)])
+    # before steps 0, 3 and 6, in lines of two steps each
+    lines = [line for line in metrics(result.output_dir) if "loss_nats" in line]
+    assert [line.get("alpha_star") for line in lines] == pytest.approx([estimates[0], estimates[1], None, estimates[2]])
+
+
+def test_the_plain_line_of_a_run_shows_alpha_where_it_varies(sft_config, tmp_path, capsys):
+    train(sft_config(max_steps=1))
+    train(sft_config(max_steps=1, alpha_controller="ess:0.5", output_dir=str(tmp_path / "steered")))
+    constant, steered = re.findall(r"^step 1/1 .*", capsys.readouterr().err, re.M)
+    assert "alpha" not in constant
+    assert "alpha 0.7 " in steered
+
+
 # ---------------------------------------------------------------------- stopping and going on
 
 
-@pytest.mark.parametrize("prior", ["potential", "smoothed_kl"])
-def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_config, tmp_path, monkeypatch, prior):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"prior": "smoothed_kl"},
+        {"alpha_schedule": "linear", "alpha_0": 0.1, "alpha_warmup_steps": 12},
+        {"alpha_schedule": "cosine", "alpha_warmup_steps": 0.8},
+        {"alpha_controller": "ess:0.7", "alpha_max": 20.0, "init": "spread"},
+        # estimates before steps 0 and 7: the last step of the checkpoint, in the middle of a window
+        {"alpha_controller": "alpha-star:0.2", "alpha_star_steps": 7},
+    ],
+    ids=["potential", "smoothed_kl", "linear", "cosine", "ess", "alpha-star"],
+)
+def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_config, tmp_path, monkeypatch, changed):
     settings = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -220,12 +330,11 @@ def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_co
         "logging_steps": 3,  # the window of metrics spans a checkpoint
         "lr_scheduler_type": "cosine",
         "group_by_length": True,
-        "prior": prior,
         "prior_lambda": 1.0,
     }
-    whole = sft_config(output_dir=str(tmp_path / "whole"), **settings)
+    whole = sft_config(output_dir=str(tmp_path / "whole"), **settings | changed)
     train(whole)
-    broken = sft_config(output_dir=str(tmp_path / "broken"), **settings)
+    broken = sft_config(output_dir=str(tmp_path / "broken"), **settings | changed)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_micro_batch(patch, 20)  # in step 11, after its first micro-batch; the last checkpoint is of step 8
         train(broken)
@@ -236,6 +345,7 @@ def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_co
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     read = lambda run: (tmp_path / run / "evaluation.json").read_text()
     assert read("broken") == read("whole")
+    assert (len(set(alphas(tmp_path / "whole"))) > 1) == whole.alpha_varies
 
 
 def test_resuming_with_other_settings_is_refused_with_a_diff(sft_config):
@@ -245,6 +355,12 @@ def test_resuming_with_other_settings_is_refused_with_a_diff(sft_config):
         "num_particles": 2,
         "lora_r": 3,
         "alpha": 0.1,
+        "alpha_schedule": "linear",
+        "alpha_0": 0.1,
+        "alpha_warmup_steps": 3.0,
+        "alpha_controller": "ess:0.5",
+        "alpha_max": 1.5,
+        "alpha_star_steps": 5,
         "lora_target_modules": ["q_proj"],
         "model_name_or_path": config.model_name_or_path + "/.",
     }.items():
