@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from renyi_engine import environment, export
+from renyi_engine.alpha_star import AlphaStarConfig, alpha_star
 from renyi_engine.answers import GenerateConfig, answer
 from renyi_engine.config import EvalConfig, TrainConfig
 from renyi_engine.diagnostics import NllConfig, evaluate_nll
@@ -92,6 +93,12 @@ def _eval(argv: Sequence[str]) -> None:
     print(to_yaml(config) if options.print_config else evaluate(config))
 
 
+def _alpha_star(argv: Sequence[str]) -> None:
+    """estimate the alpha from which on particles that start at an adapter part"""
+    config, options = parse(AlphaStarConfig, argv, "renyi-engine alpha-star")
+    print(to_yaml(config) if options.print_config else alpha_star(config))
+
+
 def _generate(argv: Sequence[str]) -> None:
     """let every particle answer a few prompts"""
     config, options = parse(GenerateConfig, argv, "renyi-engine generate")
@@ -132,6 +139,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "dpo": _dpo,
     "eval": _eval,
     "generate": _generate,
+    "alpha-star": _alpha_star,
     "export": _export,
     "report": _report,
     "env": _env,

@@ -22,6 +22,8 @@ from renyi_kernels import IGNORE_INDEX
 
 T = TypeVar("T")
 
+MOST_TEXT = 120
+"""Characters of an excerpt before what is learnt, and of that."""
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -135,6 +137,15 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         "attention_mask": pad(([1] * len(e.input_ids) for e in examples), 0),
         "labels": pad((e.labels for e in examples), IGNORE_INDEX),
     }
+
+
+def excerpt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """Its last words before what is learnt, and the beginning of that, in [[ ]]."""
+    start = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    before, after = (tokenizer.decode(ids) for ids in (example.input_ids[:start], example.input_ids[start:]))
+    head = "..." if len(before) > MOST_TEXT else ""
+    tail = "..." if len(after) > MOST_TEXT else ""
+    return " ".join(f"{head}{before[-MOST_TEXT:]}[[{after[:MOST_TEXT]}{tail}]]".split())
 
 
 def longest_first(lengths: Iterable[int]) -> list[int]:

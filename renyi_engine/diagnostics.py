@@ -20,20 +20,17 @@ from torch import Tensor
 
 from renyi_engine import data, files
 from renyi_engine.config import CONFIG_FILE, EvalConfig
-from renyi_engine.data import Example
 from renyi_engine.eval_pictures import scatter
 from renyi_engine.evaluation import evaluate
 from renyi_engine.page import Section, Table, write_page
 from renyi_engine.predict import Subject, load_subject
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
-from renyi_kernels import IGNORE_INDEX, renyi_reduce
+from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
 SHOWN = 25
 """Examples of each kind in the report; the table on disk has all."""
-MOST_TEXT = 120
-"""Characters of an example shown before what is scored, and of that."""
 
 
 @dataclass
@@ -99,7 +96,7 @@ def evaluate_nll(config: NllConfig) -> str:
     high = config.high_nll
     if high is None:
         high = torch.quantile((-scored.logp.amax(dim=0) / scored.num_labels).double(), config.high_quantile).item()
-    texts = [_text(subject, example) for example in examples]
+    texts = [data.excerpt(subject.tokenizer, example) for example in examples]
     found = diagnose(scored.logp, base.logp[0], scored.num_labels, alpha, config.contested_ess, high)
     table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
     return _write(config, folder, subject, table, high, data.describe_dropped(dropped))
@@ -125,15 +122,6 @@ def diagnose(
     mixture = renyi_reduce(logp, 1.0).loss / num_tokens
     columns = (out.ess, entropy, best_particle, best_nll, mixture, -base_logp / num_tokens, num_tokens)
     return list(zip(flags, *(column.tolist() for column in columns), strict=True))
-
-
-def _text(subject: Subject, example: Example) -> str:
-    """Its last words before what is scored, and the beginning of that, in [[ ]]."""
-    start = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
-    before, after = (subject.tokenizer.decode(ids) for ids in (example.input_ids[:start], example.input_ids[start:]))
-    head = "..." if len(before) > MOST_TEXT else ""
-    tail = "..." if len(after) > MOST_TEXT else ""
-    return " ".join(f"{head}{before[-MOST_TEXT:]}[[{after[:MOST_TEXT]}{tail}]]".split())
 
 
 def _write(

@@ -162,6 +162,40 @@ def reliability(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike, Arra
 
 
 @pictures.style()
+def lines(
+    name: str,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    vertical: Mapping[str, float] | None = None,
+    horizontal: Mapping[str, float] | None = None,
+) -> Picture:
+    """One marked line for each of a few curves; values of very different size are set on a symmetric log scale.
+
+    Args:
+        curves: (x, y), each [N], by name; what is not finite is left out.
+        vertical, horizontal: lines at x and at y by their label.
+    """
+    figure, ax = pictures.axes(height=250, top=18)
+    for number, (x, y) in enumerate(curves.values()):
+        ax.plot(x, np.where(np.isfinite(y), y, np.nan), gid=f"curve-{number}", marker=".", **_line(number))
+    values = np.concatenate([np.asarray(y, dtype=np.float64) for _, y in curves.values()])
+    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+    if sizes.size and sizes.max() > 50 * np.median(sizes):
+        ax.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(np.median(sizes))))
+        ax.yaxis.set_major_formatter("{x:g}")
+        caption += " The scale is logarithmic, but near zero."
+    ax.margins(0.04)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True, axis="y")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _thresholds(ax, vertical or {}, horizontal or {})
+    return Picture(pictures.svg(figure, name, f"{ylabel} over {xlabel}"), caption, _line_keys(curves))
+
+
+@pictures.style()
 def scatter(
     name: str,
     x: ArrayLike,
@@ -199,13 +233,7 @@ def scatter(
     ax.margins(0.04)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(True)
-    text = {"textcoords": "offset points", "color": MUTED, "fontsize": SMALL}
-    for label, at in (vertical or {}).items():
-        ax.axvline(at, **FRAME)
-        ax.annotate(label, (at, 1), (0, 3), xycoords=("data", "axes fraction"), ha="center", va="bottom", **text)
-    for label, at in (horizontal or {}).items():
-        ax.axhline(at, **FRAME)
-        ax.annotate(label, (1, at), (0, 3), xycoords=("axes fraction", "data"), ha="right", va="bottom", **text)
+    _thresholds(ax, vertical or {}, horizontal or {})
     caption += " Each mark is one example." + (" Dashed lines are thresholds." if vertical or horizontal else "")
     return Picture(pictures.svg(figure, name, f"{ylabel} over {xlabel}, one point an example"), caption, keys)
 
@@ -262,6 +290,17 @@ def bars(
     _name_ticks(ax, np.arange(G, dtype=np.float64), labels, room)
     keys = [Key("square", pictures.themed(colour), row) for colour, row in zip(colours, rows, strict=False)]
     return Picture(pictures.svg(figure, name, f"{ylabel} by group"), caption, keys, K)
+
+
+def _thresholds(ax: Any, vertical: Mapping[str, float], horizontal: Mapping[str, float]) -> None:
+    """Dashed lines at x and at y, with their labels."""
+    text = {"textcoords": "offset points", "color": MUTED, "fontsize": SMALL}
+    for label, at in vertical.items():
+        ax.axvline(at, **FRAME)
+        ax.annotate(label, (at, 1), (0, 3), xycoords=("data", "axes fraction"), ha="center", va="bottom", **text)
+    for label, at in horizontal.items():
+        ax.axhline(at, **FRAME)
+        ax.annotate(label, (1, at), (0, 3), xycoords=("axes fraction", "data"), ha="right", va="bottom", **text)
 
 
 def _matrix(argument: str, values: ArrayLike) -> Array:

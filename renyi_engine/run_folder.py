@@ -82,10 +82,10 @@ class RunFolder:
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is not a finite number becomes null."""
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(values)) + "\n")
+            file.write(json.dumps(files.finite(values)) + "\n")
 
     def write_json(self, name: str, value: Any) -> None:
-        files.write_json(self.path / name, _finite(value))
+        files.write_json(self.path / name, files.finite(value))
 
     def log_skip(self, values: dict[str, Any]) -> None:
         """Append one line to skipped.jsonl: a step at which particles were not updated, and its rows."""
@@ -125,11 +125,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line that a kill cut short
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

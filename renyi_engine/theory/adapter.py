@@ -40,7 +40,7 @@ def project_adapter(
     items: Sequence[Item],
     num_dims: int,
     *,
-    curvature: CurvatureName = "hessian",
+    curvature: CurvatureName = "gauss_newton",
     prior_curvature: float = 0.0,
     seed: int = 0,
     quiet: bool = False,
@@ -51,8 +51,9 @@ def project_adapter(
         ensemble: lends its K particles as places for copies; K examples are met at a time. It is left as it was.
         adapter: its values, one [...] for each [K, ...] of `ensemble.parameters()`; see `particle`.
         num_dims: m. prior_curvature, seed: see `stability.project`, whose check a base below fp32 cannot have.
-        curvature: "hessian", as the paper has it, or "gauss_newton" with the final hidden states as outputs, which is
-            positive semidefinite for supervised log-likelihoods.
+        curvature: "hessian", as the paper has it, which curves downwards along some directions of any network that is
+            not at a minimum; or "gauss_newton" with the final hidden states as outputs, positive semidefinite for
+            supervised log-likelihoods.
         quiet: show no progress.
 
     Returns:
@@ -117,16 +118,10 @@ def particle(ensemble: LoraEnsemble, k: int) -> list[Tensor]:
 
 
 def estimate_alpha_star(ensemble: LoraEnsemble, task: Task, items: Sequence[Item], *, seed: int) -> float:
-    """A quick critical alpha for training: of some of the `items`, around the particle that explains them best.
-
-    With the Gauss-Newton curvature: in the midst of training the Hessian curves downwards along some direction, so that
-    the critical alpha would be below zero at nearly every step.
-    """
+    """A quick critical alpha for training: of some of the `items`, around the particle that explains them best."""
     chosen = torch.randperm(len(items), generator=seeding.generator(seed))[:ESTIMATE_EXAMPLES].tolist()
     examples = [items[i] for i in chosen]
     logp = evaluate(ensemble, task, examples, batch_size=ensemble.config.num_particles).logp
     best = particle(ensemble, int(logp.mean(dim=1).argmax()))
-    projection, _ = project_adapter(
-        ensemble, best, task, examples, ESTIMATE_DIMS, curvature="gauss_newton", seed=seed, quiet=True
-    )
+    projection, _ = project_adapter(ensemble, best, task, examples, ESTIMATE_DIMS, seed=seed, quiet=True)
     return projection.critical_alpha().alpha

@@ -267,8 +267,8 @@ def _check_second_derivatives(point: Sequence[Tensor], log_likelihoods: LogLikel
     error, scale = (exact - difference).norm(), difference.norm() + slope.square().mean()
     if not error <= 0.02 * scale:
         raise ValueError(
-            f"model: its second derivatives are wrong (off by {error / scale:.0%} against differences of its gradient), "
-            "as a part of it has a backward that is not differentiable; use plain kernels, such as attn_implementation "
+            f"model: its second derivatives are wrong (off by {error / scale:.0%} against differences of gradients); "
+            "a part of it has a backward that is not differentiable; use plain kernels, such as attn_implementation "
             "eager"
         )
 

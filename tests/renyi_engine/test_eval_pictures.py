@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from renyi_engine.eval_pictures import bars, group_heat_map, heat_map, reliability, risk_coverage, scatter
+from renyi_engine.eval_pictures import bars, group_heat_map, heat_map, lines, reliability, risk_coverage, scatter
 from renyi_engine.pictures import HEAT, particle_colours
 
 from .html_page import group, read_values
@@ -199,3 +199,22 @@ def test_what_does_not_fit_together_is_refused_by_name() -> None:
         bars("a", ["x", "y"], even, even, rows=["base"], ylabel="", caption="")
     with pytest.raises(ValueError, match=r"errors: expected shape \[2, 3\] or \[2, 2, 3\]; got \[3\]"):
         bars("a", ["x", "y", "z"], even, [0, 0, 0], rows=["base"], ylabel="", caption="")
+
+
+def test_lines_go_through_their_values_and_leave_out_what_is_not_finite() -> None:
+    curves = {"one": ([1, 2, 3, 4], [0.9, 0.4, -np.inf, 0.1]), "other": ([1, 4], [-0.2, 0.3])}
+    picture = lines("growth", curves, xlabel="dimensions", ylabel="alpha", caption="", vertical={"half": 2.5})
+    x, y = points_of(picture.svg, "growth-curve-0")
+    np.testing.assert_allclose(x, [1, 2, 4], atol=0.01)
+    np.testing.assert_allclose(y, [0.9, 0.4, 0.1], atol=0.01)
+    _, y = points_of(picture.svg, "growth-curve-1")
+    np.testing.assert_allclose(y, [-0.2, 0.3], atol=0.01)
+    assert [key.label for key in picture.keys] == ["one", "other"]
+    assert ">half</text>" in picture.svg
+
+
+def test_lines_of_very_different_size_are_set_on_a_logarithmic_scale_with_plain_numbers() -> None:
+    picture = lines("s", {"a": ([1, 2, 3], [0.01, 1.0, 7000.0])}, xlabel="", ylabel="", caption="Curvature.")
+    assert picture.caption == "Curvature. The scale is logarithmic, but near zero."
+    assert ">1000</text>" in picture.svg
+    assert "mathdefault" not in picture.svg
