@@ -30,6 +30,8 @@ DIRECTION_FILE = "direction.safetensors"
 SHOWN = 25
 """Examples in the report; the table on disk has all."""
 INTERVAL = (0.025, 0.975)
+SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "layers_to_transform", "use_rslora")
+"""Settings of a fresh adapter."""
 
 
 @dataclass
@@ -66,6 +68,9 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         require(self, ("prior_std",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
         require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         self.adapters(num_particles=1, seed=self.seed)  # what it takes has to make sense
+        given = [name for name in SHAPE if getattr(self, name) != getattr(AdapterConfig(), name)]
+        if self.ensemble and given:
+            raise ValueError(f"{given[0]}: the adapters in {self.ensemble} say it themselves; leave it out")
 
 
 @dataclass(frozen=True)

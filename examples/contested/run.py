@@ -71,6 +71,11 @@ def main() -> None:
     (options.output_dir / "data").mkdir(parents=True)
     q.write_rows(training, options.output_dir / "data" / "train.jsonl")
     q.write_rows(held_out, options.output_dir / "data" / "test.jsonl")
+    # not beside these two, where they would count as splits: what `renyi-engine alpha-star` tells apart
+    (options.output_dir / "halves").mkdir()
+    for name, agreed in (("contested", False), ("uncontested", True)):
+        half = [question for question in training if (question.kind == "uncontested") == agreed]
+        q.write_rows(half, options.output_dir / "halves" / f"{name}.jsonl")
     config = SftConfig(
         model_name_or_path=str(model),
         dataset_name=str(options.output_dir / "data"),

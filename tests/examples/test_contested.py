@@ -93,3 +93,7 @@ def test_the_demo_prints_its_table_and_writes_one_report_of_both_runs(
     assert "coupled" in page
     assert "uncoupled" in page
     assert (output / "coupled" / "particles" / "p003").is_dir()
+    halves = [(output / "halves" / f"{half}.jsonl").read_text().splitlines() for half in ("contested", "uncontested")]
+    assert sorted(halves[0] + halves[1]) == sorted((output / "data" / "train.jsonl").read_text().splitlines())
+    assert [len(half) for half in halves] == [80, 40]
+    assert all('"uncontested"' in line for line in halves[1])

@@ -137,6 +137,7 @@ def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(comma
         (["--subspace_dims=1"], "subspace_dims: expected a whole number of at least 2; got 1"),
         (["--curvature=fisher"], "curvature"),
         (["--prior_std=0"], "prior_std: expected a number above 0"),
+        (["--lora_r=4"], "lora_r: the adapters in .* say it themselves; leave it out"),
     ],
 )
 def test_what_does_not_do_is_one_line_and_exit_code_2(command, extra, message, capsys):
