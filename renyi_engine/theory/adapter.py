@@ -75,7 +75,7 @@ def project_adapter(
         with torch.no_grad():
             for slot, value in zip(copies, point, strict=True):
                 slot.copy_(value.expand_as(slot))
-        for part in parts if quiet else track(parts, what):
+        for part in track(parts, what) if what and not quiet else parts:
             # a last, short batch is filled up; what fills it is not looked at
             batch = task.collate([items[i] for i in part + part[-1:] * (K - len(part))])
             s = task.score(ensemble, batch).logp.view(K)[: len(part)]

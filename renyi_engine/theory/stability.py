@@ -42,7 +42,8 @@ class Batch(NamedTuple):
 
 
 LogLikelihoods = Callable[[Sequence[Tensor], str], Iterable[Batch]]
-"""Of a point (its parameters) and of what to call the pass over the data: the examples, batch by batch."""
+"""Of a point (its parameters) and of what to call the pass over the data: the examples, batch by batch. A look at the
+first batch alone has no name."""
 
 OVERSAMPLING = 4
 """Random directions beyond those wanted from the range finder (Halko, Martinsson & Tropp 2011)."""
@@ -246,7 +247,7 @@ def _check_second_derivatives(point: Sequence[Tensor], log_likelihoods: LogLikel
     """
 
     def first(at: Sequence[Tensor]) -> Iterator[Batch]:
-        return iter(log_likelihoods(at, "check of second derivatives"))
+        return iter(log_likelihoods(at, ""))
 
     batch = next(batches := first(point))
     gradients = _gradients(batch, create_graph=True)
