@@ -134,7 +134,10 @@ class TrainConfig(AdapterConfig):
     prior: PriorName = flag("potential", "Prior on particles: Gaussian potential, smoothed KL (repels), or none.")
     prior_lambda: float = flag(1e-4, "lambda, weight of the prior.")
     prior_std: float = flag(1.0, "sigma_0, standard deviation of the prior.")
-    kernel_bandwidth: float | None = flag(None, "h of the smoothed KL; the median heuristic if not given.")
+    kernel_bandwidth: float | None = flag(
+        None,
+        "h of the smoothed KL. If not given, the median heuristic: it grows as modes part, and each may then collapse.",
+    )
     # the data
     dataset_config: str | None = flag(None, "Configuration of a hub data set.")
     dataset_train_split: str = flag("train", "Split to train on.")
