@@ -63,6 +63,12 @@ class Schedule(Coupling):
             done = (1.0 - math.cos(math.pi * done)) / 2.0
         return self.start + (self.end - self.start) * done
 
+    def state(self) -> dict[str, Any]:
+        return {"num_steps": self.num_steps}  # a longer run goes on as it began
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.num_steps = state["num_steps"]
+
 
 class EssController(Coupling):
     """Keeps the mean effective sample size of the training examples at `target` * K.
@@ -75,11 +81,6 @@ class EssController(Coupling):
     """
 
     def __init__(self, target: float, num_particles: int, alpha: float, alpha_max: float) -> None:
-        if num_particles < 2:
-            raise ValueError(
-                f"alpha_controller: ess:{target:g} has nothing to steer: the effective sample size of one particle is "
-                f"always 1; expected num_particles of at least 2; got {num_particles}"
-            )
         if not 1.0 / num_particles < target < 1.0:
             raise ValueError(
                 f"alpha_controller: expected ess:TARGET with TARGET above 1/{num_particles} and below 1, as a share of "
@@ -115,23 +116,21 @@ class AlphaStarController(Coupling):
     Every `num_steps` steps, from step 0 on, alpha becomes max(`estimate(step)`, 0) + margin, at most `alpha_max`.
 
     Raises:
-        ValueError: `margin` is negative; or an estimate is NaN.
+        ValueError: `margin` is not from 0 to `alpha_max`, excluded.
     """
 
     def __init__(self, margin: float, alpha_max: float, num_steps: int, estimate: Callable[[int], float]) -> None:
-        if not margin >= 0.0:
+        if not 0.0 <= margin < alpha_max:
             raise ValueError(
-                f"alpha_controller: expected alpha-star:MARGIN with MARGIN a number of at least 0; got {margin:g}"
+                f"alpha_controller: expected alpha-star:MARGIN with MARGIN of at least 0 and below alpha_max "
+                f"({alpha_max:g}); got {margin:g}"
             )
         self.margin, self.alpha_max, self.num_steps, self.estimate = margin, alpha_max, num_steps, estimate
         self.alpha = 0.0
 
     def at(self, step: int) -> float:
         if step % self.num_steps == 0:
-            critical = self.estimate(step)
-            if math.isnan(critical):
-                raise ValueError(f"alpha_controller: the critical alpha estimated before step {step} is NaN")
-            self.alpha = min(max(critical, 0.0) + self.margin, self.alpha_max)
+            self.alpha = min(max(self.estimate(step), 0.0) + self.margin, self.alpha_max)
         return self.alpha
 
     def state(self) -> dict[str, Any]:

@@ -40,10 +40,11 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
 
     dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.")
     ensemble: str = flag("", "Folder of particles, or one PEFT adapter; a fresh adapter (B = 0) if not given.")
-    particle: int = flag(0, "Which particle of the ensemble.")
+    particle: int = flag(0, "Which particle of the ensemble, counted from 0.")
     alpha: float | None = flag(
         None, "alpha of the spectrum shown; that of the ensemble's training, or 1 if that was 0."
     )
+    per_device_eval_batch_size: int = flag(8, "Examples of a batch, each with a copy of the adapter.")
     dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
     dataset_config: str | None = flag(None, "Configuration of a hub data set.")
     dataset_split: str = flag("train", "Its split.")
@@ -68,6 +69,8 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         require(self, ("prior_std",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
         require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         self.adapters(num_particles=1, seed=self.seed)  # what it takes has to make sense
+        if self.particle and not self.ensemble:
+            raise ValueError(f"particle: expected an ensemble to take it from; got {self.particle} and no --ensemble")
         given = [name for name in SHAPE if getattr(self, name) != getattr(AdapterConfig(), name)]
         if self.ensemble and given:
             raise ValueError(f"{given[0]}: the adapters in {self.ensemble} say it themselves; leave it out")
@@ -169,6 +172,7 @@ def _drivers(
 
 def _results(projection: Projection, found: CriticalAlpha, resampled: Tensor, alpha: float) -> dict[str, Any]:
     H, G = projection.pencil()
+    of_H, of_S = torch.linalg.eigvalsh(H), torch.linalg.eigvalsh(H - alpha * G)
     low, high = resampled.quantile(torch.tensor(INTERVAL, dtype=resampled.dtype), interpolation="nearest").tolist()
     m = len(H)
     return {
@@ -180,8 +184,9 @@ def _results(projection: Projection, found: CriticalAlpha, resampled: Tensor, al
         "curvature_along_direction": (found.direction @ H @ found.direction).item(),
         "squared_slope_along_direction": (found.direction @ G @ found.direction).item(),
         "alpha": alpha,
-        "spectrum_of_H": torch.linalg.eigvalsh(H).tolist(),
-        "spectrum_of_S_alpha": torch.linalg.eigvalsh(H - alpha * G).tolist(),
+        "spectrum_of_H": of_H.tolist(),
+        "spectrum_of_S_alpha": of_S.tolist(),
+        "num_unstable_dims": int((of_S < -projection.resolution * of_H.abs().max()).sum()),
     }
 
 
@@ -212,12 +217,11 @@ def _write(
 def _say(results: dict[str, Any]) -> list[str]:
     """The answer in sentences."""
     low, high = results["alpha_star_interval"]
-    alpha, unstable = results["alpha"], sum(value < 0 for value in results["spectrum_of_S_alpha"])
     said = [
         f"alpha* = {results['alpha_star']:.4g} (95 % of resamples: {low:.4g} to {high:.4g}), from "
         f"{results['num_examples']} examples in {results['num_dims']} of {results['num_parameters']:,} dimensions",
         f"H is {'the whole Hessian' if results['curvature'] == 'hessian' else 'the Gauss-Newton part of the Hessian'}",
-        f"at alpha = {alpha:g}, a spread pays along {unstable} of them",
+        f"at alpha = {results['alpha']:g}, a spread pays along {results['num_unstable_dims']} of them",
     ]
     if results["alpha_star"] <= 0:
         said.append(

@@ -207,6 +207,11 @@ class TrainConfig(AdapterConfig):
                 f"alpha_controller: {self.alpha_controller!r} sets alpha by itself and excludes alpha_schedule "
                 f"{self.alpha_schedule!r}; give one of the two"
             )
+        if self.num_particles < 2:
+            raise ValueError(
+                f"alpha_controller: {self.alpha_controller!r} has nothing to steer where one particle takes every "
+                f"example whole; expected num_particles of at least 2; got {self.num_particles}"
+            )
         name, value = parse_controller(self.alpha_controller)
         if name == "ess":
             return EssController(value, self.num_particles, self.alpha, self.alpha_max)

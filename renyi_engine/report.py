@@ -264,7 +264,7 @@ def _draw_alpha(run: _Run, ax: Any) -> str:
     if not np.isfinite(estimates).any():
         return f"Set by {run.rule}." if run.alpha_varied else f"Constant at {run.rule}."
     ax.plot(_values(run.train, "step"), estimates, "o", color=INK, markerfacecolor=PAPER, markersize=5.5)
-    return f"Set by {run.rule}; circles are the estimates of the critical alpha."
+    return f"Set by {run.rule}; circles are the estimates of the critical alpha, at the next logged step."
 
 
 def _draw_grad(run: _Run, ax: Any) -> str:

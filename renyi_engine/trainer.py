@@ -380,9 +380,11 @@ class _Trainer:
         return evaluation
 
     def _estimate_alpha_star(self, step: int) -> float:
-        """The critical alpha before `step`; the next line of metrics has it too."""
-        seed = seeding.generator(self.config.seed, step).initial_seed()
-        found = estimate_alpha_star(self.ensemble, self.task, self.dataset.train, seed=seed)
+        """The critical alpha before `step`; the next line of metrics has it too. A kernel's repulsion is left out."""
+        config, num_train_examples = self.config, len(self.dataset.train)
+        of_prior = 0.0 if config.prior == "none" else config.prior_lambda / (num_train_examples * config.prior_std**2)
+        seed = seeding.generator(config.seed, step).initial_seed()
+        found = estimate_alpha_star(self.ensemble, self.task, self.dataset.train, prior_curvature=of_prior, seed=seed)
         self.state.window.alpha_star = found
         return found
 

@@ -61,7 +61,7 @@ def project_adapter(
         nothing: the likelihood is flat along it, and bilinear in A and B together.
 
     Raises:
-        ValueError: a part of the model cannot be differentiated twice.
+        ValueError: a part of the model cannot be differentiated twice, or a derivative is not finite.
     """
     slots = list(ensemble.parameters())
     B_only = all(not value.any() for value in adapter[1::2])
@@ -117,11 +117,16 @@ def particle(ensemble: LoraEnsemble, k: int) -> list[Tensor]:
     return [stack[k].detach().clone() for stack in ensemble.parameters()]
 
 
-def estimate_alpha_star(ensemble: LoraEnsemble, task: Task, items: Sequence[Item], *, seed: int) -> float:
+def estimate_alpha_star(
+    ensemble: LoraEnsemble, task: Task, items: Sequence[Item], *, prior_curvature: float, seed: int
+) -> float:
     """A quick critical alpha for training: of some of the `items`, around the particle that explains them best."""
     chosen = torch.randperm(len(items), generator=seeding.generator(seed))[:ESTIMATE_EXAMPLES].tolist()
     examples = [items[i] for i in chosen]
     logp = evaluate(ensemble, task, examples, batch_size=ensemble.config.num_particles).logp
-    best = particle(ensemble, int(logp.mean(dim=1).argmax()))
-    projection, _ = project_adapter(ensemble, best, task, examples, ESTIMATE_DIMS, seed=seed, quiet=True)
+    # a broken particle must not stand for the others
+    best = particle(ensemble, int(logp.mean(dim=1).nan_to_num(nan=-torch.inf).argmax()))
+    projection, _ = project_adapter(
+        ensemble, best, task, examples, ESTIMATE_DIMS, prior_curvature=prior_curvature, seed=seed, quiet=True
+    )
     return projection.critical_alpha().alpha

@@ -49,7 +49,7 @@ def mixture_loss(logp: Tensor, q: Tensor, alpha: float) -> RenyiOutput:
     Returns:
         RenyiOutput(loss [N] nats, responsibilities [M, N], ess [N], logp [M, N]), fp64. The responsibilities are
         q_m exp(alpha s_mi) / E_q[exp(alpha s_i)]. An example that q gives no mass has loss +inf. The loss is
-        differentiable with respect to logp and q.
+        differentiable with respect to logp, and to q where all of it is above 0.
 
     Raises:
         ValueError: a shape does not fit, logp holds NaN or +inf, q is no distribution, alpha is out of range.
@@ -70,7 +70,9 @@ def objective(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: floa
     s = _table("logp", logp, "M")
     q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
     loss = _mixture_loss(s, q.log(), check_alpha(alpha)).loss
-    return loss.sum() + _weight(weight) * torch.special.xlogy(q, q / prior).sum()
+    # not of the quotient: a parameter that neither q nor the prior allows counts nothing
+    divergence = torch.special.xlogy(q, q) - torch.special.xlogy(q, prior)
+    return loss.sum() + _weight(weight) * divergence.sum()
 
 
 def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: float) -> Tensor:
@@ -83,7 +85,8 @@ def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: flo
         logp, q, alpha: as in `mixture_loss`. prior: [M], a distribution. weight: lambda > 0.
 
     Raises:
-        ValueError: as `objective`; q gives an example no mass, where (10) is not defined.
+        ValueError: as `objective`; q gives an example no mass, where (10) is not defined, or so little that it
+            overflows.
     """
     s = _table("logp", logp, "M")
     q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
@@ -93,7 +96,14 @@ def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: flo
     loss = _mixture_loss(s, q.log(), alpha).loss
     if loss.isinf().any():
         raise ValueError(f"q: expected some mass on every example; none on {_first(loss.isinf())}; widen its support")
-    return _image(torch.expm1(alpha * (s + loss)), prior.log(), alpha, weight).exp()
+    support = prior > 0
+    excess = torch.expm1(alpha * (s[support] + loss))
+    if excess.isinf().any():
+        raise ValueError(
+            "q: a parameter that it all but rules out explains an example so much better that their ratio overflows; "
+            "give it more mass"
+        )
+    return torch.zeros_like(prior).masked_scatter(support, _image(excess, prior[support].log(), alpha, weight).exp())
 
 
 def self_consistent_posterior(

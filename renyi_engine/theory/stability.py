@@ -145,7 +145,8 @@ def project(
         check: hold second derivatives against differences of the gradient, which takes at least fp32 all through.
 
     Raises:
-        ValueError: the log-likelihoods cannot be differentiated twice, or their second derivatives are wrong.
+        ValueError: the log-likelihoods cannot be differentiated twice, their second derivatives are wrong, or a
+            derivative is not finite.
     """
     generator = seeding.generator(seed)
     num_parameters = sum(p.numel() for p in point)
@@ -187,7 +188,7 @@ class _Space:
         scores, blocks = [], []
         what = f"directions {old + 1} to {m}" if m > old + 1 else f"direction {m}"
         for batch in self._log_likelihoods(self._point, f"curvature along {what}"):
-            gradients = _gradients(batch, create_graph=True)
+            gradients = _gradients(batch, create_graph=batch.outputs is None, retain_graph=True)
             flat = _stacked(gradients, batch).detach()
             along = flat @ directions  # [B, c]
             G_new += flat.mT @ along
@@ -199,7 +200,7 @@ class _Space:
                 columns.append((product @ basis).double().cpu())
             scores.append(along.double().cpu())
             blocks.append(torch.stack(columns, dim=-1))  # [B, m, c]
-        new = torch.cat(blocks)
+        new = _finite(torch.cat(blocks))
         N = len(new)
         curvatures = torch.zeros(N, m, m, dtype=torch.float64)
         if old:
@@ -237,7 +238,7 @@ def _score_product(point: Sequence[Tensor], log_likelihoods: LogLikelihoods, dir
     for batch in log_likelihoods(point, what):
         scores = _stacked(_gradients(batch), batch)
         product += scores.mT @ (scores @ directions)
-    return product
+    return _finite(product)
 
 
 def _check_second_derivatives(point: Sequence[Tensor], log_likelihoods: LogLikelihoods, v: Tensor) -> None:
@@ -274,9 +275,17 @@ def _check_second_derivatives(point: Sequence[Tensor], log_likelihoods: LogLikel
         )
 
 
-def _gradients(batch: Batch, create_graph: bool = False) -> tuple[Tensor, ...]:
+def _gradients(batch: Batch, create_graph: bool = False, retain_graph: bool | None = None) -> tuple[Tensor, ...]:
     """Of every example, to its own copy: each [B or more, ...]."""
-    return torch.autograd.grad(batch.s.sum(), batch.copies, create_graph=create_graph, materialize_grads=True)
+    return torch.autograd.grad(
+        batch.s.sum(), batch.copies, create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
+    )
+
+
+def _finite(derivatives: Tensor) -> Tensor:
+    if not derivatives.isfinite().all():
+        raise ValueError("model: a derivative of its log-likelihoods is not finite at these parameters; retrain them")
+    return derivatives
 
 
 def _hessian_product(batch: Batch, gradients: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -238,11 +238,16 @@ def test_alpha_stays_a_margin_above_the_last_estimate_and_within_its_limits():
     assert resumed.at(14) == alphas[-1]
 
 
-def test_an_estimate_that_is_nan_is_an_error_that_names_the_step():
-    controller = AlphaStarController(0.1, 2.0, 5, lambda step: math.nan if step else 0.3)
-    controller.at(0)
-    with pytest.raises(ValueError, match="critical alpha estimated before step 5 is NaN"):
-        controller.at(5)
+@pytest.mark.parametrize("margin", [-0.1, 2.0, math.nan])
+def test_a_margin_that_leaves_no_room_for_an_estimate_is_refused(margin):
+    with pytest.raises(ValueError, match=r"MARGIN of at least 0 and below alpha_max \(2\); got"):
+        AlphaStarController(margin, 2.0, 5, float)
+
+
+def test_a_warm_up_that_was_begun_goes_on_as_it_began_in_a_longer_run():
+    begun, longer = Schedule("linear", 0.1, 0.9, 50), Schedule("linear", 0.1, 0.9, 100)
+    longer.restore(json.loads(json.dumps(begun.state())))
+    assert [longer.at(step) for step in (20, 49, 60)] == [begun.at(step) for step in (20, 49, 60)]
 
 
 # ---------------------------------------------------------------------- the flag

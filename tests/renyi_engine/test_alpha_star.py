@@ -122,6 +122,11 @@ def test_without_an_adapter_it_is_of_a_fresh_one_and_a_downward_curve_is_told(co
     assert (found["alpha_star"] <= 0) == ("curves downwards" in capsys.readouterr().out)
 
 
+def test_a_particle_of_no_ensemble_is_refused(command, capsys):
+    assert command("--particle=3", ensemble=False) == 2
+    assert "particle: expected an ensemble to take it from; got 3" in capsys.readouterr().err
+
+
 def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(command, tmp_path):
     command("--max_examples=4", "--prior_lambda=1")
     found = json.loads((tmp_path / "found" / "results.json").read_text())

@@ -87,7 +87,11 @@ def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
             "ess",
             "alpha_controller: expected ess:TARGET or alpha-star:MARGIN, as in ess:0.6; got 'ess'",
         ),
-        ("alpha_controller", "alpha-star:-1", "alpha_controller: .*MARGIN a number of at least 0; got -1"),
+        (
+            "alpha_controller",
+            "alpha-star:-1",
+            "alpha_controller: .*MARGIN of at least 0 and below alpha_max .2.; got -1",
+        ),
         ("alpha_controller", "ess:0.125", "alpha_controller: .*TARGET above 1/8 and below 1, .*; got 0.125"),
         ("alpha_controller", "ess:1", "alpha_controller: .*TARGET above 1/8 and below 1, .*; got 1"),
     ],
@@ -104,7 +108,7 @@ def test_a_bad_value_is_named_with_what_was_expected(flag, value, message):
         (["--alpha_schedule", "cosine"], "alpha_controller: 'ess:0.5' .* excludes alpha_schedule 'cosine'"),
         (
             ["--num_particles", "1"],
-            "alpha_controller: .* of one particle is always 1; expected num_particles of at least",
+            "alpha_controller: 'ess:0.5' has nothing to steer .*; expected num_particles of at least 2; got 1",
         ),
         (["--alpha", "0"], r"alpha: .* expected a number from 0.0001 to alpha_max \(\S+\); got 0"),
         (["--alpha", "0.9", "--alpha_max", "0.85"], r"alpha: .* to alpha_max \(0.85\); got 0.9"),

@@ -256,7 +256,10 @@ def test_estimates_of_the_critical_alpha_are_circles_where_they_were_logged(make
     run = make_run("above", alpha_controller="alpha-star:0.25")
     steered(run, alpha_star=-0.125)
     path = write_report([run], tmp_path / "report.html")
-    assert "Set by alpha-star:0.25; circles are the estimates of the critical alpha." in Page(path).text
+    assert (
+        "Set by alpha-star:0.25; circles are the estimates of the critical alpha, at the next logged step."
+        in Page(path).text
+    )
     picture = pictures_of(path)[3]
     circles = re.findall(r'<use [^>]*y="([^"]+)" style="fill: var\(--paper\)', picture)
     np.testing.assert_allclose(read_values(picture, "y", np.array(circles, float)), [-0.125] * 10, atol=1e-4)

@@ -222,7 +222,8 @@ def fake_alpha_star(monkeypatch):
     """Stands for the estimate of the critical alpha; the list of what it was asked."""
     asked = []
 
-    def estimate_alpha_star(ensemble, task, items, *, seed):
+    def estimate_alpha_star(ensemble, task, items, *, prior_curvature, seed):
+        assert prior_curvature == pytest.approx(2.0 / (22 * 0.5**2))
         asked.append((len(items), seed))
         return seed % 97 / 97
 
@@ -285,7 +286,10 @@ def test_the_effective_sample_size_is_steered_to_its_target(sft_config):
 
 
 def test_alpha_keeps_its_margin_above_the_estimates_of_the_critical_alpha(sft_config, fake_alpha_star):
-    config = sft_config(alpha_controller="alpha-star:0.25", alpha_star_steps=3, max_steps=7, logging_steps=2)
+    config = sft_config(
+        alpha_controller="alpha-star:0.25", alpha_star_steps=3, max_steps=7, logging_steps=2,
+        prior_lambda=2.0, prior_std=0.5,
+    )  # fmt: skip
     result = train(config)
     assert [items for items, _ in fake_alpha_star] == [22] * 3
     seeds = [seed for _, seed in fake_alpha_star]

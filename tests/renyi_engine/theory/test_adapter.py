@@ -143,7 +143,7 @@ def test_the_ensemble_is_left_as_it_was_bit_for_bit(fails, attached, sft, monkey
         with pytest.raises(ZeroDivisionError):
             project_adapter(ensemble, particle(ensemble, 1), task, items, 4, quiet=True)
     else:
-        estimate_alpha_star(ensemble, task, items, seed=0)
+        estimate_alpha_star(ensemble, task, items, prior_curvature=0.0, seed=0)
     assert all(torch.equal(p, value) and p.grad is None for p, value in zip(ensemble.parameters(), before, strict=True))
     assert ensemble.training
     assert ensemble.rows is Rows.SHARED
@@ -157,9 +157,9 @@ def test_an_estimate_is_of_the_particle_that_explains_the_examples_best(attached
     best = int(logp.mean(dim=1).argmax())
     value = particle(ensemble, best)
     found, _ = project_adapter(ensemble, value, task, items, 8, quiet=True)
-    estimate = estimate_alpha_star(ensemble, task, items, seed=3)
+    estimate = estimate_alpha_star(ensemble, task, items, prior_curvature=0.0, seed=3)
     assert estimate == pytest.approx(found.critical_alpha().alpha, rel=0.05)
-    assert estimate == estimate_alpha_star(ensemble, task, items, seed=3)
+    assert estimate == estimate_alpha_star(ensemble, task, items, prior_curvature=0.0, seed=3)
 
 
 def test_rows_of_their_own_are_scored_by_their_own_particle(attached, make_batch, naive_logprob):
@@ -175,5 +175,25 @@ def test_rows_of_their_own_are_scored_by_their_own_particle(attached, make_batch
 
 def test_a_base_in_bfloat16_gives_nearly_the_same(attached, sft):
     task, items = sft
-    found = [estimate_alpha_star(attached(2, dtype=dtype).float(), task, items, seed=1) for dtype in DTYPES]
+    found = [
+        estimate_alpha_star(attached(2, dtype=dtype).float(), task, items, prior_curvature=0.0, seed=1)
+        for dtype in DTYPES
+    ]
     assert found[1] == pytest.approx(found[0], rel=0.2)
+
+
+def test_a_broken_particle_is_not_taken_for_the_best_one_nor_for_a_stable_one(attached, sft):
+    task, items = sft
+    ensemble = attached(3)
+    with torch.no_grad():
+        next(ensemble.parameters())[1] = torch.nan
+    assert 0 < estimate_alpha_star(ensemble, task, items, prior_curvature=0.0, seed=1) < torch.inf
+    with pytest.raises(ValueError, match="model: a derivative of its log-likelihoods is not finite"):
+        project_adapter(ensemble, particle(ensemble, 1), task, items, 4, quiet=True)
+
+
+def test_the_prior_of_a_run_counts_in_its_estimate(attached, sft):
+    task, items = sft
+    ensemble = attached(2)
+    without, with_prior = (estimate_alpha_star(ensemble, task, items, prior_curvature=c, seed=1) for c in (0.0, 5.0))
+    assert with_prior > 1.05 * without

@@ -242,6 +242,25 @@ def test_what_the_prior_rules_out_stays_out(alpha):
     close(q[others], self_consistent_posterior(logp[others], prior[others], alpha, 0.5).probabilities)
 
 
+def test_a_parameter_that_neither_the_prior_nor_q_allows_costs_nothing():
+    logp, _ = problem(3, 4)
+    prior, q = torch.tensor([0.3, 0.7, 0.0]).double(), torch.tensor([0.6, 0.4, 0.0]).double()
+    expected = naive_objective(logp[:2], q[:2], prior[:2], 0.6, 1.7)
+    close(objective(logp, q, prior, 0.6, 1.7), expected)
+    assert objective(logp, prior.flip(0), prior, 0.6, 1.7) == math.inf
+    gibbs = self_consistent_posterior(logp, prior, 0.0, 1.7)
+    assert gibbs.trace_nats[0] == pytest.approx(objective(logp, gibbs.probabilities, prior, 0.0, 1.7).item())
+    # and what it would say has no part in (10)
+    logp[2] = 900.0
+    close(reweighted(logp, q, prior, 0.6, 1.7)[:2], naive_image(logp[:2], q[:2], prior[:2], 0.6, 1.7))
+
+
+def test_a_weight_that_overflows_is_an_error_and_no_nan():
+    logp, q = torch.tensor([[0.0], [900.0]]), torch.tensor([1.0, 0.0])
+    with pytest.raises(ValueError, match="their ratio overflows; give it more mass"):
+        reweighted(logp, q, torch.tensor([0.5, 0.5]), 1.0, 1.0)
+
+
 def test_a_parameter_that_rules_an_example_out_keeps_some_probability_above_alpha_0_and_none_at_it():
     logp, prior = problem(4, 6)
     logp[2, 1] = -torch.inf
