@@ -9,6 +9,7 @@ Layout: K particles, N examples.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -31,20 +32,21 @@ MIN_ALPHA = 1e-4
 """Where `EssController` stops to lower alpha: particles 10^4 nats apart still share an example."""
 
 
-class Coupling:
+class Coupling(ABC):
     """What sets alpha. `at` is asked for every step in turn, and `observe` is told what came of it."""
 
+    @abstractmethod
     def at(self, step: int) -> float:
         """alpha of `step`, counted from 0."""
-        raise NotImplementedError
 
-    def observe(self, logp: Tensor) -> None:
+    def observe(self, logp: Tensor) -> None:  # noqa: B027 (only one of them looks)
         """Take note of the log-likelihoods [K, N] of a step's examples, in nats."""
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know, in what JSON keeps to the last bit."""
-        return {}
 
+    @abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
 
@@ -140,7 +142,7 @@ class AlphaStarController(Coupling):
         self.alpha = state["alpha"]
 
 
-def parse_controller(text: str) -> tuple[Literal["ess", "alpha-star"], float]:
+def parse_controller(text: str) -> tuple[str, float]:
     """("ess", TARGET) or ("alpha-star", MARGIN) of the flag. Raises ValueError for anything else."""
     name, _, value = text.partition(":")
     try:
@@ -148,7 +150,7 @@ def parse_controller(text: str) -> tuple[Literal["ess", "alpha-star"], float]:
     except ValueError:
         number = math.nan
     if name in ("ess", "alpha-star") and math.isfinite(number):
-        return ("ess" if name == "ess" else "alpha-star"), number
+        return name, number
     raise ValueError(f"alpha_controller: expected ess:TARGET or alpha-star:MARGIN, as in ess:0.6; got {text!r}")
 
 

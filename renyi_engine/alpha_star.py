@@ -5,7 +5,6 @@ Layout: N examples, P parameters of the adapter, m dimensions of the subspace.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,22 +15,23 @@ import torch
 from torch import Tensor
 
 from renyi_engine import base_model, data, files, seeding
-from renyi_engine.config import CONFIG_FILE, AdapterConfig, EvalConfig
+from renyi_engine.config import CONFIG_FILE, AdapterConfig, EvalConfig, ModelConfig
 from renyi_engine.data import Example, excerpt
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.eval_pictures import lines
 from renyi_engine.page import Section, Table, as_text, write_page
+from renyi_engine.prior import potential_curvature
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
+from renyi_engine.task import read_items
 from renyi_engine.theory.adapter import CurvatureName, particle, project_adapter
-from renyi_engine.theory.stability import CriticalAlpha, Projection
+from renyi_engine.theory.stability import CriticalAlpha, Projection, parts_of
 
 DIRECTION_FILE = "direction.safetensors"
 SHOWN = 25
 """Examples in the report; the table on disk has all."""
 INTERVAL = (0.025, 0.975)
-SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "layers_to_transform", "use_rslora")
-"""Settings of a fresh adapter."""
+WHAT_H_IS = {"hessian": "the whole Hessian", "gauss_newton": "the Gauss-Newton part of the Hessian"}
 
 
 @dataclass
@@ -71,7 +71,8 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         self.adapters(num_particles=1, seed=self.seed)  # what it takes has to make sense
         if self.particle and not self.ensemble:
             raise ValueError(f"particle: expected an ensemble to take it from; got {self.particle} and no --ensemble")
-        given = [name for name in SHAPE if getattr(self, name) != getattr(AdapterConfig(), name)]
+        fresh, shared = asdict(AdapterConfig()), asdict(ModelConfig())
+        given = [name for name in fresh if name not in shared and getattr(self, name) != fresh[name]]
         if self.ensemble and given:
             raise ValueError(f"{given[0]}: the adapters in {self.ensemble} say it themselves; leave it out")
 
@@ -105,8 +106,7 @@ def alpha_star(config: AlphaStarConfig) -> str:
     rows = data.rows_of(splits, config.dataset_split, config.dataset_name, "dataset_name")
     folder = files.make_folder(Path(config.output_dir), "output_dir")
     task = SftTask(base_model.load_tokenizer(config), config.max_length)
-    task.check_columns(rows.column_names, "dataset_name")
-    examples, dropped = data.tokenize(rows, task.example, "dataset_name")
+    examples, dropped = read_items(task, rows, "dataset_name")
     num_rows = len(examples)
     if num_rows > config.max_examples:
         drawn = torch.randperm(num_rows, generator=seeding.generator(config.seed))[: config.max_examples]
@@ -119,7 +119,7 @@ def alpha_star(config: AlphaStarConfig) -> str:
         examples,
         config.subspace_dims,
         curvature=config.curvature,
-        prior_curvature=config.prior_lambda / (num_rows * config.prior_std**2),
+        prior_curvature=potential_curvature(config.prior_lambda, num_rows, config.prior_std),
         seed=config.seed,
     )
     found = projection.critical_alpha()
@@ -202,12 +202,8 @@ def _write(
 ) -> None:
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
     files.write_json(folder / "results.json", files.finite(results))
-    with (folder / "examples.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(Driver.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(driver) for driver in drivers)
-    whole = projection.basis @ found.direction.to(projection.basis)
-    parts = [part.view(p.shape) for part, p in zip(whole.split([p.numel() for p in point]), point, strict=True)]
+    files.write_csv(folder / "examples.csv", drivers)
+    parts = parts_of(projection.basis @ found.direction.to(projection.basis), point)
     kinds = ("lora_B",) if results["only_B"] else ("lora_A", "lora_B")
     names = [f"{path}.{kind}" for path in slots.paths for kind in kinds]
     files.write_tensors(folder / DIRECTION_FILE, dict(zip(names, parts, strict=True)))
@@ -220,7 +216,7 @@ def _say(results: dict[str, Any]) -> list[str]:
     said = [
         f"alpha* = {results['alpha_star']:.4g} (95 % of resamples: {low:.4g} to {high:.4g}), from "
         f"{results['num_examples']} examples in {results['num_dims']} of {results['num_parameters']:,} dimensions",
-        f"H is {'the whole Hessian' if results['curvature'] == 'hessian' else 'the Gauss-Newton part of the Hessian'}",
+        f"H is {WHAT_H_IS[results['curvature']]}",
         f"at alpha = {results['alpha']:g}, a spread pays along {results['num_unstable_dims']} of them",
     ]
     if results["alpha_star"] <= 0:
@@ -279,7 +275,7 @@ def _report(config: AlphaStarConfig, folder: Path, drivers: Sequence[Driver], re
         caption="Curvature of the loss as particles spread, in the subspace. Where H dips below the dashed line, the "
         "adapter is at no minimum of its own loss; where only S_alpha does, the coupling makes particles part.",
     )
-    kind = "the Hessian" if config.curvature == "hessian" else "the Gauss-Newton part of the Hessian"
+    of_H = WHAT_H_IS[config.curvature]
     moved = "B alone, as B is zero and A moves nothing" if results["only_B"] else "A and B of every adapted map"
     sections = [
         Section(
@@ -314,7 +310,7 @@ def _report(config: AlphaStarConfig, folder: Path, drivers: Sequence[Driver], re
         sections=sections,
         words=[
             ("alpha*", "The least ratio of v'Hv to v'Gv over directions v of the adapter's parameters."),
-            ("H", f"Mean curvature of an example's negative log-likelihood: {kind}. Here of {moved}."),
+            ("H", f"Mean curvature of an example's negative log-likelihood: {of_H}. Here of {moved}."),
             ("G", "Mean outer product of an example's gradient: how much the examples disagree on where to go."),
             ("Resamples", "The examples drawn anew with replacement, in the same subspace."),
         ],

@@ -8,7 +8,6 @@ Layout: K particles, N examples.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from renyi_engine.page import Section, Table, write_page
 from renyi_engine.predict import Subject, load_subject
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
+from renyi_engine.task import read_items
 from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
@@ -88,8 +88,7 @@ def evaluate_nll(config: NllConfig) -> str:
     if subject.num_particles < 2:
         raise ValueError(f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}")
     task = SftTask(subject.tokenizer, config.max_length)
-    task.check_columns(rows.column_names, "dataset_name")
-    examples, dropped = data.tokenize(rows, task.example, "dataset_name")
+    examples, dropped = read_items(task, rows, "dataset_name")
     scored = evaluate(subject.ensemble, task, examples, config.per_device_eval_batch_size)
     with subject.ensemble.disable_adapters():
         base = evaluate(subject.ensemble, task, examples, config.per_device_eval_batch_size)
@@ -129,10 +128,7 @@ def _write(
 ) -> str:
     K = subject.num_particles
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
-    with (folder / "examples.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(Diagnosis.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(diagnosis) for diagnosis in table)
+    files.write_csv(folder / "examples.csv", table)
     kinds = {kind: [d for d in table if d.flag == kind] for kind in (CONTESTED, OUT_OF_SUPPORT)}
     mean = lambda name: sum(getattr(d, name) for d in table) / len(table)
     results: dict[str, Any] = {

@@ -46,6 +46,11 @@ def potential(stacked: list[Tensor], std: float) -> Tensor:
     return squares / (2.0 * std**2 * stacked[0].shape[0])
 
 
+def potential_curvature(weight: float, num_examples: int, std: float) -> float:
+    """lambda / (N sigma_0^2): what (lambda/N) times the potential adds to H of (12), in every direction."""
+    return weight / (num_examples * std**2)
+
+
 def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> Tensor:
     """(1/K) sum_k [log((1/K) sum_j kappa_h(phi_k - phi_j)) - log pi(phi_k)], eq. (22).
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from renyi_engine import data
 from renyi_engine.data import Example
 from renyi_engine.ensemble import LoraEnsemble
 
@@ -73,3 +74,13 @@ class Task(Protocol):
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """The few words of a line of metrics that a person wants to see while training."""
+
+
+def read_items(task: Task, rows: Any, argument: str) -> tuple[list[Any], dict[str, list[int]]]:
+    """(items, dropped) of a data set's rows, as `data.tokenize` gives them.
+
+    Raises:
+        ValueError: the columns do not do, a row is broken, or none is left.
+    """
+    task.check_columns(rows.column_names, argument)
+    return data.tokenize(rows, task.example, argument)

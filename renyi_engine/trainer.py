@@ -25,13 +25,13 @@ from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.evaluation import Evaluation, evaluate, means, sums
 from renyi_engine.objective import data_term
 from renyi_engine.particle_optim import clip_grad_norms_, grad_norms, step_healthy
-from renyi_engine.prior import prior_term
+from renyi_engine.prior import potential_curvature, prior_term
 from renyi_engine.progress import TrainingProgress
 from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
-from renyi_engine.task import Item, Task, length
+from renyi_engine.task import Item, Task, length, read_items
 from renyi_engine.theory.adapter import estimate_alpha_star
 from renyi_kernels import renyi_reduce
 
@@ -201,8 +201,7 @@ def load_dataset(config: TrainConfig, task: Task) -> Dataset:
     """Tokenised training and held-out examples."""
     splits = data.load_splits(config.dataset_name, config.dataset_train_split, config.dataset_config, "dataset_name")
     rows = data.rows_of(splits, config.dataset_train_split, config.dataset_name, "dataset_name")
-    task.check_columns(rows.column_names, "dataset_name")
-    examples, dropped = data.tokenize(rows, task.example, "dataset_name")
+    examples, dropped = read_items(task, rows, "dataset_name")
     held_out: list[Item] = []
     argument, name, split = "dataset_name", config.dataset_name, config.dataset_test_split
     if config.eval_dataset_name:
@@ -210,8 +209,7 @@ def load_dataset(config: TrainConfig, task: Task) -> Dataset:
         splits = data.load_splits(name, split, None, argument)
     if config.eval_dataset_name or split in splits:
         rows = data.rows_of(splits, split, name, argument)
-        task.check_columns(rows.column_names, argument)
-        held_out, dropped_held_out = data.tokenize(rows, task.example, argument)
+        held_out, dropped_held_out = read_items(task, rows, argument)
         dropped |= {f"held out: {reason}": numbers for reason, numbers in dropped_held_out.items()}
     return Dataset(examples, held_out, dropped)
 
@@ -381,10 +379,11 @@ class _Trainer:
 
     def _estimate_alpha_star(self, step: int) -> float:
         """The critical alpha before `step`; the next line of metrics has it too. A kernel's repulsion is left out."""
-        config, num_train_examples = self.config, len(self.dataset.train)
-        of_prior = 0.0 if config.prior == "none" else config.prior_lambda / (num_train_examples * config.prior_std**2)
+        config, items = self.config, self.dataset.train
+        weight = 0.0 if config.prior == "none" else config.prior_lambda
+        of_prior = potential_curvature(weight, len(items), config.prior_std)
         seed = seeding.generator(config.seed, step).initial_seed()
-        found = estimate_alpha_star(self.ensemble, self.task, self.dataset.train, prior_curvature=of_prior, seed=seed)
+        found = estimate_alpha_star(self.ensemble, self.task, items, prior_curvature=of_prior, seed=seed)
         self.state.window.alpha_star = found
         return found
 

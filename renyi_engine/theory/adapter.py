@@ -72,9 +72,7 @@ def project_adapter(
 
     def log_likelihoods(point: Sequence[Tensor], what: str) -> Iterator[Batch]:
         copies = slots[moved]
-        with torch.no_grad():
-            for slot, value in zip(copies, point, strict=True):
-                slot.copy_(value.expand_as(slot))
+        _fill(copies, point)
         for part in track(parts, what) if what and not quiet else parts:
             # a last, short batch is filled up; what fills it is not looked at
             batch = task.collate([items[i] for i in part + part[-1:] * (K - len(part))])
@@ -89,9 +87,7 @@ def project_adapter(
     before, was_training = [slot.detach().clone() for slot in slots], ensemble.training
     try:
         ensemble.eval()
-        with torch.no_grad():
-            for slot, value in zip(slots, adapter, strict=True):
-                slot.copy_(value.expand_as(slot))
+        _fill(slots, adapter)
         with use_backend("reference"), sdpa_kernel(SDPBackend.MATH), ensemble.running(Rows.OWN):
             point = [value.clone() for value in adapter[moved]]
             projection = project(
@@ -105,9 +101,7 @@ def project_adapter(
     finally:
         handle.remove()
         ensemble.train(was_training)
-        with torch.no_grad():
-            for slot, value in zip(slots, before, strict=True):
-                slot.copy_(value)
+        _fill(slots, before)
     back = torch.tensor(order).argsort()
     return replace(projection, scores=projection.scores[back], curvatures=projection.curvatures[back]), point
 
@@ -130,3 +124,10 @@ def estimate_alpha_star(
         ensemble, best, task, examples, ESTIMATE_DIMS, prior_curvature=prior_curvature, seed=seed, quiet=True
     )
     return projection.critical_alpha().alpha
+
+
+@torch.no_grad()
+def _fill(slots: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put a value into every slot [K, ...]: one [...] for all K, or K of them."""
+    for slot, value in zip(slots, values, strict=True):
+        slot.copy_(value)

@@ -261,7 +261,7 @@ def _check_second_derivatives(point: Sequence[Tensor], log_likelihoods: LogLikel
     step = 1 / steps_per_unit
     slopes = []
     for sign in (1.0, -1.0):
-        moved = [p + sign * step * part for p, part in zip(point, _parts(v, point), strict=True)]
+        moved = [p + sign * step * part for p, part in zip(point, parts_of(v, point), strict=True)]
         batch = next(batches := first(moved))
         slopes.append(_stacked(_gradients(batch), batch) @ v)
         del batches
@@ -319,7 +319,7 @@ def _twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequen
     """A gradient of gradients."""
     try:
         return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, materialize_grads=True)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise ValueError(
             f"model: it cannot be differentiated twice ({str(error).splitlines()[0]}); "
             "use plain kernels, such as attn_implementation eager"
@@ -328,7 +328,7 @@ def _twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequen
 
 def _copied(v: Tensor, batch: Batch) -> list[Tensor]:
     """v [P] in the shapes of the parameters, once for every copy."""
-    parts = _parts(v, [copy[0] for copy in batch.copies])
+    parts = parts_of(v, [copy[0] for copy in batch.copies])
     return [part.expand_as(copy) for part, copy in zip(parts, batch.copies, strict=True)]
 
 
@@ -341,7 +341,7 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-def _parts(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def parts_of(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A vector [P] in the shapes of the parameters."""
     return [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in like]), like, strict=True)]
 
