@@ -51,12 +51,15 @@ def linear_logprob(
     chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad), rows.numel())
     labels = labels.to(hidden.device, non_blocking=True)
     rows = rows.to(hidden.device, non_blocking=True)
-    # one buffer serves every chunk: a fresh allocation each time costs as much as the arithmetic
+    # buffers serve every chunk: a fresh allocation each time costs as much as the arithmetic
     buffer = hidden.new_empty((chunk, V), dtype=logprob.dtype)
+    widened = None
+    if hidden.device.type == "cpu" and weight.dtype != buffer.dtype:
+        widened = buffer.new_empty((min(_VOCAB_BLOCK, V), D))
     for start in range(0, rows.numel(), max(chunk, 1)):
         part = rows[start : start + chunk]
         products = buffer[: part.numel()]
-        _products_into(products, hidden[part], weight)
+        _products_into(products, hidden[part], weight, widened)
         head = (bias, logit_softcap, logit_scale)
         logprob[part], slope = pass_of(path)(products, labels[part], *head, hidden.dtype if need_grad else None)
         if slope is not None:
@@ -74,21 +77,20 @@ def rows_per_chunk(hidden: Tensor, num_vocabulary: int, chunk_mib: float, softca
     return min(rows, _MOST_ROWS_ON_CPU) if hidden.device.type == "cpu" else rows
 
 
-def _products_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """out = hidden weight^T with fp32 accumulation and fp32 output.
+def _products_into(out: Tensor, hidden: Tensor, weight: Tensor, widened: Tensor | None) -> None:
+    """out = hidden weight^T with fp32 accumulation and fp32 output; `widened`, if any, takes blocks of the weight.
 
     Rounding logits to bf16 would cost about 0.04 nats a token, and that perturbs the responsibilities.
     """
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.mT, out=out)
-    elif hidden.device.type == "cuda":
+    elif widened is None:
         torch.mm(hidden, weight.mT, out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
         with _fp32_matmul_of_bf16_values(weight.dtype):
-            for v in range(0, weight.shape[0], _VOCAB_BLOCK):
-                block = weight[v : v + _VOCAB_BLOCK]
-                torch.mm(hidden, block.to(out.dtype).mT, out=out[:, v : v + _VOCAB_BLOCK])
+            for logits, block in zip(out.split(len(widened), dim=1), weight.split(len(widened)), strict=True):
+                torch.mm(hidden, widened[: len(block)].copy_(block).mT, out=logits)
 
 
 @contextmanager

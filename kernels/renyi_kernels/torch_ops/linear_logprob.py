@@ -22,19 +22,23 @@ def logprob_pass(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability [N] of each row's target, and its gradient [N, V] with respect to the raw products h W^T.
 
-    `products` [N, V] is overwritten; in its own dtype, the gradient is given in its memory. No gradient for None.
+    `products` [N, V] is overwritten: the gradient is given in its memory. No gradient for None.
     """
-    logprob = products.new_empty(len(products))
-    gradient = products if gradient_dtype == products.dtype else None
-    if gradient_dtype is not None and gradient is None:
-        gradient = torch.empty_like(products, dtype=gradient_dtype)
-    rows = len(products)
+    N, V = products.shape
+    logprob = products.new_empty(N)
+    gradient = None if gradient_dtype is None else products.view(gradient_dtype)[:, :V]
+    rows = max(N, 1)
     if products.device.type == "cpu":
-        rows = max(1, _CACHED_BYTES // (products.shape[1] * products.element_size()))
-    for start in range(0, len(products), max(rows, 1)):
+        rows = max(1, _CACHED_BYTES // (V * products.element_size()))
+    narrow = gradient is not None and gradient.dtype != products.dtype
+    rounded = products.new_empty((min(rows, N), V), dtype=gradient_dtype) if narrow else None
+    for start in range(0, N, rows):
         some = slice(start, start + rows)
-        out = None if gradient is None else gradient[some]
-        _some_rows(products[some], target[some], bias, logit_softcap, logit_scale, logprob[some], out)
+        logits = products[some]
+        logprob[some] = _some_rows(logits, target[some], bias, logit_softcap, logit_scale, gradient is not None)
+        if gradient is not None and rounded is not None:
+            # rounded beside first: it comes to lie where it is read from
+            gradient[some] = rounded[: len(logits)].copy_(logits)
     return logprob, gradient
 
 
@@ -44,11 +48,12 @@ def _some_rows(
     bias: Tensor | None,
     logit_softcap: float | None,
     logit_scale: float,
-    logprob: Tensor,
-    gradient: Tensor | None,
-) -> None:
-    """With e = exp(z - max z) and S = sum e over the vocabulary, d logp / d z = onehot - e / S = -(e - S onehot) / S,
-    formed before it is rounded to the dtype of `gradient`."""
+    need_grad: bool,
+) -> Tensor:
+    """Log-probability [n]; its gradient takes the place of z [n, V].
+
+    With e = exp(z - max z) and S = sum e over the vocabulary, d logp / d z = onehot - e / S = -(e - S onehot) / S.
+    """
     target = target[:, None]
     if bias is not None:
         z.add_(bias)
@@ -57,19 +62,16 @@ def _some_rows(
     slope = None  # d softcap(z) / d z
     if logit_softcap is not None:
         z.div_(logit_softcap).tanh_()
-        if gradient is not None:
+        if need_grad:
             slope = torch.square(z).neg_().add_(1.0)
         z.mul_(logit_softcap)
     peak = z.amax(dim=1, keepdim=True)
     z_target = z.gather(1, target)
     e = z.sub_(peak).exp_()
     total = e.sum(dim=1, keepdim=True)
-    logprob.copy_((z_target - peak - total.log()).squeeze(1))
-    if gradient is None:
-        return
-    e.scatter_add_(1, target, -total)
-    if slope is not None:
-        e.mul_(slope)
-    e.mul_(-logit_scale / total)
-    if gradient.dtype != e.dtype:
-        gradient.copy_(e)
+    if need_grad:
+        e.scatter_add_(1, target, -total)
+        if slope is not None:
+            e.mul_(slope)
+        e.mul_(-logit_scale / total)
+    return (z_target - peak - total.log()).squeeze(1)
