@@ -53,7 +53,10 @@ def lora_linears(
     # autograd sees a list of tensors only if it holds nothing else
     present = [weight.new_empty(0) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
-    return list(_forward(x.contiguous(), weights, present, A, B, float(scaling), path)[:-1])
+    x = x.contiguous()
+    if torch.compiler.is_compiling():
+        return list(_forward(x, weights, present, A, B, float(scaling), path)[:-1])
+    return list(_Eager.apply(float(scaling), path, x, *weights, *present, *A, *B))
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: list[Tensor], B: list[Tensor]) -> None:
@@ -84,12 +87,11 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: lis
                 raise TypeError(f"{name}[{j}]: expected a floating dtype; got {tensor.dtype}")
 
 
-# one operator to autograd and torch.compile: contiguous x, A and B, an empty tensor for no bias; beside the outputs it
-# returns x A^T of all maps, for the backward
+# the work: contiguous x, A and B, an empty tensor for no bias; beside the outputs it returns x A^T of all maps, for the
+# backward
 
 
-@torch.library.custom_op("renyi_kernels::lora_linears", mutates_args=())
-def _forward(
+def _outputs(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -113,23 +115,7 @@ def _forward(
     return [*outs, S]
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scaling: float,
-    path: str,
-) -> list[Tensor]:
-    K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
-    outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
-    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
-
-
-@torch.library.custom_op("renyi_kernels::lora_linears_backward", mutates_args=())
-def _backward(
+def _gradients(
     dY: Sequence[Tensor],
     x: Tensor,
     S: Tensor,
@@ -160,6 +146,86 @@ def _backward(
     return [dx, dA, *dB]
 
 
+def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
+    """(the gradient of x or None, one for each A, one for each B), by `run`: `_gradients` as autograd is to see it."""
+    for name, needed in (("weights", need_weights), ("biases", need_biases)):
+        if any(needed):
+            raise RuntimeError(
+                f"lora_linears: the {name} are taken as frozen, but a gradient of one was asked for; "
+                "call requires_grad_(False) on it, or use backend='reference'"
+            )
+    x, S, *maps = ctx.saved_tensors
+    weights, A, B = _in_parts(maps, 3)
+    dx, dA, *dB = run(dY, x, S, weights, A, B, ctx.scaling, need_dx, ctx.path)
+    dA = [da.to(a.dtype) for da, a in zip(dA.split([a.shape[1] for a in A], dim=1), A, strict=True)]
+    return dx if need_dx else None, dA, dB
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("lora_linears: this path has no second derivative; use backend='reference'")
+
+
+def _in_parts(tensors: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
+    """So many runs of the same length."""
+    n = len(tensors) // count
+    return [tensors[i * n : (i + 1) * n] for i in range(count)]
+
+
+# what eager autograd sees: flat tensors. An operator goes through its lists in Python, twice a call, and a step has a
+# hundred calls: a GPU would wait for that
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scaling, path, x, *maps):
+        weights, biases, A, B = _in_parts(maps, 4)
+        *outs, S = _outputs(x, weights, biases, A, B, scaling, path)
+        ctx.scaling, ctx.path = scaling, path
+        ctx.save_for_backward(x, S, *weights, *A, *B)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *dY):
+        _, _, need_dx, *needed = ctx.needs_input_grad
+        need_weights, need_biases, *_ = _in_parts(needed, 4)
+        dx, dA, dB = _differentiate(ctx, _EagerBackward.run, dY, need_dx, need_weights, need_biases)
+        return None, None, dx, *[None] * (2 * len(dY)), *dA, *dB
+
+
+class _EagerBackward(torch.autograd.Function):
+    @staticmethod
+    def run(dY, x, S, weights, A, B, *options):
+        return _EagerBackward.apply(*options, x, S, *dY, *weights, *A, *B)
+
+    @staticmethod
+    def forward(ctx, scaling, need_dx, path, x, S, *maps):
+        dY, weights, A, B = _in_parts(maps, 4)
+        return tuple(_gradients(dY, x, S, weights, A, B, scaling, need_dx, path))
+
+    backward = staticmethod(_refuse_second_derivative)
+
+
+# what torch.compile sees: operators
+
+_forward = torch.library.custom_op("renyi_kernels::lora_linears", _outputs, mutates_args=())
+_backward = torch.library.custom_op("renyi_kernels::lora_linears_backward", _gradients, mutates_args=())
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    path: str,
+) -> list[Tensor]:
+    K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
+    outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
+    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
+
+
 @_backward.register_fake
 def _(
     dY: Sequence[Tensor],
@@ -178,29 +244,15 @@ def _(
 
 def _keep(ctx, inputs, output):
     x, weights, _, A, B, ctx.scaling, ctx.path = inputs
-    ctx.num_maps = len(weights)
     ctx.save_for_backward(x, output[-1], *weights, *A, *B)
 
 
-def _differentiate(ctx, gradients):
+def _differentiate_operator(ctx, gradients):
     need_dx, need_weights, need_biases, *_ = ctx.needs_input_grad
-    for name, needed in (("weights", need_weights), ("biases", need_biases)):
-        if any(needed):
-            raise RuntimeError(
-                f"lora_linears: the {name} are taken as frozen, but a gradient of one was asked for; "
-                "call requires_grad_(False) on it, or use backend='reference'"
-            )
-    x, S, *maps = ctx.saved_tensors
-    n = ctx.num_maps
-    weights, A, B = maps[:n], maps[n : 2 * n], maps[2 * n :]
-    dx, dA, *dB = _backward(gradients[:-1], x, S, weights, A, B, ctx.scaling, need_dx, ctx.path)
-    dA = [da.to(a.dtype) for da, a in zip(dA.split([a.shape[1] for a in A], dim=1), A, strict=True)]
-    return dx if need_dx else None, [None] * n, [None] * n, dA, dB, None, None
+    dY = gradients[:-1]
+    dx, dA, dB = _differentiate(ctx, _backward, dY, need_dx, need_weights, need_biases)
+    return dx, [None] * len(dY), [None] * len(dY), dA, dB, None, None
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError("lora_linears: this path has no second derivative; use backend='reference'")
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_differentiate_operator, setup_context=_keep)
 _backward.register_autograd(_refuse_second_derivative)
