@@ -152,6 +152,22 @@ class Ensemble:
         self.ensemble.detach()
 
 
+class CompiledLayers(Ensemble):
+    """Ours, with torch.compile of the decoder layers one by one: layers of a kind share a graph."""
+
+    def __init__(self, model, shape: Shape, backend: str) -> None:
+        super().__init__(model, shape, backend)
+        torch._dynamo.reset()
+        self.layers = model.base_model.layers
+        for layer in self.layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+
+    def close(self) -> None:
+        for layer in self.layers:
+            del layer.forward
+        super().close()
+
+
 class Compiled(Ensemble):
     """torch.compile of the naive step's forward and backward."""
 
@@ -309,9 +325,13 @@ def not_on_cpu(build: Callable) -> Callable:
 
 
 def variants(device: str) -> dict[str, Variant]:
-    ours = lambda backend: Variant("ours", lambda model, shape: Ensemble(model, shape, backend), backend)
+    ours = lambda backend, way=Ensemble, **options: Variant(
+        "ours", lambda model, shape: way(model, shape, backend), backend, **options
+    )
+    path = "triton" if device == "cuda" else "torch"
     return {
-        "ours": ours("triton" if device == "cuda" else "torch"),
+        "ours": ours(path),
+        "ours_compile": ours(path, CompiledLayers, slow=True),
         "frozen_base": Variant("floor", lambda model, shape: FrozenBase(shape)),
         "peft": Variant("peer", Peft, needs="peft"),
         "peft_bf16": Variant("peer", lambda model, shape: Peft(model, shape, fp32=False), needs="peft", slow=True),
@@ -340,6 +360,8 @@ class StepSuite:
         def fits(shape, name, variant):
             if name == "peft_all_layers" and layers_of(shape) is None:
                 return False  # that is peft
+            if name == "ours_compile" and tiny:
+                return False  # takes longer to compile than all else
             return not variant.slow or shape["name"].startswith("bar")
 
         return [

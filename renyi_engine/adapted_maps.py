@@ -46,54 +46,66 @@ def is_plain(linear: nn.Module) -> bool:
 class MapGroup:
     """Plain maps that read the same tensor, such as q, k and v: the first one called computes all.
 
-    Their `forward` is taken over while installed, and given back by `remove`.
+    Their `forward` is taken over while installed, and given back by `remove`. Each is known by its place: with no path
+    among its constants, one compiled graph serves every decoder layer.
     """
 
     def __init__(
         self, linears: Mapping[str, nn.Module], adapters: list[StackedAdapter], scaling: float, shared_input: bool
     ) -> None:
-        self._linears, self._adapters = dict(linears), adapters
+        self._paths, self._linears, self._adapters = list(linears), list(linears.values()), adapters
         self._scaling, self._shared_input = scaling, shared_input
-        self._waiting: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
 
     def install(self, rows: Callable[[], Rows]) -> None:
-        for path, linear in self._linears.items():
-            linear.forward = partial(self._forward, rows, path)
+        for place, linear in enumerate(self._linears):
+            linear.forward = _Member(self, place, rows).forward
 
     def remove(self) -> None:
-        for linear in self._linears.values():
+        for linear in self._linears:
             del linear.forward
 
     def forget(self) -> None:
         """Drop outputs that nobody came for: a checkpointed layer is left as soon as its backward has what it needs."""
-        self._waiting = None
+        self._input, self._waiting = None, {}
 
-    def _forward(self, rows: Callable[[], Rows], path: str, x: Tensor) -> Tensor:
-        if rows() is Rows.BASE:
-            linear = self._linears[path]
+    def output(self, place: int, x: Tensor, rows: Rows) -> Tensor:
+        if rows is Rows.BASE:
+            linear = self._linears[place]
             return type(linear).forward(linear, x)
-        if self._waiting is None or self._waiting[0] is not x or path not in self._waiting[1]:
-            self._waiting = (x, self._run(path, x, self._shared_input and rows() is Rows.SHARED))
-        output = self._waiting[1].pop(path)
-        if not self._waiting[1]:
-            self._waiting = None
+        if self._input is not x or place not in self._waiting:
+            self._input, self._waiting = x, self._run(place, x, self._shared_input and rows is Rows.SHARED)
+        output = self._waiting.pop(place)
+        if not self._waiting:
+            self._input = None
         return output
 
-    def _run(self, path: str, x: Tensor, shared: bool) -> dict[str, Tensor]:
-        rows = _rows(path, x, self._adapters[0].num_particles, shared)
+    def _run(self, place: int, x: Tensor, shared: bool) -> dict[int, Tensor]:
+        rows = _rows(self._paths, place, x, self._adapters[0].num_particles, shared)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             rows = rows.to(torch.get_autocast_dtype(device_type))
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
-        for linear in self._linears.values():
+        for linear in self._linears:
             weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
             weights.append((weight.mT if isinstance(linear, Conv1D) else weight).to(rows.dtype))
             biases.append(None if bias is None else bias.to(rows.dtype))
         outputs = lora_linears(
             rows, weights, biases, [a.A for a in self._adapters], [a.B for a in self._adapters], self._scaling
         )
-        return {p: y.view(*x.shape[:-1], -1) for p, y in zip(self._linears, outputs, strict=True)}
+        return {j: y.view(*x.shape[:-1], -1) for j, y in enumerate(outputs)}
+
+
+class _Member:
+    """One map of a group. Its bound `forward` is shared code to torch.compile; a partial or a callable would not be."""
+
+    def __init__(self, group: MapGroup, place: int, rows: Callable[[], Rows]) -> None:
+        self._group, self._place, self._rows = group, place, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group.output(self._place, x, self._rows())
 
 
 class OpaqueMap:
@@ -124,7 +136,7 @@ class OpaqueMap:
             return None
         K, x = self._adapter.num_particles, args[0]
         shared = self._shared_input and rows() is Rows.SHARED
-        _rows(self._path, x, K, shared)
+        _rows([self._path], 0, x, K, shared)
         return (x[: x.shape[0] // K],) if shared else None
 
     def _after(self, rows: Callable[[], Rows], linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -139,13 +151,13 @@ class OpaqueMap:
         return grouped_lora(by_particle, A, B, self._scaling, base).view(output.shape)
 
 
-def _rows(path: str, x: Tensor, num_particles: int, shared_input: bool) -> Tensor:
+def _rows(paths: list[str], place: int, x: Tensor, num_particles: int, shared_input: bool) -> Tensor:
     """[K*B, T, I] as [K, B*T, I]; as [B*T, I] if every particle's rows are the same."""
     if x.shape[0] % num_particles:
         raise RuntimeError(
-            f"{path} was given {x.shape[0]} rows, which {num_particles} particles do not divide: it does not see whole "
-            "sequences (a mixture of experts?) or the model was called directly; leave it out of target_modules, "
-            "or call the model inside disable_adapters()"
+            f"{paths[place]} was given {x.shape[0]} rows, which {num_particles} particles do not divide: it does not "
+            "see whole sequences (a mixture of experts?) or the model was called directly; leave it out of "
+            "target_modules, or call the model inside disable_adapters()"
         )
     by_particle = x.reshape(num_particles, -1, x.shape[-1])
     return by_particle[0] if shared_input else by_particle

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from renyi_engine import EnsembleConfig, LoraEnsemble, adapted_maps
@@ -729,6 +730,34 @@ def test_two_steps_of_training_are_bitwise_equal_in_two_runs(tiny_model, make_ba
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+# ---------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize(("layers", "num_graphs"), [(None, 2), ([1, 2], 3)])
+def test_compiled_decoder_layers_of_a_kind_share_one_graph_and_change_nothing(llama, batch, layers, num_graphs):
+    """The kinds: the trunk, the first adapted layer, whose maps read a shared input, and those above it."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    ensemble = attach(llama, layers_to_transform=layers)
+    parameters = list(ensemble.parameters())
+
+    def run():
+        logp = ensemble.sequence_logprob(batch)
+        return logp.detach(), *torch.autograd.grad(logp.square().sum(), parameters)
+
+    expected = run()
+    torch._dynamo.reset()
+    for layer in llama.model.layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=False)
+    for got, want in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(graphs) == num_graphs
+
+
 # ---------------------------------------------------------------------- shared trunk
 
 
@@ -738,14 +767,14 @@ def record_rows(monkeypatch, batch):
     rows = {}
     run, op = MapGroup._run, adapted_maps.lora_linears
 
-    def spy_run(group, path, x, shared):
+    def spy_run(group, place, x, shared):
         def spy_op(x, *maps):
             sequences = x.shape[:-1].numel() // batch["input_ids"].shape[1]
-            rows.update(dict.fromkeys(group._linears, sequences))
+            rows.update(dict.fromkeys(group._paths, sequences))
             return op(x, *maps)
 
         monkeypatch.setattr(adapted_maps, "lora_linears", spy_op)
-        return run(group, path, x, shared)
+        return run(group, place, x, shared)
 
     monkeypatch.setattr(MapGroup, "_run", spy_run)
 
