@@ -5,7 +5,7 @@ Layout: K particles, B sequences, T tokens, I/O in/out features, R rank. Rows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from typing import cast
@@ -149,6 +149,25 @@ class OpaqueMap:
             return out.view(K * output.shape[0], *output.shape[1:])
         by_particle, base = x.reshape(K, -1, x.shape[-1]), output.reshape(K, -1, output.shape[-1])
         return grouped_lora(by_particle, A, B, self._scaling, base).view(output.shape)
+
+
+def by_input(
+    linears: Mapping[str, nn.Module],
+    stacks: Mapping[str, StackedAdapter],
+    scaling: float,
+    inputs: Mapping[str, Tensor],
+    shared_input: Tensor,
+) -> Iterator[MapGroup | OpaqueMap]:
+    """Linear maps with their adapters, plain ones that read the same tensor together; all arguments by path."""
+    groups: dict[int, dict[str, nn.Module]] = {}
+    for path, linear in linears.items():
+        if is_plain(linear):
+            groups.setdefault(id(inputs[path]), {})[path] = linear
+        else:
+            yield OpaqueMap(path, linear, stacks[path], scaling, inputs[path] is shared_input)
+    for group in groups.values():
+        shared = inputs[next(iter(group))] is shared_input
+        yield MapGroup(group, [stacks[path] for path in group], scaling, shared)
 
 
 def _rows(paths: list[str], place: int, x: Tensor, num_particles: int, shared_input: bool) -> Tensor:

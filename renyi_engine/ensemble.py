@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine import adapter_folder, generation, seeding, targets
-from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, is_plain
+from renyi_engine import adapter_folder, architecture, generation, seeding, targets
+from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
 from renyi_engine.objective import sum_tokens
 from renyi_kernels import IGNORE_INDEX, linear_logprob
 
@@ -107,7 +107,7 @@ class LoraEnsemble(nn.Module):
             {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
         )
         layers_path, layers = targets.decoder_layers(model)
-        self._layers = tuple(layers)
+        self.layers = tuple(layers)
         self.first_layer = min(targets.layer_index(path, layers_path) for path in adapters)
 
     # ------------------------------------------------------------------ making and unmaking
@@ -322,14 +322,17 @@ class LoraEnsemble(nn.Module):
         model = self.model
         model._renyi_ensemble = True
         model.requires_grad_(False)
-        for layer in self._layers[self.first_layer :]:
-            hook = partial(self._enter_layer, layer is self._layers[self.first_layer])
+        for layer in self.layers[self.first_layer :]:
+            hook = partial(self._enter_layer, layer is self.layers[self.first_layer])
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            for adapted in self._adapted_maps(*self._probe()):
+            linears = {path: model.get_submodule(path) for path in self.paths}
+            inputs, shared_input = architecture.probe(self)
+            stacks = dict(zip(self.paths, self._stacks(), strict=True))
+            for adapted in by_input(linears, stacks, self.config.scaling, inputs, shared_input):
                 adapted.install(lambda: self.rows)
                 self._maps.append(adapted)
-            self._check_rows()
+            architecture.check_rows(self)
         except BaseException:
             self.detach()
             raise
@@ -338,7 +341,7 @@ class LoraEnsemble(nn.Module):
         """The frozen base stays deterministic: no dropout, whoever called model.train(). Only gradient checkpointing,
         which Hugging Face ties to the training flag of the layer, follows the ensemble's own flag."""
         self.model.eval()
-        for layer in self._layers:
+        for layer in self.layers:
             layer.training = self.training and getattr(layer, "gradient_checkpointing", False)
 
     def _enter_layer(self, is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -363,78 +366,6 @@ class LoraEnsemble(nn.Module):
             return value
 
         return tuple(repeat(a) for a in args), {name: repeat(value) for name, value in kwargs.items()}
-
-    def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Run two tokens once: learn what each adapted map reads, and that this architecture is understood.
-
-        Maps that are handed the very same tensor read the same input. In the first adapted layer, the one called first
-        reads an input no particle has touched: (inputs by path, that input). These are facts of the architecture.
-        """
-        model, first = self.model, self._layers[self.first_layer]
-        inputs: dict[str, Tensor] = {}
-        called_first_layer: list[str] = []
-
-        def record(path: str, linear: nn.Module, args: tuple) -> None:
-            inputs[path] = args[0]
-            if linear in first_maps:
-                called_first_layer.append(path)
-
-        first_maps = set(first.modules())
-        handles = [model.get_submodule(p).register_forward_pre_hook(partial(record, p)) for p in self.paths]
-        ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
-        try:
-            with torch.no_grad(), self.disable_adapters():
-                hidden = self(ids)[0]
-                logits = model(input_ids=ids, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        missed = [path for path in self.paths if path not in inputs]
-        if missed:
-            raise ValueError(
-                f"target_modules: {type(model).__name__} computes {missed[0]} (and {len(missed) - 1} more) without "
-                "calling the module, so an adapter there would be silently ignored; leave it out"
-            )
-        self._check_head(hidden, logits)
-        return inputs, inputs[called_first_layer[0]]
-
-    def _adapted_maps(self, inputs: Mapping[str, Tensor], shared_input: Tensor) -> Iterator[MapGroup | OpaqueMap]:
-        scaling = self.config.scaling
-        stacks = dict(zip(self.paths, self._stacks(), strict=True))
-        groups: dict[int, dict[str, nn.Module]] = {}
-        for path in self.paths:
-            linear = self.model.get_submodule(path)
-            if is_plain(linear):
-                groups.setdefault(id(inputs[path]), {})[path] = linear
-            else:
-                yield OpaqueMap(path, linear, stacks[path], scaling, inputs[path] is shared_input)
-        for linears in groups.values():
-            shared = inputs[next(iter(linears))] is shared_input
-            yield MapGroup(linears, [stacks[path] for path in linears], scaling, shared)
-
-    def _check_rows(self) -> None:
-        ids = torch.tensor([[0, 1], [0, 1]], device=self.model.get_input_embeddings().weight.device)
-        padding = torch.tensor([[1, 1], [1, 0]], device=ids.device)
-        try:
-            with torch.no_grad():
-                self(ids, padding)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"model: {type(self.model).__name__} cannot run particles as rows of one batch "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-
-    def _check_head(self, hidden: Tensor, logits: Tensor) -> None:
-        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-        with torch.no_grad():
-            ours = self.label_logprob(hidden, labels)
-        theirs = torch.log_softmax(logits.float(), -1)[..., 0]
-        tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.5
-        if not torch.allclose(ours.float(), theirs, atol=tolerance, rtol=tolerance):
-            raise ValueError(
-                f"model: {type(self.model).__name__} transforms its logits in a way that is not understood "
-                f"(log-probabilities {ours.flatten().tolist()} instead of {theirs.flatten().tolist()})"
-            )
 
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:

@@ -30,7 +30,7 @@ LAYERS = [
     ["config"],
     ["prior", "particle_optim", "alpha"],
     ["ensemble"],
-    ["generation"],
+    ["generation", "architecture"],
     ["adapted_maps", "adapter_folder", "targets", "objective", "seeding"],
     ["files", "settings"],
 ]
