@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig
 from renyi_engine.data import Example, describe_dropped
+from renyi_engine.dataset import load_dataset
 from renyi_engine.settings import to_yaml
 from renyi_engine.task import length
-from renyi_engine.trainer import load_dataset, make_task
+from renyi_engine.trainer import make_task
 from renyi_kernels import IGNORE_INDEX
 from renyi_kernels.linear_logprob import CHUNK_MIB
 

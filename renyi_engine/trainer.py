@@ -20,6 +20,7 @@ from renyi_engine import base_model, checkpoint, data, seeding
 from renyi_engine.alpha import alpha_rule
 from renyi_engine.config import TrainConfig, steps_of
 from renyi_engine.data import StepSampler
+from renyi_engine.dataset import Dataset, load_dataset
 from renyi_engine.dpo import DpoConfig, DpoTask
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.evaluation import Evaluation, evaluate, means, sums
@@ -31,7 +32,7 @@ from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
-from renyi_engine.task import Item, Task, length, read_items
+from renyi_engine.task import Task, length
 from renyi_engine.theory.adapter import estimate_alpha_star
 from renyi_kernels import renyi_reduce
 
@@ -62,15 +63,6 @@ class TrainingInterrupted(Exception):
 
 class TrainingDiverged(RuntimeError):
     """A particle's gradient was not finite too many times in a row."""
-
-
-@dataclass
-class Dataset:
-    """Tokenised examples; `held_out` is empty where the data has no such split. `dropped`: rows by reason."""
-
-    train: list[Item]
-    held_out: list[Item]
-    dropped: dict[str, list[int]]
 
 
 @dataclass
@@ -134,7 +126,7 @@ def train(config: TrainConfig) -> TrainResult:
     task = make_task(config)
     dataset = load_dataset(config, task)
     model = base_model.load_model(config)
-    check_vocabulary(dataset, model.get_input_embeddings().weight.shape[0])
+    dataset.check_vocabulary(model.get_input_embeddings().weight.shape[0])
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
@@ -195,34 +187,6 @@ def make_task(config: TrainConfig) -> Task:
         tokenizer = base_model.load_tokenizer(config)
         return DpoTask(tokenizer, config.max_length, config.beta, config.min_score_gap, config.score_columns)
     raise TypeError(f"config: expected an SftConfig or a DpoConfig; got {type(config).__name__}")
-
-
-def load_dataset(config: TrainConfig, task: Task) -> Dataset:
-    """Tokenised training and held-out examples."""
-    splits = data.load_splits(config.dataset_name, config.dataset_train_split, config.dataset_config, "dataset_name")
-    rows = data.rows_of(splits, config.dataset_train_split, config.dataset_name, "dataset_name")
-    examples, dropped = read_items(task, rows, "dataset_name")
-    held_out: list[Item] = []
-    argument, name, split = "dataset_name", config.dataset_name, config.dataset_test_split
-    if config.eval_dataset_name:
-        argument, name = "eval_dataset_name", config.eval_dataset_name
-        splits = data.load_splits(name, split, None, argument)
-    if config.eval_dataset_name or split in splits:
-        rows = data.rows_of(splits, split, name, argument)
-        held_out, dropped_held_out = read_items(task, rows, argument)
-        dropped |= {f"held out: {reason}": numbers for reason, numbers in dropped_held_out.items()}
-    return Dataset(examples, held_out, dropped)
-
-
-def check_vocabulary(dataset: Dataset, num_embeddings: int) -> None:
-    """ValueError if the tokenizer knows tokens that the model does not."""
-    sequences = [sequence for item in [*dataset.train, *dataset.held_out] for sequence in item.sequences]
-    largest = max(max(sequence.input_ids) for sequence in sequences)
-    if largest >= num_embeddings:
-        raise ValueError(
-            f"model_name_or_path: the tokenizer gives token {largest}, the model has {num_embeddings} embeddings; "
-            "they do not belong together"
-        )
 
 
 class _Trainer:

@@ -24,7 +24,7 @@ LAYERS = [
     ["evaluation", "report", "eval_pictures", "run_folder", "signals"],
     ["page"],
     ["pictures"],
-    ["sft", "dpo", "predict"],
+    ["sft", "dpo", "predict", "dataset"],
     ["task"],
     ["data", "encoding", "base_model", "checkpoint", "progress", "calibration", "uncertainty"],
     ["config"],
