@@ -263,9 +263,9 @@ def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB
         dY, S, B, dS_parts, dB_parts, scaling, M, R, O, o_per_split, num_r_blocks, *strides, **config, **options
     )
     if num_splits > 1:
-        dS.copy_(dS_parts.sum(dim=0))
+        _add_up(dS_parts, dS)
     if num_parts > 1:
-        dB.copy_(dB_parts.sum(dim=0))
+        _add_up(dB_parts, dB)
 
 
 @on_its_device
@@ -285,7 +285,15 @@ def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
         x, dS, dA_parts, M, R, I, m_per_split, num_r_blocks, *strides, **config, **options
     )
     if num_splits > 1:
-        dA.copy_(dA_parts.sum(dim=0))
+        _add_up(dA_parts, dA)
+
+
+def _add_up(parts: Tensor, out: Tensor) -> None:
+    """The partial sums in a fixed order, added in fp32 whatever `out` is."""
+    if out.dtype == parts.dtype:
+        torch.sum(parts, dim=0, out=out)  # one launch instead of two
+    else:
+        out.copy_(parts.sum(dim=0))
 
 
 def _split(size: int, block: int, num_programs: int, like: Tensor) -> int:
