@@ -54,7 +54,7 @@ def lora_linears(
     present = [weight.new_empty(0) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     x = x.contiguous()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
         return list(_forward(x, weights, present, A, B, float(scaling), path)[:-1])
     return list(_Eager.apply(float(scaling), path, x, *weights, *present, *A, *B))
 
@@ -107,9 +107,14 @@ def _outputs(
         by_map = lora_products.split(lora_products.particle_major(S, x), A)
         outs = []
         for weight, bias, b, s in zip(weights, biases, B, by_map, strict=True):
-            base = torch.nn.functional.linear(x.view(-1, I), weight, bias if bias.numel() else None)
-            base = base.view(*x.shape[:-2] or (1,), M, weight.shape[0])
-            out = base if x.dim() == 3 else x.new_empty((K, M, weight.shape[0]))
+            # not a view: a model may go on to change an output in place
+            out = x.new_empty((K, M, weight.shape[0]))
+            base = out if x.dim() == 3 else x.new_empty((1, M, weight.shape[0]))
+            rows = base.view(-1, weight.shape[0])
+            if bias.numel():
+                torch.addmm(bias, x.view(-1, I), weight.mT, out=rows)
+            else:
+                torch.mm(x.view(-1, I), weight.mT, out=rows)
             passes.expand(s, b.to(x.dtype), scaling, base, out)
             outs.append(out)
     return [*outs, S]
@@ -205,7 +210,7 @@ class _EagerBackward(torch.autograd.Function):
     backward = staticmethod(_refuse_second_derivative)
 
 
-# what torch.compile sees: operators
+# what torch.compile and tensors without memory see: operators
 
 _forward = torch.library.custom_op("renyi_kernels::lora_linears", _outputs, mutates_args=())
 _backward = torch.library.custom_op("renyi_kernels::lora_linears_backward", _gradients, mutates_args=())

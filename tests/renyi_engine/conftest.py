@@ -86,6 +86,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
     },
     "cohere": LLAMA_LIKE | {"logit_scale": 1.5},
+    # clamps its projections in place
+    "olmo": LLAMA_LIKE | {"clip_qkv": 0.1},
 }
 
 

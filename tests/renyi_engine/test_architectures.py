@@ -28,6 +28,7 @@ MODELS = {
     "gptj": ("gptj", {}),
     "granite": ("granite", {}),
     "cohere": ("cohere", {}),
+    "olmo": ("olmo", {}),
 }
 CASES = [(name, layers) for name in MODELS for layers in (None, [2])] + [("gemma2", [1]), ("gpt2", [1])]
 

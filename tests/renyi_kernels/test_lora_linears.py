@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from renyi_kernels import lora_linears, use_backend
@@ -408,6 +409,32 @@ def test_a_second_derivative_raises(problem, place, backend, second):
         grad.square().sum().backward()
 
 
+# what becomes of the outputs, and of inputs without memory
+
+
+@fast_paths
+def test_outputs_may_be_changed_in_place(problem, place, backend):
+    """As some attention layers clamp their projections."""
+    given_ = place(problem(), backend, torch.float32)
+    trained = [x.requires_grad_() for x in given_.trained]
+
+    def gradients(path):
+        outs = given_.maps(path)
+        for out in outs:
+            out.clamp_(-0.5, 0.5)
+        return torch.autograd.grad(sum(out.square().sum() for out in outs), trained)
+
+    for got, want in zip(gradients(backend), gradients("reference"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("without_memory", [lambda t: t.to("meta"), FakeTensorMode().from_tensor], ids=["meta", "fake"])
+def test_tensors_without_memory_get_their_shapes(problem, without_memory):
+    outs = problem().map(without_memory).maps("torch")
+    assert [out.shape for out in outs] == [out.shape for out in problem().maps("torch")]
+    assert all(isinstance(out, FakeTensor) or out.is_meta for out in outs)
+
+
 # errors
 
 
@@ -457,7 +484,8 @@ def test_what_does_not_fit_is_named(monkeypatch, backend, name, error, argument,
     else:
         arguments[argument][index] = value
     worked = []
-    monkeypatch.setattr(F, "linear", lambda *a: worked.append(a))
+    for module, name_ in ((F, "linear"), (torch, "mm"), (torch, "addmm")):
+        monkeypatch.setattr(module, name_, lambda *a, **k: worked.append(a))
     with use_backend(backend), pytest.raises(error) as raised:
         lora_linears(**arguments)
     assert str(raised.value).startswith(f"{name}:")

@@ -289,7 +289,7 @@ def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
 
 
 def _add_up(parts: Tensor, out: Tensor) -> None:
-    """The partial sums in a fixed order, added in fp32 whatever `out` is."""
+    """The sum of partial sums, in fp32 whatever `out` is."""
     if out.dtype == parts.dtype:
         torch.sum(parts, dim=0, out=out)  # one launch instead of two
     else:
