@@ -325,13 +325,13 @@ def not_on_cpu(build: Callable) -> Callable:
 
 
 def variants(device: str) -> dict[str, Variant]:
-    ours = lambda backend, way=Ensemble, **options: Variant(
-        "ours", lambda model, shape: way(model, shape, backend), backend, **options
-    )
+    ours = lambda backend: Variant("ours", lambda model, shape: Ensemble(model, shape, backend), backend)
     path = "triton" if device == "cuda" else "torch"
     return {
         "ours": ours(path),
-        "ours_compile": ours(path, CompiledLayers, slow=True),
+        "ours_compile": Variant(
+            "other", lambda model, shape: CompiledLayers(model, shape, path), backend=path, slow=True
+        ),
         "frozen_base": Variant("floor", lambda model, shape: FrozenBase(shape)),
         "peft": Variant("peer", Peft, needs="peft"),
         "peft_bf16": Variant("peer", lambda model, shape: Peft(model, shape, fp32=False), needs="peft", slow=True),

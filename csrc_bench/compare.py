@@ -113,8 +113,7 @@ def readme(rows: list[Row]) -> str:
         if not shape_name.startswith("bar") or direction not in ("both", "step") or ours is None:
             continue
         cells = [f"{device}, {threads} threads", f"{op} {shape_name.removeprefix('bar_')}, {dtype}"]
-        name = "" if ours["variant"] == "ours" else f" {ours['variant']}"
-        cells.append(f"**{number(ours['median_ms'])}**{name} ({ours['path']})")
+        cells.append(f"**{number(ours['median_ms'])}** ({ours['path']})")
         ratio = next(row["ratio"] for row in ratios(group) if row["variant"] == ours["variant"])
         for kind in ("naive", "peer", "floor"):
             end = best(group, kind)

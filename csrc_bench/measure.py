@@ -58,8 +58,8 @@ class Variant:
     """One way to do the work.
 
     Attributes:
-        kind: "ours", "naive", "peer", "floor" (what nobody can be faster than; it computes no result) or "other" (work
-            that is not the same; shown, never ranked).
+        kind: "ours", "naive", "peer", "floor" (what nobody can be faster than; it computes no result) or "other"
+            (other work, or ours by other means: shown, never ranked).
         build: shape -> f(*inputs); of a floor (shape, direction) -> f(*inputs).
         backend: the path of ours that must run.
         needs: module that must be installed.

@@ -82,7 +82,10 @@ class MapGroup:
         return output
 
     def _run(self, place: int, x: Tensor, shared: bool) -> dict[int, Tensor]:
-        rows = _rows(self._paths, place, x, self._adapters[0].num_particles, shared)
+        K = self._adapters[0].num_particles
+        if x.shape[0] % K:
+            raise _no_whole_sequences(self._paths[place], x, K)
+        rows = _rows(x, K, shared)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             rows = rows.to(torch.get_autocast_dtype(device_type))
@@ -136,7 +139,8 @@ class OpaqueMap:
             return None
         K, x = self._adapter.num_particles, args[0]
         shared = self._shared_input and rows() is Rows.SHARED
-        _rows([self._path], 0, x, K, shared)
+        if x.shape[0] % K:
+            raise _no_whole_sequences(self._path, x, K)
         return (x[: x.shape[0] // K],) if shared else None
 
     def _after(self, rows: Callable[[], Rows], linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -170,13 +174,15 @@ def by_input(
         yield MapGroup(group, [stacks[path] for path in group], scaling, shared)
 
 
-def _rows(paths: list[str], place: int, x: Tensor, num_particles: int, shared_input: bool) -> Tensor:
+def _rows(x: Tensor, num_particles: int, shared_input: bool) -> Tensor:
     """[K*B, T, I] as [K, B*T, I]; as [B*T, I] if every particle's rows are the same."""
-    if x.shape[0] % num_particles:
-        raise RuntimeError(
-            f"{paths[place]} was given {x.shape[0]} rows, which {num_particles} particles do not divide: it does not "
-            "see whole sequences (a mixture of experts?) or the model was called directly; leave it out of "
-            "target_modules, or call the model inside disable_adapters()"
-        )
     by_particle = x.reshape(num_particles, -1, x.shape[-1])
     return by_particle[0] if shared_input else by_particle
+
+
+def _no_whole_sequences(path: str, x: Tensor, num_particles: int) -> RuntimeError:
+    return RuntimeError(
+        f"{path} was given {x.shape[0]} rows, which {num_particles} particles do not divide: it does not see whole "
+        "sequences (a mixture of experts?) or the model was called directly; leave it out of target_modules, "
+        "or call the model inside disable_adapters()"
+    )
