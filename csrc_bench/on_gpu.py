@@ -10,6 +10,7 @@ tests.xml, profile.txt, benchmarks.txt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -45,19 +46,26 @@ def run(command: list[str], log: Path, seconds: float) -> str:
     start = time.monotonic()
     with log.open("a") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = process.wait(max(seconds, 1))
             ended = {0: "done", 5: "nothing new"}.get(code, f"exit code {code}")  # 5: pytest had nothing to run
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             ended = "out of time"
+        finally:
+            # its workers too: they would compute on under what is measured next
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return f"{ended}, {time.monotonic() - start:.0f} s"
 
 
