@@ -16,7 +16,7 @@ from renyi_kernels.torch_ops.linear_logprob import logprob_pass as torch_pass
 
 # a CPU gains nothing from more rows at once, and they fall out of its cache
 _MOST_ROWS_ON_CPU = 256
-# a low-precision head is widened to fp32 on CPU, this many vocabulary rows at a time
+# without CUDA a low-precision head is widened to fp32, this many vocabulary rows at a time
 _VOCAB_BLOCK = 8192
 
 
@@ -54,7 +54,7 @@ def linear_logprob(
     # buffers serve every chunk: a fresh allocation each time costs as much as the arithmetic
     buffer = hidden.new_empty((chunk, V), dtype=logprob.dtype)
     widened = None
-    if hidden.device.type == "cpu" and weight.dtype != buffer.dtype:
+    if hidden.device.type != "cuda" and weight.dtype != buffer.dtype:
         widened = buffer.new_empty((min(_VOCAB_BLOCK, V), D))
     for start in range(0, rows.numel(), max(chunk, 1)):
         part = rows[start : start + chunk]

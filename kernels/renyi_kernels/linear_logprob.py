@@ -41,8 +41,8 @@ def linear_logprob(
             there is 0.0 and no work is done. They may lie on the CPU beside a hidden on the GPU: finding the labelled
             ones then waits for nothing, while labels on the GPU make the op wait for the device once.
         logit_softcap: c > 0, or None. logit_scale: multiplies the logits.
-        chunk_mib: MiB of logits (and their copies) held at any moment, but for the "reference" path. On a CPU a head in
-            low precision takes 8192 of its rows in fp32 beside them.
+        chunk_mib: MiB of logits (and their copies) held at any moment, but for the "reference" path. Without CUDA a
+            head in low precision takes 8192 of its rows in fp32 beside them.
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
@@ -125,17 +125,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
-    chunk_mib: float,
-    need_grad: bool,
-    path: str,
-) -> tuple[Tensor, Tensor]:
+def _(hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, need_grad, path):
     N, D = hidden.shape
     logprob = hidden.new_empty(N, dtype=at_least_fp32(hidden.dtype))
     return logprob, hidden.new_empty((N, D) if need_grad else (0, D))

@@ -217,32 +217,14 @@ _backward = torch.library.custom_op("renyi_kernels::lora_linears_backward", _gra
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scaling: float,
-    path: str,
-) -> list[Tensor]:
+def _(x, weights, biases, A, B, scaling, path):
     K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
     outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
     return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
 
 
 @_backward.register_fake
-def _(
-    dY: Sequence[Tensor],
-    x: Tensor,
-    S: Tensor,
-    weights: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scaling: float,
-    need_dx: bool,
-    path: str,
-) -> list[Tensor]:
+def _(dY, x, S, weights, A, B, scaling, need_dx, path):
     dA = A[0].new_empty((A[0].shape[0], sum(a.shape[1] for a in A), x.shape[-1]))
     return [x.new_empty(x.shape if need_dx else 0), dA, *(torch.empty_like(b) for b in B)]
 
