@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    of_this_run = ("TRITON_INTERPRET", "PYTEST_")  # pytest-benchmark times nothing in a worker of xdist
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(of_this_run)}
     environment |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "--tiny", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
