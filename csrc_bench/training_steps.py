@@ -96,7 +96,7 @@ class Ensemble:
 
     def __init__(self, model, shape: Shape, backend: str) -> None:
         self.backend, self.ensemble = backend, attach(model, shape)
-        self.optimizer = torch.optim.AdamW(self.ensemble.parameters(), lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(self.ensemble.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(self, ids: Tensor) -> None:
         with use_backend(self.backend):
@@ -178,7 +178,9 @@ class Peft:
                     pair[0].copy_(A[k])
                     pair[1].copy_(B[k])
                     self.parameters[name] += pair
-        self.optimizer = torch.optim.AdamW([p for ps in self.parameters.values() for p in ps], lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(
+            [p for ps in self.parameters.values() for p in ps], lr=LEARNING_RATE, fused=True
+        )
 
     def nll(self, name: str, ids: Tensor) -> Tensor:
         self.model.set_adapter(name)
@@ -215,7 +217,7 @@ class Vmap:
         for path, pair in stacked.items():
             for letter, tensor in zip("AB", pair, strict=True):
                 self.adapters[f"base_model.model.{path}.lora_{letter}.default.weight"] = tensor.requires_grad_()
-        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=LEARNING_RATE, fused=True)
 
     def logp(self, ids: Tensor) -> Tensor:
         ids = ids.to(device_type())

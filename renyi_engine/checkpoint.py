@@ -132,8 +132,8 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
     for key, value in moments.items():
         name, _, entry = key.rpartition(".")
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU
-        optimizer.state[parameter][entry] = value.to(parameter.device) if value.dim() else value
+        # the fused AdamW keeps its step counter beside its moments
+        optimizer.state[parameter][entry] = value.to(parameter.device)
     return files.read_json(path / "state.json")
 
 

@@ -217,6 +217,7 @@ class _Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fused=True,  # needs no memory beside the moments
         )
         self.learning_rate_factor = _schedule(config, self.optimizer, self.total_steps)
         self.coupling = config.coupling(self.total_steps, self._estimate_alpha_star)
