@@ -3,6 +3,7 @@
 from renyi_engine.dpo import DpoConfig
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
 from renyi_engine.sft import SftConfig
+from renyi_engine.train_step import OutOfMemory
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, TrainResult, train
 from renyi_engine.uncertainty import Policy, Predictive, calibrate, decide, predictive
 
@@ -10,6 +11,7 @@ __all__ = [
     "DpoConfig",
     "EnsembleConfig",
     "LoraEnsemble",
+    "OutOfMemory",
     "Policy",
     "Predictive",
     "SftConfig",

@@ -26,6 +26,7 @@ from renyi_engine.refusal import RefusalConfig, evaluate_refusal
 from renyi_engine.report import write_report
 from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
+from renyi_engine.train_step import OutOfMemory
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         return EXIT_NOTHING_SAVED
-    except (TrainingDiverged, OSError) as error:
+    except (TrainingDiverged, OutOfMemory, OSError) as error:
         print(f"renyi-engine {command}: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0

@@ -155,12 +155,21 @@ class TrainConfig(AdapterConfig):
     max_grad_norm: float = flag(1.0, "Gradient-norm limit of each particle by itself; 0 switches it off.")
     num_train_epochs: float = flag(3.0, "Passes over the data, unless max_steps is given.")
     max_steps: int = flag(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
-    per_device_train_batch_size: int = flag(8, "Examples of a micro-batch; every particle sees each of them.")
+    per_device_train_batch_size: int = flag(
+        8, "Examples of a micro-batch; every particle sees each of them. Halved where the device's memory ends."
+    )
     per_device_eval_batch_size: int = flag(8, "Examples of an evaluation batch.")
     gradient_accumulation_steps: int = flag(1, "Micro-batches of an optimizer step.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward: less memory, more time.")
     group_by_length: bool = flag(False, "Draw batches of similar length: less padding.")
-    max_consecutive_skips: int = flag(10, "Stop after a particle's gradient was not finite this many steps in a row.")
+    spike_threshold: float | None = flag(
+        None,
+        "Skip the update of a step whose loss a label is more than this many times the median of the last 20 steps'; "
+        "no step is skipped if not given.",
+    )
+    max_consecutive_skips: int = flag(
+        10, "Stop after a particle's update was skipped, for a gradient not finite or a spike, this often in a row."
+    )
     seed: int = flag(42, "Of the adapters' init and of the order of the data.")
     # the run
     logging_steps: int = flag(10, "Steps from one line of metrics.jsonl to the next.")
@@ -182,6 +191,7 @@ class TrainConfig(AdapterConfig):
         )  # fmt: skip
         require(self, positive, "a number above 0", lambda v: math.isfinite(v) and v > 0)
         require(self, ("kernel_bandwidth",), "a number above 0, or nothing", lambda v: v is None or v > 0)
+        require(self, ("spike_threshold",), "a number above 1, or nothing", lambda v: v is None or v > 1)
         require(self, at_least_one, "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("eval_steps",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
         require(self, ("max_length", "save_total_limit"), "a whole number of at least 2", lambda v: v >= 2)

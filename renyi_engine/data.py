@@ -178,23 +178,18 @@ class StepSampler:
     The last step of an epoch may be smaller. `steps_per_epoch` is in optimizer steps.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], micro_batch_size: int, accumulation_steps: int, seed: int, group_by_length: bool
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int, group_by_length: bool) -> None:
         self._lengths = list(lengths)
-        self._micro_batch_size = micro_batch_size
-        self._step_size = micro_batch_size * accumulation_steps
+        self._step_size = step_size
         self._seed = seed
         self._group_by_length = group_by_length
         self._order: tuple[int, list[int]] | None = None  # of the epoch seen last
         self.steps_per_epoch = -(-len(self._lengths) // self._step_size)
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Indices of the examples of each micro-batch of `step`, counted from 0."""
+    def examples(self, step: int) -> list[int]:
+        """Indices of the examples of `step`, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._epoch_order(epoch)[position * self._step_size :][: self._step_size]
-        size = self._micro_batch_size
-        return [order[i : i + size] for i in range(0, len(order), size)]
+        return self._epoch_order(epoch)[position * self._step_size :][: self._step_size]
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:

@@ -31,9 +31,15 @@ def clip_grad_norms_(parameters: Sequence[Tensor], norms: Tensor, max_norm: floa
 
 @torch.no_grad()
 def step_healthy(optimizer: torch.optim.Optimizer, healthy: Tensor) -> None:
-    """One optimizer step where `healthy` [K] is true; other particles keep parameters and moments bit for bit."""
+    """One optimizer step where `healthy` [K] is true; other particles keep parameters and moments bit for bit.
+
+    With none healthy no step is made, nor counted.
+    """
     sick = ~healthy
-    if not sick.any():
+    num_sick = int(sick.sum())
+    if num_sick == len(sick):
+        return
+    if num_sick == 0:
         optimizer.step()
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

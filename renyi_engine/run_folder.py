@@ -21,6 +21,7 @@ from renyi_engine.settings import changes, read_yaml, to_yaml
 _MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
+    "gradient_checkpointing",
 }  # fmt: skip
 
 

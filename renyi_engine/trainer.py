@@ -1,4 +1,4 @@
-"""Training: one loop for every objective. `train_step` is the whole of the method; the rest keeps it alive.
+"""Training: one loop for every objective. `train_step` is the method; what is here keeps it alive.
 
 Layout: K particles, B sequences, T tokens.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import get_scheduler
 
 from renyi_engine import base_model, checkpoint, data, seeding
@@ -23,17 +22,18 @@ from renyi_engine.data import StepSampler
 from renyi_engine.dataset import Dataset, load_dataset
 from renyi_engine.dpo import DpoConfig, DpoTask
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.evaluation import Evaluation, evaluate, means, sums
-from renyi_engine.objective import data_term
-from renyi_engine.particle_optim import clip_grad_norms_, grad_norms, step_healthy
-from renyi_engine.prior import potential_curvature, prior_term
+from renyi_engine.evaluation import Evaluation, evaluate, means
+from renyi_engine.prior import potential_curvature
 from renyi_engine.progress import TrainingProgress
 from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
+from renyi_engine.state import State, Window
 from renyi_engine.task import Task, length
 from renyi_engine.theory.adapter import estimate_alpha_star
+from renyi_engine.train_step import OutOfMemory, StepResult, train_step
+from renyi_engine.watchdog import remember, spike_limit
 from renyi_kernels import renyi_reduce
 
 # without held-out data, the report's heat map is of this many training examples
@@ -62,55 +62,7 @@ class TrainingInterrupted(Exception):
 
 
 class TrainingDiverged(RuntimeError):
-    """A particle's gradient was not finite too many times in a row."""
-
-
-@dataclass
-class State:
-    """What a checkpoint keeps beside the tensors. `alpha` is the last step's; `window` is what came since the last line
-    of metrics."""
-
-    step: int = 0
-    tokens: int = 0
-    alpha: float = 0.0
-    skipped: list[int] = field(default_factory=list)
-    skipped_in_a_row: list[int] = field(default_factory=list)
-    window: Window = field(default_factory=lambda: Window())
-
-
-@dataclass
-class Window:
-    examples: int = 0
-    labels: int = 0
-    totals: dict[str, Any] = field(default_factory=dict)
-    """Sums over the examples, each one number, or a list with one of each particle."""
-    alphas: list[float] = field(default_factory=list)
-    """Of every step."""
-    alpha_star: float | None = None
-    """The last estimate of the critical alpha, where one was made."""
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add what is [examples], or [K, examples]."""
-        for name, total in sums(values).items():
-            before = self.totals.get(name)
-            if isinstance(total, list):
-                total = [a + b for a, b in zip(before or [0.0] * len(total), total, strict=True)]
-            elif before is not None:
-                total += before
-            self.totals[name] = total
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """logp [K, examples] nats of the step and the task's details of it, losses and ESS [examples], prior in nats, norms
-    [K] before clipping."""
-
-    logp: Tensor
-    details: dict[str, Tensor]
-    loss: Tensor
-    ess: Tensor
-    prior: Tensor
-    norms: Tensor
+    """A particle's update was skipped too many times in a row."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -119,7 +71,8 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: a setting, the data, the model or the folder does not do; nothing was trained.
         TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
-        TrainingDiverged: a particle's gradient stayed NaN or infinite.
+        TrainingDiverged: a particle's gradient stayed NaN or infinite, or the loss above `spike_threshold`.
+        OutOfMemory: not even one example fits; what was trained is saved.
     """
     base_model.load_config(config)
     run = RunFolder.open(config)
@@ -134,49 +87,6 @@ def train(config: TrainConfig) -> TrainResult:
     for part in (dataset.train, dataset.held_out):
         part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, fingerprint)
     return _Trainer(config, run, task, dataset, ensemble, fingerprint).run_to_the_end()
-
-
-def train_step(
-    ensemble: LoraEnsemble,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Mapping[str, Tensor]],
-    alpha: float,
-    config: TrainConfig,
-    num_train_examples: int,
-) -> StepResult:
-    """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself."""
-    parameters = list(ensemble.parameters())
-    num_examples = sum(len(batch["labels"]) for batch in micro_batches)
-    optimizer.zero_grad()
-    reductions, details = [], []
-    for batch in micro_batches:
-        scores = task.score(ensemble, batch)
-        loss, reduction = data_term(scores.logp, alpha, num_examples)
-        loss.backward()
-        reductions.append(reduction)
-        details.append(scores.details)
-    prior = prior_term(
-        config.prior,
-        parameters,
-        weight=config.prior_lambda,
-        num_examples=num_train_examples,
-        std=config.prior_std,
-        bandwidth=config.kernel_bandwidth,
-    )
-    if prior.requires_grad:
-        prior.backward()
-    norms = grad_norms(parameters)
-    clip_grad_norms_(parameters, norms, config.max_grad_norm)
-    step_healthy(optimizer, norms.isfinite())
-    return StepResult(
-        logp=torch.cat([r.logp for r in reductions], dim=1),
-        details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},
-        loss=torch.cat([r.loss.detach() for r in reductions]),
-        ess=torch.cat([r.ess for r in reductions]),
-        prior=prior.detach(),
-        norms=norms,
-    )
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -204,8 +114,7 @@ class _Trainer:
         K = config.num_particles
         self.sampler = StepSampler(
             [length(item) for item in dataset.train],
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
+            config.per_device_train_batch_size * config.gradient_accumulation_steps,
             config.seed,
             config.group_by_length,
         )
@@ -221,7 +130,7 @@ class _Trainer:
         )
         self.learning_rate_factor = _schedule(config, self.optimizer, self.total_steps)
         self.coupling = config.coupling(self.total_steps, self._estimate_alpha_star)
-        self.state = State(skipped=[0] * K, skipped_in_a_row=[0] * K)
+        self.state = State(config.per_device_train_batch_size, skipped=[0] * K, skipped_in_a_row=[0] * K)
         if run.resume_from:
             self._restore(run.resume_from)
         self.started = self.window_started = time.monotonic()
@@ -259,21 +168,37 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         alpha = state.alpha = self.coupling.at(state.step)
-        parts = [[self.dataset.train[i] for i in part] for part in self.sampler.micro_batches(state.step)]
-        micro_batches = [self.task.collate(part) for part in parts]
-        num_train_examples = len(self.dataset.train)
-        result = train_step(self.ensemble, self.task, self.optimizer, micro_batches, alpha, config, num_train_examples)
+        examples = [self.dataset.train[i] for i in self.sampler.examples(state.step)]
+        labels = sum(example.num_labels for example in examples)
+        largest = spike_limit(config.spike_threshold, state.recent_losses)  # a label
+        result = self._step_that_fits(examples, alpha, largest * labels / len(examples))
         self.coupling.observe(result.logp)
-        examples = [example for part in parts for example in part]
         tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
         state.step += 1
         self.progress.advance(state.step)
         state.tokens += tokens
         self.window_tokens += tokens
         self._count_skips(result, [example.row for example in examples])
-        self._add_to_window(result, sum(example.num_labels for example in examples))
+        if config.spike_threshold is not None and result.updated.any():
+            state.recent_losses = remember(state.recent_losses, result.loss.sum().item() / labels)
+        self._add_to_window(result, labels)
         if state.step % config.logging_steps == 0 or state.step == self.total_steps:
             self._log(result, learning_rate)
+
+    def _step_that_fits(self, examples: Sequence[Any], alpha: float, largest_loss: float) -> StepResult:
+        """The same step whatever the micro-batches: they are halved until the device has the memory."""
+        num_examples = len(self.dataset.train)
+        while True:
+            size = self.state.micro_batch_size
+            parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+            batches = [self.task.collate(part) for part in parts]
+            step = (self.ensemble, self.task, self.optimizer, batches, alpha, self.config, num_examples, largest_loss)
+            try:
+                return train_step(*step)
+            except OutOfMemory as error:
+                problem = str(error)
+            # only here, with the error gone, is the memory of the attempt free
+            self._take_smaller_micro_batches(problem)
 
     # ------------------------------------------------------------------ what is measured
 
@@ -367,6 +292,7 @@ class _Trainer:
                 "num_eval_examples": len(self.dataset.held_out),
                 "num_parameters_per_particle": per_particle,
                 "adapted_maps": len(self.ensemble.paths),
+                "micro_batch_size": self.state.micro_batch_size,
                 "dropped_rows": {reason: len(rows) for reason, rows in self.dataset.dropped.items()},
                 "elapsed_s": time.monotonic() - self.started,
             },
@@ -387,25 +313,42 @@ class _Trainer:
 
     # ------------------------------------------------------------------ what can go wrong
 
+    def _take_smaller_micro_batches(self, problem: str) -> None:
+        """Half as large; after one example, save what was trained and give up."""
+        state = self.state
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()  # blocks cut for the larger ones
+        if state.micro_batch_size == 1:
+            saved = f"; what was trained is saved as {self._save()}" if state.step else ""
+            raise OutOfMemory(
+                f"step {state.step + 1} does not fit into memory: {problem}{saved}; pass --gradient_checkpointing true "
+                "(to the resumed run too), or start with fewer particles, adapted layers or tokens (max_length)"
+            )
+        state.micro_batch_size = (state.micro_batch_size + 1) // 2
+        self.progress.say(
+            f"step {state.step + 1}: out of memory with {problem}; going on with micro-batches of "
+            f"{state.micro_batch_size}, which add up to the same steps"
+        )
+        self._describe("running")
+
     def _count_skips(self, result: StepResult, rows: list[int]) -> None:
         """Count the particles whose update was skipped; record the rows; stop when one cannot recover."""
         state, limit = self.state, self.config.max_consecutive_skips
-        sick = [k for k, finite in enumerate(result.norms.isfinite().tolist()) if not finite]
-        state.skipped_in_a_row = [n + 1 if k in sick else 0 for k, n in enumerate(state.skipped_in_a_row)]
-        if not sick:
+        skipped = [k for k, updated in enumerate(result.updated.tolist()) if not updated]
+        state.skipped_in_a_row = [n + 1 if k in skipped else 0 for k, n in enumerate(state.skipped_in_a_row)]
+        if not skipped:
             return
-        for k in sick:
+        for k in skipped:
             state.skipped[k] += 1
-        self.run.log_skip({"step": state.step, "particles": sick, "rows": rows})
-        self.progress.say(
-            f"step {state.step}: gradient of particles {sick} not finite; their update is skipped (rows {rows})"
-        )
-        lost = [k for k in sick if state.skipped_in_a_row[k] >= limit]
+        is_spike = bool(result.norms[skipped].isfinite().any())
+        why = "the loss is a spike (spike_threshold)" if is_spike else "the gradient is not finite"
+        self.run.log_skip({"step": state.step, "particles": skipped, "rows": rows, "why": why})
+        self.progress.say(f"step {state.step}: no update of particles {skipped}: {why} (rows {rows})")
+        lost = [k for k in skipped if state.skipped_in_a_row[k] >= limit]
         if lost:
             raise TrainingDiverged(
-                f"particles {lost} had a gradient that is not finite "
-                f"{limit} steps in a row (max_consecutive_skips); the rows are in {self.run.skips}; lower the "
-                "learning rate, or resume from an earlier checkpoint"
+                f"no update of particles {lost} {limit} steps in a row (max_consecutive_skips): {why}; the rows are in "
+                f"{self.run.skips}; lower the learning rate, or resume from an earlier checkpoint"
             )
 
     def _save(self) -> Path:

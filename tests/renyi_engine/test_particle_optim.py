@@ -29,7 +29,7 @@ def state_of(optimizer, params, particle):
 
 
 def adamw(params):
-    return torch.optim.AdamW(params, lr=0.1, weight_decay=0.3)
+    return torch.optim.AdamW(params, lr=0.1, weight_decay=0.3, fused=True)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 100.0])
@@ -97,3 +97,16 @@ def test_a_sick_particle_keeps_all_it_had_and_the_others_do_not_notice(bad, heal
     assert all(
         torch.equal(a, b) for x, y in zip(expected, after_moments, strict=True) for a, b in zip(x, y, strict=True)
     )
+
+
+@pytest.mark.parametrize("healthy_steps_before", [0, 2])
+def test_a_step_at_which_all_are_sick_is_none(healthy_steps_before):
+    params = parameters()
+    optimizer = adamw(params)
+    for step in range(healthy_steps_before):
+        give_gradients(params, step)
+        step_healthy(optimizer, torch.ones(K, dtype=torch.bool))
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    give_gradients(params, 50)
+    step_healthy(optimizer, torch.zeros(K, dtype=torch.bool))
+    assert str(before) == str((params, optimizer.state_dict()["state"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import renyi_engine.train_step as train_step
 import renyi_engine.trainer as trainer
-from renyi_engine import EnsembleConfig, LoraEnsemble, TrainingDiverged, train
+from renyi_engine import EnsembleConfig, LoraEnsemble, OutOfMemory, TrainingDiverged, train
 from renyi_engine.data import collate
 from renyi_engine.export import export
 from renyi_engine.files import sha256_of
 from renyi_engine.sft import SftTask
+from renyi_engine.watchdog import HISTORY
 from renyi_kernels import renyi_reduce
 
 TIMINGS = {"tokens_per_s", "elapsed_s"}
@@ -41,7 +44,7 @@ class Killed(BaseException):
 
 def kill_in_micro_batch(monkeypatch, number: int) -> None:
     """Die in the given training forward, counted over the whole run."""
-    original, seen = trainer.data_term, []
+    original, seen = train_step.data_term, []
 
     def data_term(*args):
         seen.append(None)
@@ -49,7 +52,7 @@ def kill_in_micro_batch(monkeypatch, number: int) -> None:
             raise Killed
         return original(*args)
 
-    monkeypatch.setattr(trainer, "data_term", data_term)
+    monkeypatch.setattr(train_step, "data_term", data_term)
 
 
 # ---------------------------------------------------------------------- one step
@@ -510,14 +513,161 @@ def test_a_sick_particle_is_skipped_counted_and_its_rows_recorded(sft_config, mo
     assert lines[1]["grad_norm"][1] is None
     skips = [json.loads(line) for line in (result.output_dir / "skipped.jsonl").read_text().splitlines()]
     assert [(s["step"], s["particles"], len(s["rows"])) for s in skips] == [(2, [1], 4), (3, [1], 4)]
+    assert {s["why"] for s in skips} == {"the gradient is not finite"}
     assert all(p.isfinite().all() for p in result.ensemble.parameters())
 
 
 @pytest.mark.parametrize("particle", [0, None])
 def test_too_many_skips_in_a_row_stop_the_run(sft_config, monkeypatch, particle):
     poison(monkeypatch, particle, set(range(2, 9)))
-    with pytest.raises(TrainingDiverged, match="not finite 3 steps in a row"):
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*: the gradient is not finite"):
         train(sft_config(max_steps=8, max_consecutive_skips=3))
+
+
+# ---------------------------------------------------------------------- spikes
+
+
+def spike(monkeypatch, steps, factor=100.0):
+    """Multiply the log-likelihoods of the given steps, counted from 1."""
+    original, seen = SftTask.score, []
+
+    def score(self, ensemble, batch):
+        seen.append(None)
+        scores = original(self, ensemble, batch)
+        return replace(scores, logp=scores.logp * factor) if len(seen) in steps else scores
+
+    monkeypatch.setattr(SftTask, "score", score)
+
+
+def test_a_spike_is_not_learnt_from(sft_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        spike(patch, {HISTORY + 3})
+        result = train(sft_config(max_steps=HISTORY + 4, spike_threshold=5.0, save_steps=1, save_total_limit=4))
+    states = [fingerprint(result.output_dir, HISTORY + n) for n in (2, 3, 4)]
+    for file in ("adapters.safetensors", "optimizer.safetensors"):
+        assert states[0][file] == states[1][file] != states[2][file]
+    line = next(json.loads(line) for line in (result.output_dir / "skipped.jsonl").read_text().splitlines())
+    assert (line["step"], line["particles"], len(line["rows"])) == (HISTORY + 3, [0, 1, 2], 4)
+    assert "spike" in line["why"]
+
+
+def test_without_a_threshold_a_spike_is_trained_on(sft_config, monkeypatch):
+    spike(monkeypatch, {HISTORY + 1})
+    assert metrics(train(sft_config(max_steps=HISTORY + 2)).output_dir)[-1]["skipped_updates"] == [0, 0, 0]
+
+
+def test_a_loss_that_stays_high_stops_the_run(sft_config, monkeypatch):
+    spike(monkeypatch, range(HISTORY + 1, 99))
+    with pytest.raises(TrainingDiverged, match=r"2 steps in a row .*: the loss is a spike"):
+        train(sft_config(max_steps=HISTORY + 5, spike_threshold=5.0, max_consecutive_skips=2))
+
+
+def test_what_a_spike_is_told_by_outlives_a_kill(sft_config, tmp_path, monkeypatch):
+    def run(name, **changed):
+        config = sft_config(
+            max_steps=HISTORY + 4, save_steps=HISTORY, spike_threshold=5.0, output_dir=str(tmp_path / name)
+        )
+        return replace(config, **changed)
+
+    with monkeypatch.context() as patch:
+        spike(patch, {HISTORY + 3})
+        train(run("whole"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_micro_batch(patch, HISTORY + 2)
+        train(run("broken"))
+    with monkeypatch.context() as patch:
+        spike(patch, {3})
+        train(run("broken", resume_from_checkpoint="true"))
+    assert fingerprint(tmp_path / "broken", HISTORY + 4) == fingerprint(tmp_path / "whole", HISTORY + 4)
+    assert (tmp_path / "broken" / "skipped.jsonl").read_text() == (tmp_path / "whole" / "skipped.jsonl").read_text()
+
+
+# ---------------------------------------------------------------------- too little memory
+
+
+def room_for(monkeypatch, num_examples, where="forward", from_step=1):
+    """Let the device's memory end when a training micro-batch holds more examples, from a step on."""
+    original, seen, held = SftTask.score, [], []
+
+    def score(self, ensemble, batch):
+        if not torch.is_grad_enabled():
+            return original(self, ensemble, batch)
+        assert [one() for one in held] == [None] * len(held), "the memory of an attempt that failed is not free"
+        seen.append(None)
+        too_many = len(batch["labels"]) > num_examples and len(seen) >= from_step
+        activations = torch.zeros(1)
+        if too_many:
+            held.append(weakref.ref(activations))
+        if too_many and where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nand more lines")
+        scores = original(self, ensemble, batch)
+
+        def backward(gradient):
+            assert activations.numel()
+            if too_many:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+        scores.logp.register_hook(backward)
+        return scores
+
+    monkeypatch.setattr(SftTask, "score", score)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_micro_batches_that_do_not_fit_are_halved_and_the_steps_stay_the_same(
+    sft_config, tmp_path, monkeypatch, capsys, where
+):
+    as_given = sft_config(per_device_train_batch_size=6, max_steps=4, output_dir=str(tmp_path / "given"))
+    as_found = replace(
+        as_given, per_device_train_batch_size=2, gradient_accumulation_steps=3, output_dir=str(tmp_path / "found")
+    )
+    with monkeypatch.context() as patch:
+        room_for(patch, 2, where)
+        ours = train(as_given)
+    theirs = train(as_found)
+    for (_, p), (_, q) in zip(ours.ensemble.named_parameters(), theirs.ensemble.named_parameters(), strict=True):
+        assert p.equal(q)
+    assert metrics(ours.output_dir) == metrics(theirs.output_dir)
+    said = capsys.readouterr().err
+    assert re.search(r"step 1: out of memory with 6 examples of .*micro-batches of 3", said)
+    assert re.search(r"step 1: out of memory with 3 examples of .*micro-batches of 2", said)
+    assert json.loads((ours.output_dir / "run.json").read_text())["micro_batch_size"] == 2
+
+
+def test_the_micro_batch_size_that_was_found_outlives_a_kill(sft_config, tmp_path, monkeypatch):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 4}
+    whole, broken = (sft_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "broken"))
+    with monkeypatch.context() as patch:
+        room_for(patch, 2, from_step=3)
+        train(whole)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        room_for(patch, 2, from_step=3)
+        kill_in_micro_batch(patch, 2 + 2 * 2 + 1)  # in step 5, after two steps of one micro-batch and two of two
+        train(broken)
+    train(replace(broken, resume_from_checkpoint="true"))
+    assert fingerprint(tmp_path / "broken", 6) == fingerprint(tmp_path / "whole", 6)
+
+
+def test_when_not_even_one_example_fits_what_was_trained_is_saved_and_can_go_on(sft_config, tmp_path, monkeypatch):
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4}
+    whole, short = (sft_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "short"))
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match=r"step 3 .*checkpoint-2; .*checkpointing"):
+        room_for(patch, 0, from_step=3)
+        train(short)
+    resumed = train(replace(short, resume_from_checkpoint="true", gradient_checkpointing=True))
+    for p, q in zip(resumed.ensemble.parameters(), train(whole).ensemble.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # in micro-batches of one
+
+
+def test_memory_that_ends_outside_the_micro_batches_is_not_tried_again(sft_config, monkeypatch):
+    """In the optimizer, parameters may have been changed already."""
+
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_step, "step_healthy", step)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(sft_config(max_steps=2))
 
 
 # ---------------------------------------------------------------------- bad input, before anything expensive
