@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from renyi_engine import environment, export
 from renyi_engine.alpha_star import AlphaStarConfig, alpha_star
 from renyi_engine.answers import GenerateConfig, answer
@@ -58,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NOTHING_SAVED
     except (TrainingDiverged, OutOfMemory, OSError) as error:
         print(f"renyi-engine {command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except torch.OutOfMemoryError as error:
+        remedy = "Smaller batches need less: lower --per_device_eval_batch_size, or give fewer prompts"
+        print(f"renyi-engine {command}: {str(error).splitlines()[0]} {remedy}", file=sys.stderr)
         return EXIT_FAILED
     return 0
 

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from renyi_engine import trainer
 from renyi_engine.adapter_folder import read
 from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, main
 from renyi_engine.files import read_json, sha256_of
@@ -112,6 +114,17 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flag
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("renyi-engine sft: ")
     assert message in last
+
+
+def test_memory_that_ends_in_an_evaluation_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch):
+    def evaluate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nand more lines")
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    assert main(sft_flags()) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Tried to allocate 7 GiB. Smaller batches" in last
+    assert "--per_device_eval_batch_size" in last
 
 
 def test_off_a_terminal_progress_is_plain_lines(sft_flags):
