@@ -30,6 +30,7 @@ from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
 SHOWN = 25
+NLLS = ("best_particle_nll_nats_per_token", "mixture_nll_nats_per_token", "base_nll_nats_per_token")
 """Examples of each kind in the report; the table on disk has all."""
 
 
@@ -57,16 +58,16 @@ class NllConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One example. NLLs are in nats a token, the entropy of the responsibilities in nats, ESS in particles."""
+    """One example, and its line of examples.csv."""
 
     row: int
     flag: str
-    ess: float
-    responsibility_entropy: float
+    ess_particles: float
+    responsibility_entropy_nats: float
     best_particle: int
-    best_particle_nll: float
-    mixture_nll: float
-    base_nll: float
+    best_particle_nll_nats_per_token: float
+    mixture_nll_nats_per_token: float
+    base_nll_nats_per_token: float
     num_tokens: int
     text: str
 
@@ -137,10 +138,7 @@ def _write(
         "contested_ess_particles": config.contested_ess * K,
         "high_nll_nats_per_token": high,
         **{kind.replace(" ", "_"): len(found) for kind, found in kinds.items()},
-        "mean_ess_particles": mean("ess"),
-        "mean_best_particle_nll_nats_per_token": mean("best_particle_nll"),
-        "mean_mixture_nll_nats_per_token": mean("mixture_nll"),
-        "mean_base_nll_nats_per_token": mean("base_nll"),
+        **{f"mean_{name}": mean(name) for name in ("ess_particles", *NLLS)},
         "dropped_rows": dropped,
     }
     files.write_json(folder / "results.json", results)
@@ -161,8 +159,8 @@ def _report(
     limit, high = results["contested_ess_particles"], results["high_nll_nats_per_token"]
     picture = scatter(
         "examples",
-        [d.ess for d in table],
-        [d.best_particle_nll for d in table],
+        [d.ess_particles for d in table],
+        [d.best_particle_nll_nats_per_token for d in table],
         [d.flag or "neither" for d in table],
         xlabel="effective sample size (particles)",
         ylabel="NLL of the best particle (nats a token)",
@@ -171,17 +169,22 @@ def _report(
         caption=f"{len(table):,} examples of {config.dataset_name}, weighed at alpha = {results['alpha']:g}.",
     )
     by_flag = {
-        CONTESTED: (lambda d: d.ess, "lowest effective sample size first"),
-        OUT_OF_SUPPORT: (lambda d: -d.best_particle_nll, "highest NLL first"),
+        CONTESTED: (lambda d: d.ess_particles, "lowest effective sample size first"),
+        OUT_OF_SUPPORT: (lambda d: -d.best_particle_nll_nats_per_token, "highest NLL first"),
     }
     tables = [
         Table(
             f"{kind[0].upper()}{kind[1:]}: {len(kinds[kind])} examples",
             ["row", "ESS", "entropy", "best particle", "its NLL", "mixture's", "base's", "example"],
             [
-                [str(d.row), *(f"{v:.3f}" for v in (d.ess, d.responsibility_entropy)), str(d.best_particle)]
-                + [f"{v:.3f}" for v in (d.best_particle_nll, d.mixture_nll, d.base_nll)]
-                + [d.text]
+                [
+                    str(d.row),
+                    f"{d.ess_particles:.3f}",
+                    f"{d.responsibility_entropy_nats:.3f}",
+                    str(d.best_particle),
+                    *(f"{getattr(d, name):.3f}" for name in NLLS),
+                    d.text,
+                ]
                 for d in sorted(kinds[kind], key=key)[:SHOWN]
             ],
             f"{order}; all of them are in examples.csv",

@@ -81,7 +81,9 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
         table = list(csv.DictReader(file))
     assert [int(row["row"]) for row in table] == [0, 1, 2, 4, 5, 6, 7]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    best = [float(row["best_particle_nll"]) for row in table]
+    mean_ess = np.mean([float(row["ess_particles"]) for row in table])
+    assert results["mean_ess_particles"] == pytest.approx(mean_ess, rel=1e-6)
+    best = [float(row["best_particle_nll_nats_per_token"]) for row in table]
     assert results["high_nll_nats_per_token"] == pytest.approx(float(np.quantile(best, 0.5)), rel=1e-6)
     for kind in (CONTESTED, OUT_OF_SUPPORT):
         count = sum(row["flag"] == kind for row in table)
@@ -93,7 +95,7 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
     labels[:, :3] = -100
     with torch.no_grad(), ensemble.disable_adapters():
         logp = ensemble.sequence_logprob({"input_ids": ids, "labels": labels})
-    assert float(table[0]["base_nll"]) == pytest.approx(-logp.item() / 3, rel=1e-5)
+    assert float(table[0]["base_nll_nats_per_token"]) == pytest.approx(-logp.item() / 3, rel=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in page
 
