@@ -2,16 +2,16 @@
 
 from renyi_engine.dpo import DpoConfig
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
+from renyi_engine.memory import DoesNotFit
 from renyi_engine.sft import SftConfig
-from renyi_engine.train_step import OutOfMemory
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, TrainResult, train
 from renyi_engine.uncertainty import Policy, Predictive, calibrate, decide, predictive
 
 __all__ = [
+    "DoesNotFit",
     "DpoConfig",
     "EnsembleConfig",
     "LoraEnsemble",
-    "OutOfMemory",
     "Policy",
     "Predictive",
     "SftConfig",

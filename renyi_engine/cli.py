@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from renyi_engine import environment, export
 from renyi_engine.alpha_star import AlphaStarConfig, alpha_star
 from renyi_engine.answers import GenerateConfig, answer
@@ -22,13 +20,13 @@ from renyi_engine.config import EvalConfig, TrainConfig
 from renyi_engine.diagnostics import NllConfig, evaluate_nll
 from renyi_engine.dpo import DpoConfig
 from renyi_engine.dry_run import dry_run
+from renyi_engine.memory import DoesNotFit, first_line, is_out_of_memory
 from renyi_engine.mmlu import MmluConfig, evaluate_mmlu
 from renyi_engine.progress import use_plain_warnings
 from renyi_engine.refusal import RefusalConfig, evaluate_refusal
 from renyi_engine.report import write_report
 from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
-from renyi_engine.train_step import OutOfMemory
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
@@ -58,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         return EXIT_NOTHING_SAVED
-    except (TrainingDiverged, OutOfMemory, OSError) as error:
+    except (TrainingDiverged, DoesNotFit, OSError) as error:
         print(f"renyi-engine {command}: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except torch.OutOfMemoryError as error:
-        remedy = "Smaller batches need less: lower --per_device_eval_batch_size, or give fewer prompts"
-        print(f"renyi-engine {command}: {str(error).splitlines()[0]} {remedy}", file=sys.stderr)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "smaller batches, shorter sequences or fewer particles need less memory"
+        print(f"renyi-engine {command}: {first_line(error)}; {remedy}", file=sys.stderr)
         return EXIT_FAILED
     return 0
 

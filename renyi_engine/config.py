@@ -164,8 +164,8 @@ class TrainConfig(AdapterConfig):
     group_by_length: bool = flag(False, "Draw batches of similar length: less padding.")
     spike_threshold: float | None = flag(
         None,
-        "Skip the update of a step whose loss a label is more than this many times the median of the last 20 steps'; "
-        "no step is skipped if not given.",
+        "Skip the update of a step whose mixture NLL is more than this many times the median of the last 20 steps, "
+        "counted a token, or a pair; no step is skipped if not given.",
     )
     max_consecutive_skips: int = flag(
         10, "Stop after a particle's update was skipped, for a gradient not finite or a spike, this often in a row."

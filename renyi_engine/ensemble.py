@@ -312,9 +312,13 @@ class LoraEnsemble(nn.Module):
         try:
             yield
         finally:
-            self._repeated.clear()
-            for adapted in self._maps:
-                adapted.forget()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what a forward, or a checkpointed backward, left behind when it was cut short."""
+        self._repeated.clear()
+        for adapted in self._maps:
+            adapted.forget()
 
     # ------------------------------------------------------------------ hooks
 

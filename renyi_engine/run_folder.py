@@ -17,11 +17,12 @@ from renyi_engine import checkpoint, files
 from renyi_engine.config import CONFIG_FILE, TrainConfig
 from renyi_engine.settings import changes, read_yaml, to_yaml
 
-# what may differ between a run and its continuation: none of it changes how a step is computed
+# what may differ between a run and its continuation: none of it changes how a step is computed, but that a run may be
+# let off the watchdog that stopped it
 _MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "spike_threshold",
 }  # fmt: skip
 
 

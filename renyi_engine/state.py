@@ -51,6 +51,6 @@ class State:
     tokens: int = 0
     alpha: float = 0.0
     """Of the last step."""
-    recent_losses: list[float] = field(default_factory=list)
+    recent_nlls: list[float] = field(default_factory=list)
     """What a spike is told by: see `watchdog`."""
     window: Window = field(default_factory=Window)

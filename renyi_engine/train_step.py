@@ -6,8 +6,7 @@ Layout: K particles, B sequences, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +14,35 @@ from torch import Tensor
 
 from renyi_engine.config import TrainConfig
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.memory import must_fit
 from renyi_engine.objective import data_term
 from renyi_engine.particle_optim import clip_grad_norms_, grad_norms, step_healthy
 from renyi_engine.prior import prior_term
 from renyi_engine.task import Task
-
-
-class OutOfMemory(RuntimeError):
-    """A micro-batch did not fit into the device's memory. Parameters and moments are as they were."""
+from renyi_kernels import renyi_reduce
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """logp [K, examples] nats of the step and the task's details of it, losses and ESS [examples], prior in nats, norms
-    [K] before clipping, and which particles [K] were updated."""
+    """What a step saw and did.
+
+    Attributes:
+        logp: [K, examples] nats. details: what else the task says of them.
+        loss, ess: [examples]. prior: a scalar, nats.
+        mixture_nll: [examples] nats, of the mixture of the particles whose gradient is finite.
+        norms: [K], before clipping.
+        spike: a scalar, whether the examples' mean mixture_nll was above the largest one allowed.
+        updated: [K], which particles were.
+    """
 
     logp: Tensor
     details: dict[str, Tensor]
     loss: Tensor
     ess: Tensor
     prior: Tensor
+    mixture_nll: Tensor
     norms: Tensor
+    spike: Tensor
     updated: Tensor
 
 
@@ -47,21 +54,22 @@ def train_step(
     alpha: float,
     config: TrainConfig,
     num_train_examples: int,
-    largest_loss: float = math.inf,
+    largest_nll: float = math.inf,
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
-    No update of a particle whose gradient is not finite; of none if the mean loss, in nats, is above `largest_loss`.
+    No update of a particle whose gradient is not finite; of none if the mean NLL of the mixture, in nats, is above
+    `largest_nll`.
 
     Raises:
-        OutOfMemory: a micro-batch does not fit.
+        DoesNotFit: a micro-batch does not.
     """
     parameters = list(ensemble.parameters())
     num_examples = sum(len(batch["labels"]) for batch in micro_batches)
     optimizer.zero_grad()
     reductions, details = [], []
     for batch in micro_batches:
-        with _that_may_not_fit(batch):
+        with must_fit(f"a micro-batch of {list(batch['labels'].shape)} tokens"):
             scores = task.score(ensemble, batch)
             loss, reduction = data_term(scores.logp, alpha, num_examples)
             loss.backward()
@@ -79,26 +87,24 @@ def train_step(
         prior.backward()
     norms = grad_norms(parameters)
     clip_grad_norms_(parameters, norms, config.max_grad_norm)
-    losses = torch.cat([r.loss.detach() for r in reductions])
-    updated = norms.isfinite() & ~(losses.mean() > largest_loss)
-    step_healthy(optimizer, updated)
+    logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()
+    mixture_nll = _mixture_nll(logp, healthy)
+    spike = healthy.any() & (mixture_nll.mean() > largest_nll)
+    step_healthy(optimizer, healthy & ~spike)
     return StepResult(
-        logp=torch.cat([r.logp for r in reductions], dim=1),
+        logp=logp,
         details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},
-        loss=losses,
+        loss=torch.cat([r.loss.detach() for r in reductions]),
         ess=torch.cat([r.ess for r in reductions]),
         prior=prior.detach(),
+        mixture_nll=mixture_nll,
         norms=norms,
-        updated=updated,
+        spike=spike,
+        updated=healthy & ~spike,
     )
 
 
-@contextmanager
-def _that_may_not_fit(batch: Mapping[str, Tensor]) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        labels = batch["labels"]
-        raise OutOfMemory(
-            f"{len(labels)} examples of {labels.shape[-1]} tokens: {str(error).splitlines()[0]}"
-        ) from None
+def _mixture_nll(logp: Tensor, healthy: Tensor) -> Tensor:
+    """-log of the mean probability (alpha = 1, Lemma 1) over the particles that are `healthy` [K]: [examples]."""
+    of_all = renyi_reduce(logp.where(healthy[:, None], -torch.inf), 1.0).loss
+    return of_all + (healthy.sum().clamp(min=1) / len(healthy)).log()

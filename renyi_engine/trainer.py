@@ -23,6 +23,7 @@ from renyi_engine.dataset import Dataset, load_dataset
 from renyi_engine.dpo import DpoConfig, DpoTask
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.evaluation import Evaluation, evaluate, means
+from renyi_engine.memory import DoesNotFit, must_fit
 from renyi_engine.prior import potential_curvature
 from renyi_engine.progress import TrainingProgress
 from renyi_engine.report import write_report
@@ -32,9 +33,8 @@ from renyi_engine.signals import StopSignals
 from renyi_engine.state import State, Window
 from renyi_engine.task import Task, length
 from renyi_engine.theory.adapter import estimate_alpha_star
-from renyi_engine.train_step import OutOfMemory, StepResult, train_step
+from renyi_engine.train_step import StepResult, train_step
 from renyi_engine.watchdog import remember, spike_limit
-from renyi_kernels import renyi_reduce
 
 # without held-out data, the report's heat map is of this many training examples
 TRAINING_EXAMPLES_SHOWN = 256
@@ -71,8 +71,8 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: a setting, the data, the model or the folder does not do; nothing was trained.
         TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
-        TrainingDiverged: a particle's gradient stayed NaN or infinite, or the loss above `spike_threshold`.
-        OutOfMemory: not even one example fits; what was trained is saved.
+        TrainingDiverged: a particle's gradient stayed NaN or infinite, or the loss beyond `spike_threshold`.
+        DoesNotFit: memory ended, in a step even with one example at a time; what was trained is saved.
     """
     base_model.load_config(config)
     run = RunFolder.open(config)
@@ -143,19 +143,19 @@ class _Trainer:
         with StopSignals() as signals, TrainingProgress(self.total_steps, state.step, config.num_particles) as progress:
             self.progress = progress
             self._announce()
-            while state.step < self.total_steps:
-                self._one_step()
-                at_the_end = state.step == self.total_steps
-                if signals.received and not at_the_end:
-                    path = self._save()
-                    self._describe("interrupted")
-                    raise TrainingInterrupted(signals.received, state.step, path)
-                # before the checkpoint, which vouches for the lines of metrics up to its step
-                if config.eval_steps and state.step % config.eval_steps == 0 and not at_the_end:
-                    self._evaluate()
-                if at_the_end or state.step % config.save_steps == 0:
-                    self._save()
-            evaluation = self._evaluate()
+            try:
+                while state.step < self.total_steps:
+                    self._one_step()
+                    self._after_step(signals)
+                evaluation = self._evaluate()
+            except TrainingDiverged:
+                self._describe("failed")
+                raise
+            except DoesNotFit as error:
+                self._describe("failed")
+                if state.step == 0:
+                    raise
+                raise DoesNotFit(f"{error}; what was trained is saved as {self._save()}") from None
             self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
             self._describe("finished")
             report = write_report([self.run.path], self.run.path / "report.html")
@@ -167,38 +167,53 @@ class _Trainer:
         learning_rate = config.learning_rate * self.learning_rate_factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        alpha = state.alpha = self.coupling.at(state.step)
+        alpha = self.coupling.at(state.step)
         examples = [self.dataset.train[i] for i in self.sampler.examples(state.step)]
         labels = sum(example.num_labels for example in examples)
-        largest = spike_limit(config.spike_threshold, state.recent_losses)  # a label
-        result = self._step_that_fits(examples, alpha, largest * labels / len(examples))
-        self.coupling.observe(result.logp)
+        largest_nll = spike_limit(config.spike_threshold, state.recent_nlls) * labels / len(examples)
+        result = self._step_that_fits(examples, alpha, largest_nll)
         tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
+        state.alpha = alpha
         state.step += 1
         self.progress.advance(state.step)
         state.tokens += tokens
         self.window_tokens += tokens
         self._count_skips(result, [example.row for example in examples])
-        if config.spike_threshold is not None and result.updated.any():
-            state.recent_losses = remember(state.recent_losses, result.loss.sum().item() / labels)
+        if result.updated.any():
+            self.coupling.observe(result.logp)
+            state.recent_nlls = remember(state.recent_nlls, result.mixture_nll.sum().item() / labels)
         self._add_to_window(result, labels)
         if state.step % config.logging_steps == 0 or state.step == self.total_steps:
             self._log(result, learning_rate)
 
-    def _step_that_fits(self, examples: Sequence[Any], alpha: float, largest_loss: float) -> StepResult:
+    def _step_that_fits(self, examples: Sequence[Any], alpha: float, largest_nll: float) -> StepResult:
         """The same step whatever the micro-batches: they are halved until the device has the memory."""
-        num_examples = len(self.dataset.train)
+        config, num_train_examples = self.config, len(self.dataset.train)
         while True:
-            size = self.state.micro_batch_size
+            size = min(self.state.micro_batch_size, len(examples))
             parts = [examples[start : start + size] for start in range(0, len(examples), size)]
             batches = [self.task.collate(part) for part in parts]
-            step = (self.ensemble, self.task, self.optimizer, batches, alpha, self.config, num_examples, largest_loss)
             try:
-                return train_step(*step)
-            except OutOfMemory as error:
+                return train_step(
+                    self.ensemble, self.task, self.optimizer, batches, alpha, config, num_train_examples, largest_nll
+                )
+            except DoesNotFit as error:
                 problem = str(error)
             # only here, with the error gone, is the memory of the attempt free
-            self._take_smaller_micro_batches(problem)
+            self._halve_micro_batches(size, problem)
+
+    def _after_step(self, signals: StopSignals) -> None:
+        config, state = self.config, self.state
+        at_the_end = state.step == self.total_steps
+        if signals.received and not at_the_end:
+            path = self._save()
+            self._describe("interrupted")
+            raise TrainingInterrupted(signals.received, state.step, path)
+        # before the checkpoint, which vouches for the lines of metrics up to its step
+        if config.eval_steps and state.step % config.eval_steps == 0 and not at_the_end:
+            self._evaluate()
+        if at_the_end or state.step % config.save_steps == 0:
+            self._save()
 
     # ------------------------------------------------------------------ what is measured
 
@@ -207,8 +222,8 @@ class _Trainer:
         window.examples += result.loss.numel()
         window.labels += labels
         window.alphas.append(self.state.alpha)
-        mixture = renyi_reduce(result.logp, 1.0).loss
-        window.add({"loss": result.loss, "ess": result.ess, "mixture": mixture, "particles": -result.logp})
+        shown = {"loss": result.loss, "ess": result.ess, "mixture": result.mixture_nll, "particles": -result.logp}
+        window.add(shown)
         window.add(result.details)
 
     def _log(self, result: StepResult, learning_rate: float) -> None:
@@ -243,7 +258,8 @@ class _Trainer:
 
     def _evaluate(self) -> Evaluation:
         examples = self.dataset.held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
-        evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
+        with must_fit("an evaluation", "lower --per_device_eval_batch_size"):
+            evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
         summary = evaluation.summary(self.state.alpha)
         if self.dataset.held_out:
             epoch = self.state.step / self.sampler.steps_per_epoch
@@ -273,7 +289,8 @@ class _Trainer:
         weight = 0.0 if config.prior == "none" else config.prior_lambda
         of_prior = potential_curvature(weight, len(items), config.prior_std)
         seed = seeding.generator(config.seed, step).initial_seed()
-        found = estimate_alpha_star(self.ensemble, self.task, items, prior_curvature=of_prior, seed=seed)
+        with must_fit("an estimate of the critical alpha", "start a run with another --alpha_controller"):
+            found = estimate_alpha_star(self.ensemble, self.task, items, prior_curvature=of_prior, seed=seed)
         self.state.window.alpha_star = found
         return found
 
@@ -301,6 +318,8 @@ class _Trainer:
     def _announce(self) -> None:
         config, dataset = self.config, self.dataset
         resumed = f", from {self.run.resume_from}" if self.run.resume_from else ""
+        if self.state.micro_batch_size < config.per_device_train_batch_size:
+            resumed += f", in micro-batches of {self.state.micro_batch_size}: larger ones did not fit"
         at_alpha = "with alpha by" if config.alpha_varies else "at alpha"
         rule = alpha_rule(config.alpha, config.alpha_schedule, config.alpha_0, config.alpha_controller)
         self.progress.say(
@@ -313,21 +332,23 @@ class _Trainer:
 
     # ------------------------------------------------------------------ what can go wrong
 
-    def _take_smaller_micro_batches(self, problem: str) -> None:
-        """Half as large; after one example, save what was trained and give up."""
-        state = self.state
+    def _halve_micro_batches(self, size: int, problem: str) -> None:
+        """After an attempt with micro-batches of `size`; DoesNotFit if that was one."""
+        config, state = self.config, self.state
+        self.ensemble.forget()
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()  # blocks cut for the larger ones
-        if state.micro_batch_size == 1:
-            saved = f"; what was trained is saved as {self._save()}" if state.step else ""
-            raise OutOfMemory(
-                f"step {state.step + 1} does not fit into memory: {problem}{saved}; pass --gradient_checkpointing true "
-                "(to the resumed run too), or start with fewer particles, adapted layers or tokens (max_length)"
+        if size == 1:
+            state.micro_batch_size = config.per_device_train_batch_size  # whoever resumes has made room
+            checkpointing = "" if config.gradient_checkpointing else "resume with --gradient_checkpointing true, or "
+            raise DoesNotFit(
+                f"step {state.step + 1}: {problem}; {checkpointing}start with fewer particles, adapted layers or "
+                "tokens (max_length)"
             )
-        state.micro_batch_size = (state.micro_batch_size + 1) // 2
+        state.micro_batch_size = (size + 1) // 2
         self.progress.say(
-            f"step {state.step + 1}: out of memory with {problem}; going on with micro-batches of "
-            f"{state.micro_batch_size}, which add up to the same steps"
+            f"step {state.step + 1}: {problem}; going on with micro-batches of {state.micro_batch_size}, which add up "
+            "to the same steps"
         )
         self._describe("running")
 
@@ -340,15 +361,15 @@ class _Trainer:
             return
         for k in skipped:
             state.skipped[k] += 1
-        is_spike = bool(result.norms[skipped].isfinite().any())
-        why = "the loss is a spike (spike_threshold)" if is_spike else "the gradient is not finite"
+        why = "the loss is a spike (spike_threshold)" if result.spike else "the gradient is not finite"
         self.run.log_skip({"step": state.step, "particles": skipped, "rows": rows, "why": why})
         self.progress.say(f"step {state.step}: no update of particles {skipped}: {why} (rows {rows})")
         lost = [k for k in skipped if state.skipped_in_a_row[k] >= limit]
         if lost:
             raise TrainingDiverged(
                 f"no update of particles {lost} {limit} steps in a row (max_consecutive_skips): {why}; the rows are in "
-                f"{self.run.skips}; lower the learning rate, or resume from an earlier checkpoint"
+                f"{self.run.skips}; start with a lower learning rate, or resume with a larger max_consecutive_skips"
+                + (" or spike_threshold" if result.spike else "")
             )
 
     def _save(self) -> Path:
@@ -366,7 +387,10 @@ class _Trainer:
                 what = "base model's weights" if name == "fingerprint" else "number of training examples"
                 raise ValueError(f"resume_from_checkpoint: {path}: the {what} changed: {then} then, {now} now")
         self.coupling.restore(saved.pop("coupling"))
-        self.state = State(**saved | {"window": Window(**saved["window"])})
+        try:
+            self.state = State(**saved | {"window": Window(**saved["window"])})
+        except TypeError:
+            raise ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine") from None
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

@@ -116,15 +116,20 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flag
     assert message in last
 
 
-def test_memory_that_ends_in_an_evaluation_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch):
-    def evaluate(*_):
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [("evaluate", "lower --per_device_eval_batch_size"), ("LoraEnsemble", "fewer particles need less")],
+)
+def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, place, remedy):
+    def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nand more lines")
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    no_room.attach = no_room
+    monkeypatch.setattr(trainer, place, no_room)
     assert main(sft_flags()) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "Tried to allocate 7 GiB. Smaller batches" in last
-    assert "--per_device_eval_batch_size" in last
+    assert "Tried to allocate 7 GiB." in last
+    assert remedy in last
 
 
 def test_off_a_terminal_progress_is_plain_lines(sft_flags):

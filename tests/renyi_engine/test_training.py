@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import renyi_engine.train_step as train_step
 import renyi_engine.trainer as trainer
-from renyi_engine import EnsembleConfig, LoraEnsemble, OutOfMemory, TrainingDiverged, train
+from renyi_engine import DoesNotFit, EnsembleConfig, LoraEnsemble, TrainingDiverged, train
+from renyi_engine.alpha import EssController
 from renyi_engine.data import collate
 from renyi_engine.export import export
 from renyi_engine.files import sha256_of
@@ -524,6 +525,15 @@ def test_too_many_skips_in_a_row_stop_the_run(sft_config, monkeypatch, particle)
         train(sft_config(max_steps=8, max_consecutive_skips=3))
 
 
+def test_skips_that_are_not_in_a_row_do_not_stop_the_run(sft_config, monkeypatch):
+    poison(monkeypatch, 0, {2, 4, 6})
+    assert metrics(train(sft_config(max_steps=7, max_consecutive_skips=2)).output_dir)[-1]["skipped_updates"] == [
+        3,
+        0,
+        0,
+    ]
+
+
 # ---------------------------------------------------------------------- spikes
 
 
@@ -539,16 +549,61 @@ def spike(monkeypatch, steps, factor=100.0):
     monkeypatch.setattr(SftTask, "score", score)
 
 
+def skips(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    return [(line["step"], line["particles"], line["why"]) for line in lines]
+
+
 def test_a_spike_is_not_learnt_from(sft_config, monkeypatch):
-    with monkeypatch.context() as patch:
-        spike(patch, {HISTORY + 3})
-        result = train(sft_config(max_steps=HISTORY + 4, spike_threshold=5.0, save_steps=1, save_total_limit=4))
+    spike(monkeypatch, {HISTORY + 3})
+    result = train(sft_config(max_steps=HISTORY + 4, spike_threshold=5.0, save_steps=1, save_total_limit=4))
     states = [fingerprint(result.output_dir, HISTORY + n) for n in (2, 3, 4)]
     for file in ("adapters.safetensors", "optimizer.safetensors"):
         assert states[0][file] == states[1][file] != states[2][file]
-    line = next(json.loads(line) for line in (result.output_dir / "skipped.jsonl").read_text().splitlines())
-    assert (line["step"], line["particles"], len(line["rows"])) == (HISTORY + 3, [0, 1, 2], 4)
-    assert "spike" in line["why"]
+    assert skips(result.output_dir) == [(HISTORY + 3, [0, 1, 2], "the loss is a spike (spike_threshold)")]
+
+
+def test_a_step_is_judged_by_the_nll_that_its_metrics_show(sft_config):
+    run = train(sft_config(max_steps=HISTORY + 3, spike_threshold=99.0)).output_dir
+    shown = [line["mixture_nll_nats_per_token"] for line in metrics(run)]
+    state = json.loads((run / f"checkpoint-{HISTORY + 3}" / "state.json").read_text())
+    assert state["recent_nlls"] == pytest.approx(shown[-HISTORY:], rel=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "is_spike"), [(0.99, True), (1.01, False)])
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_a_step_above_the_largest_nll_changes_nothing(sft_config, tokenizer, alpha, factor, is_spike):
+    config = sft_config(init="spread")
+    task = SftTask(tokenizer, 64)
+    examples = [task.example(i, {"prompt": "q", "completion": "a" * (3 * i + 1)}) for i in range(5)]
+    batches = [collate(part, 0) for part in (examples[:2], examples[2:])]
+    ensemble, optimizer = _loaded(config)
+    with torch.no_grad():
+        s = torch.cat([ensemble.sequence_logprob(batch) for batch in batches], dim=1)
+    largest = factor * -s.double().exp().mean(dim=0).log().mean().item()
+    before = [p.detach().clone() for p in ensemble.parameters()]
+    result = trainer.train_step(ensemble, task, optimizer, batches, alpha, config, 5, largest)
+    unchanged = [p.equal(q) for p, q in zip(ensemble.parameters(), before, strict=True)]
+    assert result.spike.item() == is_spike
+    assert result.updated.tolist() == [not is_spike] * 3
+    assert set(unchanged) == {is_spike}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.8])
+def test_a_sick_particle_is_no_spike_of_the_others(sft_config, monkeypatch, alpha):
+    poison(monkeypatch, 1, range(3, HISTORY + 4))
+    config = sft_config(max_steps=HISTORY + 3, spike_threshold=3.0, alpha=alpha, max_consecutive_skips=99)
+    result = train(config)
+    assert {why for _, _, why in skips(result.output_dir)} == {"the gradient is not finite"}
+    assert metrics(result.output_dir)[-1]["skipped_updates"] == [0, HISTORY + 1, 0]
+
+
+def test_alpha_does_not_learn_from_a_spike_either(sft_config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(EssController, "observe", lambda self, logp: seen.append(logp.shape))
+    spike(monkeypatch, {HISTORY + 1, HISTORY + 2})
+    train(sft_config(max_steps=HISTORY + 4, spike_threshold=5.0, alpha_controller="ess:0.7"))
+    assert len(seen) == HISTORY + 2
 
 
 def test_without_a_threshold_a_spike_is_trained_on(sft_config, monkeypatch):
@@ -556,33 +611,49 @@ def test_without_a_threshold_a_spike_is_trained_on(sft_config, monkeypatch):
     assert metrics(train(sft_config(max_steps=HISTORY + 2)).output_dir)[-1]["skipped_updates"] == [0, 0, 0]
 
 
-def test_a_loss_that_stays_high_stops_the_run(sft_config, monkeypatch):
-    spike(monkeypatch, range(HISTORY + 1, 99))
-    with pytest.raises(TrainingDiverged, match=r"2 steps in a row .*: the loss is a spike"):
-        train(sft_config(max_steps=HISTORY + 5, spike_threshold=5.0, max_consecutive_skips=2))
+def test_a_loss_that_stays_high_stops_the_run_which_may_go_on_without_the_threshold(sft_config, monkeypatch):
+    config = sft_config(max_steps=HISTORY + 5, save_steps=HISTORY, spike_threshold=5.0, max_consecutive_skips=2)
+    with monkeypatch.context() as patch:
+        spike(patch, range(HISTORY + 1, 99))
+        with pytest.raises(
+            TrainingDiverged, match=r"2 steps in a row .*: the loss is a spike .*larger .*spike_threshold"
+        ):
+            train(config)
+    assert json.loads((Path(config.output_dir) / "run.json").read_text())["status"] == "failed"
+    spike(monkeypatch, range(1, 99))
+    resumed = train(replace(config, spike_threshold=None, resume_from_checkpoint="true"))
+    assert metrics(resumed.output_dir)[-1]["skipped_updates"] == [0, 0, 0]
 
 
 def test_what_a_spike_is_told_by_outlives_a_kill(sft_config, tmp_path, monkeypatch):
-    def run(name, **changed):
-        config = sft_config(
-            max_steps=HISTORY + 4, save_steps=HISTORY, spike_threshold=5.0, output_dir=str(tmp_path / name)
-        )
-        return replace(config, **changed)
-
+    settings = {"max_steps": HISTORY + 4, "save_steps": HISTORY, "spike_threshold": 5.0}
+    whole, broken = (sft_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "broken"))
     with monkeypatch.context() as patch:
         spike(patch, {HISTORY + 3})
-        train(run("whole"))
+        train(whole)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_micro_batch(patch, HISTORY + 2)
-        train(run("broken"))
+        train(broken)
     with monkeypatch.context() as patch:
         spike(patch, {3})
-        train(run("broken", resume_from_checkpoint="true"))
+        train(replace(broken, resume_from_checkpoint="true"))
     assert fingerprint(tmp_path / "broken", HISTORY + 4) == fingerprint(tmp_path / "whole", HISTORY + 4)
-    assert (tmp_path / "broken" / "skipped.jsonl").read_text() == (tmp_path / "whole" / "skipped.jsonl").read_text()
+    assert skips(tmp_path / "broken") == skips(tmp_path / "whole") != []
 
 
 # ---------------------------------------------------------------------- too little memory
+
+
+NO_ROOM = {
+    "forward": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 7 GiB\nand more lines"),
+    "backward": (RuntimeError, "Triton Error [CUDA]: out of memory"),
+    "recomputation": (RuntimeError, "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+}
+
+
+def run_out_of_memory(where="forward"):
+    kind, message = NO_ROOM[where]
+    raise kind(message)
 
 
 def room_for(monkeypatch, num_examples, where="forward", from_step=1):
@@ -593,48 +664,68 @@ def room_for(monkeypatch, num_examples, where="forward", from_step=1):
         if not torch.is_grad_enabled():
             return original(self, ensemble, batch)
         assert [one() for one in held] == [None] * len(held), "the memory of an attempt that failed is not free"
+        assert not any(adapted._waiting for adapted in ensemble._maps)
         seen.append(None)
         too_many = len(batch["labels"]) > num_examples and len(seen) >= from_step
         activations = torch.zeros(1)
         if too_many:
             held.append(weakref.ref(activations))
         if too_many and where == "forward":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nand more lines")
+            run_out_of_memory()
         scores = original(self, ensemble, batch)
 
-        def backward(gradient):
+        def backward(*_):
             assert activations.numel()
-            if too_many:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+            run_out_of_memory(where)
 
-        scores.logp.register_hook(backward)
+        if too_many and where == "backward":
+            scores.logp.register_hook(backward)
+        if too_many and where == "recomputation":
+            # between the two maps of one input
+            activation = ensemble.model.get_submodule("model.layers.0.mlp.act_fn")
+            hook = activation.register_forward_hook(lambda *_: (hook.remove(), backward()))
         return scores
 
     monkeypatch.setattr(SftTask, "score", score)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", NO_ROOM)
 def test_micro_batches_that_do_not_fit_are_halved_and_the_steps_stay_the_same(
     sft_config, tmp_path, monkeypatch, capsys, where
 ):
-    as_given = sft_config(per_device_train_batch_size=6, max_steps=4, output_dir=str(tmp_path / "given"))
+    checkpointing = where == "recomputation"
+    as_given = sft_config(
+        per_device_train_batch_size=6,
+        max_steps=5,
+        gradient_checkpointing=checkpointing,
+        output_dir=str(tmp_path / "given"),
+    )
     as_found = replace(
         as_given, per_device_train_batch_size=2, gradient_accumulation_steps=3, output_dir=str(tmp_path / "found")
     )
     with monkeypatch.context() as patch:
         room_for(patch, 2, where)
         ours = train(as_given)
+    said = capsys.readouterr().err
     theirs = train(as_found)
     for (_, p), (_, q) in zip(ours.ensemble.named_parameters(), theirs.ensemble.named_parameters(), strict=True):
         assert p.equal(q)
     assert metrics(ours.output_dir) == metrics(theirs.output_dir)
-    said = capsys.readouterr().err
-    assert re.search(r"step 1: out of memory with 6 examples of .*micro-batches of 3", said)
-    assert re.search(r"step 1: out of memory with 3 examples of .*micro-batches of 2", said)
+    for tried, next_size in ((6, 3), (3, 2)):
+        assert re.search(rf"step 1: a micro-batch of \[{tried}, .* does not fit .*micro-batches of {next_size},", said)
+    assert said.count("does not fit") == 2
     assert json.loads((ours.output_dir / "run.json").read_text())["micro_batch_size"] == 2
 
 
-def test_the_micro_batch_size_that_was_found_outlives_a_kill(sft_config, tmp_path, monkeypatch):
+def test_the_last_step_of_an_epoch_is_halved_from_its_own_size(sft_config, monkeypatch, capsys):
+    room_for(monkeypatch, 1, from_step=2)
+    train(sft_config(per_device_train_batch_size=20, max_steps=2))  # of 22 examples
+    said = capsys.readouterr().err
+    assert said.count("does not fit") == 1
+    assert "step 2: a micro-batch of [2, " in said
+
+
+def test_the_micro_batch_size_that_was_found_outlives_a_kill(sft_config, tmp_path, monkeypatch, capsys):
     settings = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 4}
     whole, broken = (sft_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "broken"))
     with monkeypatch.context() as patch:
@@ -644,28 +735,54 @@ def test_the_micro_batch_size_that_was_found_outlives_a_kill(sft_config, tmp_pat
         room_for(patch, 2, from_step=3)
         kill_in_micro_batch(patch, 2 + 2 * 2 + 1)  # in step 5, after two steps of one micro-batch and two of two
         train(broken)
+    capsys.readouterr()
     train(replace(broken, resume_from_checkpoint="true"))
+    assert "checkpoint-4, in micro-batches of 2: larger ones did not fit" in capsys.readouterr().err
     assert fingerprint(tmp_path / "broken", 6) == fingerprint(tmp_path / "whole", 6)
 
 
-def test_when_not_even_one_example_fits_what_was_trained_is_saved_and_can_go_on(sft_config, tmp_path, monkeypatch):
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4}
+def test_when_not_even_one_example_fits_what_was_trained_is_saved_and_can_go_on(
+    sft_config, tmp_path, monkeypatch, capsys
+):
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "alpha_schedule": "linear"}
     whole, short = (sft_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "short"))
-    with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match=r"step 3 .*checkpoint-2; .*checkpointing"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DoesNotFit, match=r"step 3: .*checkpointing true.*checkpoint-2$"),
+    ):
         room_for(patch, 0, from_step=3)
         train(short)
-    resumed = train(replace(short, resume_from_checkpoint="true", gradient_checkpointing=True))
-    for p, q in zip(resumed.ensemble.parameters(), train(whole).ensemble.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # in micro-batches of one
+    assert json.loads((tmp_path / "short" / "run.json").read_text())["status"] == "failed"
+    train(whole)
+    saved = json.loads((tmp_path / "short" / "checkpoint-2" / "state.json").read_text())
+    assert saved["alpha"] == metrics(tmp_path / "whole")[1]["alpha"]
+    capsys.readouterr()
+    train(replace(short, resume_from_checkpoint="true", gradient_checkpointing=True))
+    assert re.search(r"from .*checkpoint-2$", capsys.readouterr().err, re.M)
+    assert fingerprint(tmp_path / "short", 4) == fingerprint(tmp_path / "whole", 4)
+
+
+def test_memory_that_ends_in_an_evaluation_loses_no_step(sft_config, monkeypatch):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DoesNotFit, match=r"evaluation .*eval_batch_size.*checkpoint-3$"),
+    ):
+        patch.setattr(trainer, "evaluate", lambda *_: run_out_of_memory())
+        train(sft_config(max_steps=6, eval_steps=3))
+    assert train(sft_config(max_steps=6, eval_steps=3, resume_from_checkpoint="true")).global_step == 6
+
+
+def test_memory_that_ends_in_the_first_step_leaves_nothing_to_save(sft_config, monkeypatch):
+    room_for(monkeypatch, 0)
+    config = sft_config(max_steps=2)
+    with pytest.raises(DoesNotFit, match=r"step 1: .*\(max_length\)$"):
+        train(config)
+    assert not list(Path(config.output_dir).glob("checkpoint-*"))
 
 
 def test_memory_that_ends_outside_the_micro_batches_is_not_tried_again(sft_config, monkeypatch):
     """In the optimizer, parameters may have been changed already."""
-
-    def step(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(train_step, "step_healthy", step)
+    monkeypatch.setattr(train_step, "step_healthy", lambda *_: run_out_of_memory())
     with pytest.raises(torch.OutOfMemoryError):
         train(sft_config(max_steps=2))
 
