@@ -116,11 +116,10 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flag
     assert message in last
 
 
-@pytest.mark.parametrize(
-    ("place", "remedy"),
-    [("evaluate", "lower --per_device_eval_batch_size"), ("LoraEnsemble", "fewer particles need less")],
-)
-def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, place, remedy):
+@pytest.mark.parametrize("place", ["evaluate", "LoraEnsemble"])
+def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, place):
+    remedies = {"evaluate": "lower --per_device_eval_batch_size", "LoraEnsemble": "fewer particles need less memory"}
+
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nand more lines")
 
@@ -129,7 +128,7 @@ def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypat
     assert main(sft_flags()) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "Tried to allocate 7 GiB." in last
-    assert remedy in last
+    assert [r for r in remedies.values() if r in last] == [remedies[place]]
 
 
 def test_off_a_terminal_progress_is_plain_lines(sft_flags):

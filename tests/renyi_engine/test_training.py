@@ -589,6 +589,24 @@ def test_a_step_above_the_largest_nll_changes_nothing(sft_config, tokenizer, alp
     assert set(unchanged) == {is_spike}
 
 
+@pytest.mark.parametrize("sick", [[], [1], [0, 2], [0, 1, 2]])
+def test_the_nll_of_a_step_is_that_of_the_healthy_particles(sft_config, tokenizer, sick):
+    config = sft_config(init="spread")
+    task = SftTask(tokenizer, 64)
+    batch = collate([task.example(i, {"prompt": "q", "completion": "a" * (i + 1)}) for i in range(4)], 0)
+    ensemble, optimizer = _loaded(config)
+    healthy = [k for k in range(3) if k not in sick]
+    with torch.no_grad():
+        s = ensemble.sequence_logprob(batch).double()
+    factor = torch.ones(3, 1, 1)
+    factor[sick] = float("nan")
+    next(iter(ensemble.parameters())).register_hook(lambda gradient: gradient * factor)
+    result = trainer.train_step(ensemble, task, optimizer, [batch], 0.8, config, 4, largest_nll=0.0)
+    expected = -s[healthy].exp().mean(dim=0).log() if healthy else torch.full((4,), torch.inf).double()
+    torch.testing.assert_close(result.mixture_nll.double(), expected, rtol=1e-5, atol=1e-5)
+    assert result.spike.item() == bool(healthy)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.01, 0.8])
 def test_a_sick_particle_is_no_spike_of_the_others(sft_config, monkeypatch, alpha):
     poison(monkeypatch, 1, range(3, HISTORY + 4))
