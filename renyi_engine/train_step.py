@@ -90,7 +90,8 @@ def train_step(
     logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()
     mixture_nll = _mixture_nll(logp, healthy)
     spike = healthy.any() & (mixture_nll.mean() > largest_nll)
-    step_healthy(optimizer, healthy & ~spike)
+    updated = healthy & ~spike
+    step_healthy(optimizer, updated)
     return StepResult(
         logp=logp,
         details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},
@@ -100,7 +101,7 @@ def train_step(
         mixture_nll=mixture_nll,
         norms=norms,
         spike=spike,
-        updated=healthy & ~spike,
+        updated=updated,
     )
 
 
