@@ -352,24 +352,26 @@ class LoraEnsemble(nn.Module):
         """Bring what a layer is given to K*B rows: hidden states where the trunk ends, masks and positions always."""
         if self.rows is not Rows.SHARED:
             return None
-        K = self.config.num_particles
         hidden = args[0] if args else kwargs["hidden_states"]
+        bring = partial(self._bring, hidden, is_first)
+        return tuple(map(bring, args)), {name: bring(value) for name, value in kwargs.items()}
+
+    def _bring(self, hidden: Tensor, is_first: bool, value: Any) -> Any:
+        """One of a layer's arguments. A method: a local function that calls itself would keep `hidden`, and with it the
+        whole graph, until Python looks for cycles."""
+        K = self.config.num_particles
         num_sequences = hidden.shape[0] if is_first else hidden.shape[0] // K
-
-        def repeat(value: Any) -> Any:
-            if value is hidden:
-                # the trunk ends here: nothing below has an adapter, so no gradient goes further down
-                return _repeat_rows(value.detach(), K).requires_grad_(value.requires_grad) if is_first else value
-            if isinstance(value, (tuple, list)):
-                return type(value)(repeat(item) for item in value)
-            if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == num_sequences > 1:
-                # one copy of a mask for all layers: autograd keeps every mask it meets
-                if id(value) not in self._repeated:
-                    self._repeated[id(value)] = (value, _repeat_rows(value, K))
-                return self._repeated[id(value)][1]
-            return value
-
-        return tuple(repeat(a) for a in args), {name: repeat(value) for name, value in kwargs.items()}
+        if value is hidden:
+            # the trunk ends here: nothing below has an adapter, so no gradient goes further down
+            return _repeat_rows(value.detach(), K).requires_grad_(value.requires_grad) if is_first else value
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._bring(hidden, is_first, item) for item in value)
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == num_sequences > 1:
+            # one copy of a mask for all layers: autograd keeps every mask it meets
+            if id(value) not in self._repeated:
+                self._repeated[id(value)] = (value, _repeat_rows(value, K))
+            return self._repeated[id(value)][1]
+        return value
 
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:

@@ -853,3 +853,34 @@ def test_the_shared_trunk_changes_nothing_but_the_work(llama, tiny_model, batch,
     for path in part:
         for ours, theirs in zip(part[path], whole[path], strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_a_step_leaves_no_tensor_to_the_garbage_collector(tiny_model, make_batch, layers, cut_short):
+    """It would hold a graph, and all that it keeps, for as many steps as Python pleases."""
+    ensemble = LoraEnsemble.attach(tiny_model("llama"), EnsembleConfig(num_particles=3, layers_to_transform=layers))
+    batch = make_batch([7, 5])
+
+    def step():
+        if cut_short:
+            hook = ensemble.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ensemble.sequence_logprob(batch)
+            hook.remove()
+        else:
+            ensemble.sequence_logprob(batch).sum().backward()
+
+    step()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        step()
+        gc.collect()
+        kept = [tuple(thing.shape) for thing in gc.garbage if isinstance(thing, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert kept == []
