@@ -39,6 +39,12 @@ def fingerprint(run: Path, step: int) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in ("adapters.safetensors", "optimizer.safetensors", "state.json")}
 
 
+def skips(run: Path) -> list[tuple]:
+    """Step, particles, number of rows and reason of every update that was not made."""
+    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    return [(line["step"], line["particles"], len(line["rows"]), line["why"]) for line in lines]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the software catches it."""
 
@@ -512,9 +518,8 @@ def test_a_sick_particle_is_skipped_counted_and_its_rows_recorded(sft_config, mo
     lines = metrics(result.output_dir)
     assert [line["skipped_updates"] for line in lines] == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 2, 0]]
     assert lines[1]["grad_norm"][1] is None
-    skips = [json.loads(line) for line in (result.output_dir / "skipped.jsonl").read_text().splitlines()]
-    assert [(s["step"], s["particles"], len(s["rows"])) for s in skips] == [(2, [1], 4), (3, [1], 4)]
-    assert {s["why"] for s in skips} == {"the gradient is not finite"}
+    why = "the gradient is not finite"
+    assert skips(result.output_dir) == [(2, [1], 4, why), (3, [1], 4, why)]
     assert all(p.isfinite().all() for p in result.ensemble.parameters())
 
 
@@ -527,11 +532,8 @@ def test_too_many_skips_in_a_row_stop_the_run(sft_config, monkeypatch, particle)
 
 def test_skips_that_are_not_in_a_row_do_not_stop_the_run(sft_config, monkeypatch):
     poison(monkeypatch, 0, {2, 4, 6})
-    assert metrics(train(sft_config(max_steps=7, max_consecutive_skips=2)).output_dir)[-1]["skipped_updates"] == [
-        3,
-        0,
-        0,
-    ]
+    run = train(sft_config(max_steps=7, max_consecutive_skips=2)).output_dir
+    assert metrics(run)[-1]["skipped_updates"] == [3, 0, 0]
 
 
 # ---------------------------------------------------------------------- spikes
@@ -549,18 +551,13 @@ def spike(monkeypatch, steps, factor=100.0):
     monkeypatch.setattr(SftTask, "score", score)
 
 
-def skips(run: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
-    return [(line["step"], line["particles"], line["why"]) for line in lines]
-
-
 def test_a_spike_is_not_learnt_from(sft_config, monkeypatch):
     spike(monkeypatch, {HISTORY + 3})
     result = train(sft_config(max_steps=HISTORY + 4, spike_threshold=5.0, save_steps=1, save_total_limit=4))
     states = [fingerprint(result.output_dir, HISTORY + n) for n in (2, 3, 4)]
     for file in ("adapters.safetensors", "optimizer.safetensors"):
         assert states[0][file] == states[1][file] != states[2][file]
-    assert skips(result.output_dir) == [(HISTORY + 3, [0, 1, 2], "the loss is a spike (spike_threshold)")]
+    assert skips(result.output_dir) == [(HISTORY + 3, [0, 1, 2], 4, "the loss is a spike (spike_threshold)")]
 
 
 def test_a_step_is_judged_by_the_nll_that_its_metrics_show(sft_config):
@@ -612,11 +609,11 @@ def test_a_sick_particle_is_no_spike_of_the_others(sft_config, monkeypatch, alph
     poison(monkeypatch, 1, range(3, HISTORY + 4))
     config = sft_config(max_steps=HISTORY + 3, spike_threshold=3.0, alpha=alpha, max_consecutive_skips=99)
     result = train(config)
-    assert {why for _, _, why in skips(result.output_dir)} == {"the gradient is not finite"}
+    assert {why for *_, why in skips(result.output_dir)} == {"the gradient is not finite"}
     assert metrics(result.output_dir)[-1]["skipped_updates"] == [0, HISTORY + 1, 0]
 
 
-def test_alpha_does_not_learn_from_a_spike_either(sft_config, tmp_path, monkeypatch):
+def test_alpha_does_not_learn_from_a_spike_either(sft_config, monkeypatch):
     seen = []
     monkeypatch.setattr(EssController, "observe", lambda self, logp: seen.append(logp.shape))
     spike(monkeypatch, {HISTORY + 1, HISTORY + 2})
