@@ -5,6 +5,7 @@ Layout: K particles, B sequences, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Sequence
@@ -148,14 +149,14 @@ class _Trainer:
                     self._one_step()
                     self._after_step(signals)
                 evaluation = self._evaluate()
-            except TrainingDiverged:
-                self._describe("failed")
+            except TrainingInterrupted:
                 raise
-            except DoesNotFit as error:
-                self._describe("failed")
-                if state.step == 0:
-                    raise
-                raise DoesNotFit(f"{error}; what was trained is saved as {self._save()}") from None
+            except Exception as error:
+                with contextlib.suppress(OSError):  # the disk may be what failed
+                    self._describe("failed")
+                if isinstance(error, DoesNotFit) and state.step:
+                    raise DoesNotFit(f"{error}; what was trained is saved as {self._save()}") from None
+                raise
             self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
             self._describe("finished")
             report = write_report([self.run.path], self.run.path / "report.html")

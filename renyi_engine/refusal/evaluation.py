@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from renyi_engine import files
+from renyi_engine import adapter_folder, files
 from renyi_engine.config import CONFIG_FILE, EvalConfig, SamplingConfig
 from renyi_engine.data import left_padded, longest_first, pad_token_id
 from renyi_engine.encoding import encode_prompts
@@ -145,24 +145,32 @@ def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, 
 
 
 def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile) -> int:
-    """Add every response that is missing; returns K.
+    """Add every response that is missing; returns K. If none is, the model is not loaded: a judge may need its room.
 
     Batches follow from the whole list of prompts, and one that is not complete is generated again: so a response does
     not depend on where an evaluation was stopped.
     """
+    num_particles = adapter_folder.read(Path(config.ensemble)).config["num_particles"] if config.ensemble else 0
+    speakers_at_once = _speakers(num_particles)
+
+    def missing(speakers: Sequence[Speaker], asked: Sequence[Prompt]) -> bool:
+        keys = {(prompt.prompt_id, k, s) for prompt in asked for k in speakers for s in range(config.num_samples)}
+        return not keys <= responses.responses.keys()
+
+    if not any(missing(speakers, prompts) for speakers in speakers_at_once):
+        return num_particles
     subject = load_subject(config)
     encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
     _check_lengths(subject, prompts, encoded, config.max_new_tokens)
     order = longest_first(map(len, encoded))
     size = config.per_device_eval_batch_size
     for batch in track([order[i : i + size] for i in range(0, len(order), size)], "responses"):
-        for speakers in _speakers(subject.num_particles):
-            wanted = {(prompts[i].prompt_id, k, s) for i in batch for k in speakers for s in range(config.num_samples)}
-            if wanted <= responses.responses.keys():
-                continue
-            made = _sample(config, subject, speakers, [prompts[i] for i in batch], [encoded[i] for i in batch])
-            responses.write(response for response in made if response.key not in responses.responses)
-    return subject.num_particles
+        asked = [prompts[i] for i in batch]
+        for speakers in speakers_at_once:
+            if missing(speakers, asked):
+                made = _sample(config, subject, speakers, asked, [encoded[i] for i in batch])
+                responses.write(response for response in made if response.key not in responses.responses)
+    return num_particles
 
 
 def _speakers(num_particles: int) -> list[list[Speaker]]:

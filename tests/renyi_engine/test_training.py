@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import renyi_engine.train_step as train_step
 import renyi_engine.trainer as trainer
-from renyi_engine import DoesNotFit, EnsembleConfig, LoraEnsemble, TrainingDiverged, train
+from renyi_engine import DoesNotFit, EnsembleConfig, LoraEnsemble, TrainingDiverged, files, train
 from renyi_engine.alpha import EssController
 from renyi_engine.data import collate
 from renyi_engine.export import export
@@ -475,7 +475,6 @@ def test_what_a_kill_left_half_written_is_removed_with_a_warning(saved_run):
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(saved_run, monkeypatch):
     run, config = saved_run
-    import renyi_engine.files as files
 
     def no_space(path, value):
         raise OSError(28, "No space left on device")
@@ -485,6 +484,26 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(saved_run, monkeypatch)
         trainer.checkpoint.save(run, 6, *_loaded(config), {}, keep=2)
     assert not list(run.glob(".tmp-*"))
     assert trainer.checkpoint.newest(run) == run / "checkpoint-4"
+
+
+@pytest.mark.parametrize("wholly", [False, True])
+def test_a_run_that_an_error_ends_says_so(sft_config, monkeypatch, wholly):
+    """Where not even run.json can be written, the error that ended the run is still the one that is raised."""
+    config = sft_config(max_steps=3, save_steps=2)
+    run_file = Path(config.output_dir) / "run.json"
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    def save(*_):
+        if wholly:
+            monkeypatch.setattr(files, "write_json", no_space)
+        raise RuntimeError("of the save")
+
+    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    with pytest.raises(RuntimeError, match="of the save"):
+        train(config)
+    assert json.loads(run_file.read_text())["status"] == ("running" if wholly else "failed")
 
 
 def _loaded(config):

@@ -155,19 +155,19 @@ def test_an_error_in_the_middle_loses_nothing_that_was_done(whole, config, tmp_p
     assert contents(tmp_path / "run") == expected
 
 
-def test_a_finished_run_generates_and_judges_nothing_again(whole, config, judge, tmp_path, monkeypatch):
+def test_a_finished_run_loads_no_model_and_judges_nothing_again(whole, config, judge, tmp_path, monkeypatch):
     table, expected, _ = whole
     judge.seen.clear()
-    monkeypatch.setattr(LoraEnsemble, "generate", None)
+    monkeypatch.setattr(evaluation, "load_subject", None)
     assert evaluate_refusal(config(output_dir=str(tmp_path / "whole"))) == table
     assert judge.seen == []
     assert contents(tmp_path / "whole") == expected
 
 
-def test_another_judge_judges_anew_what_was_generated(whole, config, tmp_path, monkeypatch):
+def test_another_judge_judges_anew_what_was_generated_with_no_model_in_memory(whole, config, tmp_path, monkeypatch):
     other = HashJudge("other")
     monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: other)
-    monkeypatch.setattr(LoraEnsemble, "generate", None)
+    monkeypatch.setattr(evaluation, "load_subject", None)
     folder = tmp_path / "whole"
     evaluate_refusal(config(output_dir=str(folder), judge="endpoint:http://x", judge_model="m"))
     before = [json.loads(line) for line in whole[1]["responses.jsonl"].splitlines()]
