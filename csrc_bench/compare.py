@@ -117,9 +117,7 @@ def readme(rows: list[Row]) -> str:
         ratio = next(row["ratio"] for row in ratios(group) if row["variant"] == ours["variant"])
         for kind in ("naive", "peer", "floor"):
             end = best(group, kind)
-            factor = (
-                f"ours takes {number(ratio[kind], 'x')}" if kind == "floor" else f"{number(ratio[kind], 'x')} slower"
-            )
+            factor = f"ours takes {number(ratio[kind], 'x')}" if kind == "floor" else f"{number(ratio[kind], 'x')} ours"
             name = "" if kind == "naive" else f" {end['variant']}" if end else ""
             cells.append(f"{number(end['median_ms'])}{name}, {factor}" if end else "-")
         naive = best(group, "naive")
