@@ -112,21 +112,11 @@ def write(
 
 def read(directory: Path) -> SavedAdapters:
     """Read and stack the adapters of `directory`; `LoraEnsemble.from_pretrained` says what it may be."""
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder")
+    folders, ensemble = _list(directory)
     seeds, alpha = {}, None
-    if (directory / ENSEMBLE_FILE).is_file():
-        ensemble = _read_ensemble(directory / ENSEMBLE_FILE)
-        folders = [files.inside(directory, name) for name in ensemble["particles"]]
+    if ensemble is not None:
         _verify(directory, ensemble["sha256"])
         seeds, alpha = {"seed": ensemble["seed"], "init": ensemble["init"]}, ensemble.get("alpha")
-    elif (directory / CONFIG_FILE).is_file():
-        folders = [directory]
-    else:
-        names = sorted(child.name for child in directory.iterdir() if (child / CONFIG_FILE).is_file())
-        folders = [files.inside(directory, name) for name in names]
-    if not folders:
-        raise ValueError(f"{directory}: neither {ENSEMBLE_FILE} nor {CONFIG_FILE} here or one folder below")
     configs = [_read_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         different = [key for key in configs[0] if config[key] != configs[0][key]]
@@ -152,6 +142,11 @@ def read(directory: Path) -> SavedAdapters:
     return SavedAdapters(directory, {"num_particles": len(folders), **configs[0], **seeds}, stacked, alpha)
 
 
+def num_particles(directory: Path) -> int:
+    """How many `read` would find in `directory`; no adapter is read."""
+    return len(_list(directory)[0])
+
+
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:
     """Hold what was read against the maps that its own config targets, {path: (in, out) features}.
 
@@ -167,6 +162,21 @@ def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]])
                 wrong.append(f"{path}.lora_{side}: {list(tensor.shape[1:])} instead of {list(shape)}")
     if wrong:
         raise ValueError(f"{saved.directory}: adapters made for another base model; misshapen: {_some(wrong)}")
+
+
+def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
+    """The folder of each particle, and ensemble.json where there is one."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder")
+    if (directory / ENSEMBLE_FILE).is_file():
+        ensemble = _read_ensemble(directory / ENSEMBLE_FILE)
+        return [files.inside(directory, name) for name in ensemble["particles"]], ensemble
+    if (directory / CONFIG_FILE).is_file():
+        return [directory], None
+    names = sorted(child.name for child in directory.iterdir() if (child / CONFIG_FILE).is_file())
+    if not names:
+        raise ValueError(f"{directory}: neither {ENSEMBLE_FILE} nor {CONFIG_FILE} here or one folder below")
+    return [files.inside(directory, name) for name in names], None
 
 
 def _read_ensemble(path: Path) -> dict[str, Any]:

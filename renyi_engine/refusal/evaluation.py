@@ -150,7 +150,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     Batches follow from the whole list of prompts, and one that is not complete is generated again: so a response does
     not depend on where an evaluation was stopped.
     """
-    num_particles = adapter_folder.read(Path(config.ensemble)).config["num_particles"] if config.ensemble else 0
+    num_particles = adapter_folder.num_particles(Path(config.ensemble)) if config.ensemble else 0
     speakers_at_once = _speakers(num_particles)
 
     def missing(speakers: Sequence[Speaker], asked: Sequence[Prompt]) -> bool:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_engine.adapter_folder import CONFIG_FILE, ENSEMBLE_FILE, TENSORS_FILE, read
+from renyi_engine.adapter_folder import CONFIG_FILE, ENSEMBLE_FILE, TENSORS_FILE, num_particles, read
 from renyi_engine.files import inside, sha256_of
 
 K = 3
@@ -148,6 +148,14 @@ def test_one_adapter_folder_is_an_ensemble_of_one(tiny_model, load_peft, naive_l
     ensemble = LoraEnsemble.from_pretrained(tiny_model("llama"), str(tmp_path))
     truth = naive_logprob(load_peft(tiny_model("llama"), tmp_path), batch)
     torch.testing.assert_close(ensemble.sequence_logprob(batch), truth[None], rtol=0, atol=2e-5)
+
+
+def test_particles_are_counted_without_reading_them(tiny_model, saved, tmp_path):
+    """In an ensemble, in folders that PEFT wrote, and in a single one of those."""
+    write_peft(tiny_model("llama"), tmp_path / "two", names=("a", "b"))
+    for tensors in tmp_path.rglob(TENSORS_FILE):
+        tensors.unlink()
+    assert [num_particles(folder) for folder in (saved, tmp_path / "two", tmp_path / "two" / "a")] == [K, 2, 1]
 
 
 def test_bf16_adapters_are_read_into_fp32(tiny_model, load_peft, naive_logprob, batch, tmp_path):
