@@ -5,6 +5,8 @@ K particles, B sequences, T tokens, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,6 +89,11 @@ def sequence_nll(logits: Tensor, ids: Tensor) -> Tensor:
     return nll.view(len(ids), -1).sum(-1)
 
 
+def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
+    """The same for every way, or the optimizers would be what is compared."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+
 # the ways to make a step: each has step(ids), and score(ids) -> (logp [K, B], for every particle the gradient of its
 # own -sum_i logp[k, i] in the B of the lowest adapted q_proj, [K, O, R])
 
@@ -96,7 +103,7 @@ class Ensemble:
 
     def __init__(self, model, shape: Shape, backend: str) -> None:
         self.backend, self.ensemble = backend, attach(model, shape)
-        self.optimizer = torch.optim.AdamW(self.ensemble.parameters(), lr=LEARNING_RATE, fused=True)
+        self.optimizer = adamw(self.ensemble.parameters())
 
     def step(self, ids: Tensor) -> None:
         with use_backend(self.backend):
@@ -178,9 +185,7 @@ class Peft:
                     pair[0].copy_(A[k])
                     pair[1].copy_(B[k])
                     self.parameters[name] += pair
-        self.optimizer = torch.optim.AdamW(
-            [p for ps in self.parameters.values() for p in ps], lr=LEARNING_RATE, fused=True
-        )
+        self.optimizer = adamw([p for ps in self.parameters.values() for p in ps])
 
     def nll(self, name: str, ids: Tensor) -> Tensor:
         self.model.set_adapter(name)
@@ -217,7 +222,7 @@ class Vmap:
         for path, pair in stacked.items():
             for letter, tensor in zip("AB", pair, strict=True):
                 self.adapters[f"base_model.model.{path}.lora_{letter}.default.weight"] = tensor.requires_grad_()
-        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=LEARNING_RATE, fused=True)
+        self.optimizer = adamw(self.adapters.values())
 
     def logp(self, ids: Tensor) -> Tensor:
         ids = ids.to(device_type())

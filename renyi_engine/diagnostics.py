@@ -30,8 +30,8 @@ from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
 SHOWN = 25
-NLLS = ("best_particle_nll_nats_per_token", "mixture_nll_nats_per_token", "base_nll_nats_per_token")
 """Examples of each kind in the report; the table on disk has all."""
+NLLS = ("best_particle_nll_nats_per_token", "mixture_nll_nats_per_token", "base_nll_nats_per_token")
 
 
 @dataclass

@@ -473,12 +473,12 @@ def test_what_a_kill_left_half_written_is_removed_with_a_warning(saved_run):
     assert not leftover.exists()
 
 
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(saved_run, monkeypatch):
     run, config = saved_run
-
-    def no_space(path, value):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(files, "write_json", no_space)
         trainer.checkpoint.save(run, 6, *_loaded(config), {}, keep=2)
@@ -491,9 +491,6 @@ def test_a_run_that_an_error_ends_says_so(sft_config, monkeypatch, wholly):
     """Where not even run.json can be written, the error that ended the run is still the one that is raised."""
     config = sft_config(max_steps=3, save_steps=2)
     run_file = Path(config.output_dir) / "run.json"
-
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
 
     def save(*_):
         if wholly:
