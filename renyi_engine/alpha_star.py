@@ -23,7 +23,7 @@ from renyi_engine.page import Section, Table, as_text, write_page
 from renyi_engine.prior import potential_curvature
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
-from renyi_engine.task import read_items
+from renyi_engine.task import describe_rows, read_items
 from renyi_engine.theory.adapter import CurvatureName, particle, project_adapter
 from renyi_engine.theory.stability import CriticalAlpha, Projection, parts_of
 
@@ -107,7 +107,7 @@ def alpha_star(config: AlphaStarConfig) -> str:
     folder = files.make_folder(Path(config.output_dir), "output_dir")
     task = SftTask(base_model.load_tokenizer(config), config.max_length)
     examples, dropped = read_items(task, rows, "dataset_name")
-    num_rows = len(examples)
+    num_rows, of_rows = len(examples), describe_rows(examples, dropped)
     if num_rows > config.max_examples:
         drawn = torch.randperm(num_rows, generator=seeding.generator(config.seed))[: config.max_examples]
         examples = [examples[i] for i in sorted(drawn.tolist())]
@@ -133,7 +133,7 @@ def alpha_star(config: AlphaStarConfig) -> str:
         "num_examples": len(examples),
         "num_parameters": len(projection.basis),
         "only_B": len(point) < len(adapter),
-        "dropped_rows": data.describe_dropped(dropped),
+        "dropped_rows": of_rows,
     }
     _write(config, folder, slots, projection, found, point, drivers, results)
     return _summary(config, folder, results, drivers)

@@ -8,7 +8,7 @@ from functools import partial
 from renyi_engine import base_model
 from renyi_engine.config import SamplingConfig
 from renyi_engine.data import left_padded, pad_token_id
-from renyi_engine.encoding import encode_prompts
+from renyi_engine.encoding import encode_prompts, stop_tokens
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.settings import flag, require, require_given
 
@@ -37,7 +37,8 @@ def answer(config: GenerateConfig) -> str:
     pad = pad_token_id(tokenizer)
     input_ids, attention_mask = left_padded(encode_prompts(tokenizer, config.prompts), pad)
     draws = {**config.sampling(), "seed": config.seed}
-    generate = partial(ensemble.generate, input_ids, attention_mask, **draws, pad_token_id=pad)
+    stops = stop_tokens(ensemble.model, tokenizer)
+    generate = partial(ensemble.generate, input_ids, attention_mask, **draws, eos_token_id=stops, pad_token_id=pad)
     of_particles = generate()
     with ensemble.disable_adapters():
         of_base = generate()

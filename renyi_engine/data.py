@@ -6,6 +6,7 @@ Layout: B sequences, T tokens.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,18 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row. `labels` is aligned with `input_ids`; -100 where no token counts."""
+    """One tokenised row. `labels` is aligned with `input_ids`; -100 where no token counts. `num_cut`: tokens beyond
+    max_length that were cut off its end."""
 
     row: int
     input_ids: list[int]
     labels: list[int]
+    num_cut: int = 0
+
+    @classmethod
+    def cut(cls, row: int, input_ids: list[int], labels: list[int], max_length: int) -> Example:
+        """The first `max_length` tokens."""
+        return cls(row, input_ids[:max_length], labels[:max_length], max(len(input_ids) - max_length, 0))
 
     @property
     def sequences(self) -> tuple[Example, ...]:
@@ -110,10 +118,12 @@ def tokenize(
 
 def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> list[str]:
     """A line a reason: how many rows, which, and why."""
-    return [
-        f"{len(rows)} rows dropped ({', '.join(map(str, rows[:10]))}{', ...' if len(rows) > 10 else ''}): {reason}"
-        for reason, rows in dropped.items()
-    ]
+    return [f"{len(rows)} rows dropped ({name_rows(rows)}): {reason}" for reason, rows in dropped.items()]
+
+
+def name_rows(numbers: Sequence[int]) -> str:
+    """The first of the rows' numbers."""
+    return f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
 
 
 def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:
@@ -124,6 +134,13 @@ def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str])
     return ValueError(
         f"{argument}: expected the columns {' or '.join(wanted)}; got {columns}" + (f"; {hints[0]}" if hints else "")
     )
+
+
+def warn_unread(argument: str, columns: Iterable[str], read: Iterable[str]) -> None:
+    """Name the columns that have no effect, once for a data set: one of them may have been meant to have one."""
+    unread = [column for column in columns if column not in set(read)]
+    if unread:
+        warnings.warn(f"{argument}: these columns are not read: {', '.join(unread)}", stacklevel=2)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
@@ -139,13 +156,31 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     }
 
 
+def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[str, bool]]:
+    """The example's text in stretches, each with whether it is learnt."""
+    stretches = []
+    start = 0
+    learnt = [label != IGNORE_INDEX for label in example.labels]
+    for end in range(1, len(learnt) + 1):
+        if end == len(learnt) or learnt[end] != learnt[start]:
+            stretches.append((tokenizer.decode(example.input_ids[start:end]), learnt[start]))
+            start = end
+    return stretches
+
+
 def excerpt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """Its last words before what is learnt, and the beginning of that, in [[ ]]."""
-    start = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
-    before, after = (tokenizer.decode(ids) for ids in (example.input_ids[:start], example.input_ids[start:]))
-    head = "..." if len(before) > MOST_TEXT else ""
-    tail = "..." if len(after) > MOST_TEXT else ""
-    return " ".join(f"{head}{before[-MOST_TEXT:]}[[{after[:MOST_TEXT]}{tail}]]".split())
+    """Its last words before what is learnt, and the beginning of what follows; what is learnt stands in [[ ]]."""
+    stretches = marked(tokenizer, example)
+    before = "" if stretches[0][1] else stretches.pop(0)[0]
+    text = "..." + before[-MOST_TEXT:] if len(before) > MOST_TEXT else before
+    room = MOST_TEXT
+    for stretch, learnt in stretches:
+        shown = stretch[:room] + ("..." if len(stretch) > room else "")
+        text += f"[[{shown}]]" if learnt else shown
+        room -= len(stretch)
+        if room <= 0:
+            break
+    return " ".join(text.split())
 
 
 def longest_first(lengths: Iterable[int]) -> list[int]:

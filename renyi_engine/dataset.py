@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from renyi_engine import data
 from renyi_engine.config import TrainConfig
-from renyi_engine.task import Item, Task, read_items
+from renyi_engine.task import Item, Task, describe_rows, read_items
 
 
 @dataclass
@@ -16,6 +16,12 @@ class Dataset:
     train: list[Item]
     held_out: list[Item]
     dropped: dict[str, list[int]]
+
+    @property
+    def description(self) -> list[str]:
+        """What became of the rows that are not whole here, in lines."""
+        held_out = [f"held out: {line}" for line in describe_rows(self.held_out, {})]
+        return describe_rows(self.train, self.dropped) + held_out
 
     def check_vocabulary(self, num_embeddings: int) -> None:
         """ValueError if the tokenizer knows tokens that the model does not."""

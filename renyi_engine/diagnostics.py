@@ -25,7 +25,7 @@ from renyi_engine.page import Section, Table, write_page
 from renyi_engine.predict import Subject, load_subject
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
-from renyi_engine.task import read_items
+from renyi_engine.task import describe_rows, read_items
 from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
@@ -99,7 +99,7 @@ def evaluate_nll(config: NllConfig) -> str:
     texts = [data.excerpt(subject.tokenizer, example) for example in examples]
     found = diagnose(scored.logp, base.logp[0], scored.num_labels, alpha, config.contested_ess, high)
     table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
-    return _write(config, folder, subject, table, high, data.describe_dropped(dropped))
+    return _write(config, folder, subject, table, high, describe_rows(examples, dropped))
 
 
 def diagnose(

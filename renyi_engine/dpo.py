@@ -9,6 +9,7 @@ Layout: K particles, B pairs, N pairs of a data set, T tokens; in [B, 2], 0 is t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from renyi_engine import files
+from renyi_engine.chat import CONTEXT_COLUMNS, common_prefix, is_conversation
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, longest_first, missing_column, pad_token_id
-from renyi_engine.encoding import Encoder, common_prefix, is_messages, require_field
+from renyi_engine.data import Dropped, Example, collate, longest_first, missing_column, pad_token_id, warn_unread
+from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.progress import track
 from renyi_engine.settings import flag, require
@@ -91,15 +93,18 @@ class DpoTask:
     def check_columns(self, columns: Sequence[str], argument: str) -> None:
         if not {"chosen", "rejected"} <= set(columns):
             raise missing_column(argument, columns, FORMS)
-        if self.min_score_gap is not None and not set(self.score_columns) <= set(columns):
-            raise missing_column(argument, columns, [" + ".join(self.score_columns)])
+        scores = [] if self.min_score_gap is None else self.score_columns
+        if not set(scores) <= set(columns):
+            raise missing_column(argument, columns, [" + ".join(scores)])
+        warn_unread(argument, columns, ["prompt", "chosen", "rejected", *scores, *CONTEXT_COLUMNS])
 
     def example(self, number: int, row: Mapping[str, Any]) -> Pair:
         """The pair of row `number`.
 
         Raises:
-            Dropped: it teaches nothing: both are the same, a score is missing or too near, a completion is empty or cut
-                off whole. ValueError: a field is missing or not what its column says.
+            Dropped, a ValueError: it teaches nothing: both are the same, a score is missing or too near, a completion
+                is empty or cut off whole; or where the completions begin cannot be told. ValueError: a field is missing
+                or not what its column says.
         """
         prompt, chosen, rejected = _with_prompt(number, row)
         if chosen == rejected:
@@ -110,12 +115,19 @@ class DpoTask:
             raise Dropped("the prompt is empty")
         if not chosen or not rejected:
             raise Dropped("a completion is empty")
-        chosen_ids, chosen_start = self._encoder.completed(number, prompt, chosen, "chosen")
-        rejected_ids, rejected_start = self._encoder.completed(number, prompt, rejected, "rejected")
-        start = min(chosen_start, rejected_start)
+        sides = [
+            self._encoder.completed(number, prompt, completion, column, row)
+            for column, completion in (("chosen", chosen), ("rejected", rejected))
+        ]
+        # as in TRL, both are compared from where the first of them begins, should a token be merged there
+        start = min(_first_label(labels) for _, labels in sides)
         if start >= self.max_length:
             raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
-        return Pair(number, self._sequence(number, chosen_ids, start), self._sequence(number, rejected_ids, start))
+        first, second = (self._sequence(number, input_ids, labels, start) for input_ids, labels in sides)
+        if first.input_ids == second.input_ids:
+            cut = f" as far as max_length ({self.max_length} tokens)" if first.num_cut or second.num_cut else ""
+            raise Dropped(f"chosen and rejected are the same tokens{cut}")
+        return Pair(number, first, second)
 
     def prepare(
         self, ensemble: LoraEnsemble, items: Sequence[Pair], folder: Path, batch_size: int, fingerprint: str
@@ -162,18 +174,14 @@ class DpoTask:
         return f"reward accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.3f} nats"
 
     def _require_gap(self, number: int, row: Mapping[str, Any]) -> None:
-        scores = [row[column] for column in self.score_columns]
-        if any(score is None for score in scores):
-            raise Dropped("a score is missing")
-        for column, score in zip(self.score_columns, scores, strict=True):
-            is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
-            require_field(is_number, number, column, "a number", score)
+        scores = [_score(number, column, row.get(column)) for column in self.score_columns]
         if not scores[0] - scores[1] > self.min_score_gap:
             raise Dropped(f"the scores do not differ by more than {self.min_score_gap:g} (min_score_gap)")
 
-    def _sequence(self, number: int, input_ids: list[int], start: int) -> Example:
-        labels = [IGNORE_INDEX] * start + input_ids[start:]
-        return Example(number, input_ids[: self.max_length], labels[: self.max_length])
+    def _sequence(self, number: int, input_ids: list[int], labels: list[int], start: int) -> Example:
+        first = _first_label(labels)
+        labels = [*labels[:start], *input_ids[start:first], *labels[first:]]
+        return Example.cut(number, input_ids, labels, self.max_length)
 
     @torch.no_grad()
     def _reference(self, ensemble: LoraEnsemble, items: Sequence[Pair], batch_size: int) -> Tensor:
@@ -185,6 +193,21 @@ class DpoTask:
             for part in track(parts, "reference log-probabilities of the base"):
                 logp[part] = _completion_logp(ensemble, self.collate([items[i] for i in part]))[0].float().cpu()
         return logp
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    """Where the completion begins; after the end if nothing of it is there."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+
+
+def _score(number: int, column: str, value: Any) -> float:
+    """A score of row `number`; a table without types, such as a .csv file, holds numbers as text."""
+    if value is None or value == "":
+        raise Dropped("a score is missing")
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(value, bool):
+            return float(value)
+    raise ValueError(f"row {number}: {column}: expected a number; got {type(value).__name__} {str(value)[:60]!r}")
 
 
 def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Tensor:
@@ -201,7 +224,7 @@ def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for column, value in (("chosen", chosen), ("rejected", rejected)):
-        known = isinstance(value, str) or is_messages(value)
+        known = isinstance(value, str) or is_conversation(value)
         require_field(known, number, column, "a string or a list of messages", value)
     same_kind = isinstance(chosen, str) == isinstance(rejected, str)
     require_field(same_kind, number, "rejected", f"a {type(chosen).__name__}, as chosen is", rejected)

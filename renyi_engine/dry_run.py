@@ -7,12 +7,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Example, describe_dropped
+from renyi_engine.data import Example, marked
 from renyi_engine.dataset import load_dataset
 from renyi_engine.settings import to_yaml
 from renyi_engine.task import length
 from renyi_engine.trainer import make_task
-from renyi_kernels import IGNORE_INDEX
 from renyi_kernels.linear_logprob import CHUNK_MIB
 
 
@@ -20,13 +19,13 @@ def dry_run(config: TrainConfig) -> str:
     """Resolved settings, a decoded example and a memory estimate, as text; no weights are loaded."""
     task = make_task(config)
     dataset = load_dataset(config, task)
-    dropped = "".join(f"{line}\n" for line in describe_dropped(dataset.dropped))
+    left_out = "".join(f"{line}\n" for line in dataset.description)
     longest = max(map(length, dataset.train))
     first = dataset.train[0]
     shown = "\n\n".join(show(sequence, task.tokenizer) for sequence in first.sequences)
     return (
         f"# settings\n{to_yaml(config)}\n# data\n{len(dataset.train)} training and {len(dataset.held_out)} held-out "
-        f"examples, the longest of {longest} tokens\n{dropped}\n"
+        f"examples, the longest of {longest} tokens\n{left_out}\n"
         f"# row {first.row}; the loss is on what stands in [[ ]]\n{shown}\n\n"
         f"# memory\n{memory_estimate(config, longest, len(first.sequences))}"
     )
@@ -34,15 +33,7 @@ def dry_run(config: TrainConfig) -> str:
 
 def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """The example's text, with the stretches that are learnt in double brackets."""
-    pieces: list[str] = []
-    start = 0
-    learnt = [label != IGNORE_INDEX for label in example.labels]
-    for end in range(1, len(learnt) + 1):
-        if end == len(learnt) or learnt[end] != learnt[start]:
-            text = tokenizer.decode(example.input_ids[start:end])
-            pieces.append(f"[[{text}]]" if learnt[start] else text)
-            start = end
-    return "".join(pieces)
+    return "".join(f"[[{text}]]" if learnt else text for text, learnt in marked(tokenizer, example))
 
 
 def memory_estimate(config: TrainConfig, longest: int, num_sequences: int) -> str:

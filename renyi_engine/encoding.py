@@ -1,11 +1,23 @@
-"""From the text or chat of a row to tokens: which stand for the prompt, which are learnt."""
+"""From the text or chat of a row to tokens: which stand for the prompt, which are learnt.
+
+Every text becomes tokens here: in training, in evaluation, in generation. So a text has one BOS where the tokenizer
+adds one, one EOS at the end of what is learnt, and none at the end of what is to be continued.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from renyi_engine.chat import ChatTemplate, Span, common_prefix, is_conversation, read_context, read_messages
+from renyi_engine.data import Dropped
+from renyi_kernels import IGNORE_INDEX
+
+Labelled = tuple[list[int], list[int]]
+"""Tokens, and the labels beside them: the token where it is learnt, -100 where it is not."""
 
 
 class Encoder:
@@ -13,72 +25,125 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
 
-    def text(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+    # ------------------------------------------------------------------ text
 
-    def with_eos(self, text: str) -> str:
-        """`text`, ending in the end-of-sequence token as a completion does, if there is such a token."""
-        eos = self._tokenizer.eos_token
-        return text if not isinstance(eos, str) or text.endswith(eos) else text + eos
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of a text that is to be continued."""
+        ids = self._tokens(text)
+        return ids if ids[: len(self._opening)] == self._opening else [*self._opening, *ids]
 
-    def chat(
-        self, number: int, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> list[int]:
-        """Messages through the chat template.
+    def text(self, text: str) -> Labelled:
+        """A text of which everything is learnt, its end too."""
+        ids = self._ended(self.prompt(text))
+        return ids, list(ids)
 
-        Raises:
-            ValueError: there is no template, or it refuses the messages.
-        """
-        if not messages:
-            return []
+    def completed_text(self, prompt: str, completion: str) -> Labelled:
+        """Prompt and completion as one text, of which the completion and its end are learnt."""
+        text = prompt + completion
+        whole, alone = self.prompt(text), _Tokenized(self._tokenizer, text)
+        start = len(whole) - len(alone.ids) + alone.place(len(prompt))
+        ids = self._ended(whole)
+        return ids, [IGNORE_INDEX] * start + ids[start:]
+
+    # ------------------------------------------------------------------ chat
+
+    def question(self, text: str) -> list[int]:
+        """Tokens that ask for an answer: the text as the user's turn if there is a chat template, or as it is."""
         if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"row {number}: the data is conversational, but the tokenizer of {self._tokenizer.name_or_path} has no "
-                "chat template; use an instruct model, set tokenizer.chat_template, or give text columns"
-            )
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-            )
-        except Exception as error:  # a template is a program: whatever it raises is about this row
-            raise ValueError(f"row {number}: the chat template refuses the messages ({error})") from None
-        return list(rendered["input_ids"])
+            return self.prompt(text)
+        return self._tokens(self._template.render([{"role": "user", "content": text}], add_generation_prompt=True))
 
-    def completed(self, number: int, prompt: Any, completion: Any, column: str = "completion") -> tuple[list[int], int]:
-        """(tokens of prompt and completion, how many of them the prompt alone begins with).
-
-        Both are strings, or both lists of messages. They are tokenised together: where that merges the seam, the merged
-        token belongs to the completion.
+    def conversation(self, number: int, row: Mapping[str, Any], column: str) -> Labelled:
+        """The messages in `column`, of which every turn of the assistant is learnt.
 
         Raises:
-            ValueError: a field is missing or of another kind than the other; the column of the completion is `column`.
+            ValueError: a message or a column beside it has another form. Dropped: a turn cannot be told apart.
+        """
+        messages = read_messages(number, column, row[column])
+        if not any(message["role"] == "assistant" for message in messages):
+            raise Dropped("no token to learn: the assistant has no turn")
+        text, spans = self._template.answers(messages, read_context(number, row))
+        return self._with_spans(text, spans)
+
+    def completed(self, number: int, prompt: Any, completion: Any, column: str, row: Mapping[str, Any]) -> Labelled:
+        """Prompt and completion, both strings or both lists of messages, of which the completion is learnt.
+
+        They become tokens together: where that merges the last token of the prompt with the first of the completion,
+        the merged token is learnt. `column` holds the completion; `row` may hold what the chat template is given.
+
+        Raises:
+            ValueError: a field is missing or of another kind than the other. Dropped: where the completion begins
+                cannot be told.
         """
         if isinstance(completion, str):
             require_field(isinstance(prompt, str), number, "prompt", f"a string, as the {column} is", prompt)
-            whole, alone = self.text(self.with_eos(prompt + completion)), self.text(prompt)
-        else:
-            require_field(is_messages(completion), number, column, "a string or a list of messages", completion)
-            is_chat = is_messages(prompt) or prompt == []
-            require_field(is_chat, number, "prompt", f"a list of messages, as the {column} is", prompt)
-            whole = self.chat(number, [*prompt, *completion])
-            alone = self.chat(number, prompt, add_generation_prompt=True)
-        return whole, common_prefix(whole, alone)
+            return self.completed_text(prompt, completion)
+        good = is_conversation(completion) and len(completion) > 0
+        require_field(good, number, column, "a string or a list of messages", completion)
+        require_field(is_conversation(prompt), number, "prompt", f"a list of messages, as the {column} is", prompt)
+        asked, said = read_messages(number, "prompt", prompt), read_messages(number, column, completion)
+        text, spans = self._template.completion(asked, said, read_context(number, row))
+        return self._with_spans(text, spans)
 
+    # ------------------------------------------------------------------ tokens
 
-def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading items are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    def _tokens(self, text: str) -> list[int]:
+        """Tokens of the text alone: nothing is added."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-
-def is_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and m.get("content") is not None for m in value
+    @cached_property
+    def _added(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        alone, whole = self._tokens("a"), list(self._tokenizer("a")["input_ids"])
+        for start in range(len(whole) - len(alone) + 1):
+            if whole[start : start + len(alone)] == alone:
+                return whole[:start], whole[start + len(alone) :]
+        raise ValueError(
+            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of 'a' with special tokens and {alone} without; "
+            "expected the same tokens in the middle"
         )
-    )
+
+    @property
+    def _opening(self) -> list[int]:
+        return self._added[0]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """The tokens, ending in the end-of-sequence token, or where there is none in what the tokenizer adds."""
+        eos = self._tokenizer.eos_token_id
+        end = self._added[1] if eos is None else [eos]
+        return ids if not end or ids[-len(end) :] == end else [*ids, *end]
+
+    def _with_spans(self, text: str, spans: Sequence[Span]) -> Labelled:
+        """Tokens of a rendered conversation, of which the spans are learnt."""
+        tokenized = _Tokenized(self._tokenizer, text)
+        labels = [IGNORE_INDEX] * len(tokenized.ids)
+        for start, end in spans:
+            first, last = tokenized.place(start), tokenized.place(end)
+            labels[first:last] = tokenized.ids[first:last]
+        return tokenized.ids, labels
+
+
+class _Tokenized:
+    """The tokens of a text, nothing added, and where its characters are in them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        self._tokenizer, self._text = tokenizer, text
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        self.ids: list[int] = list(encoded["input_ids"])
+        self._ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else None
+
+    def place(self, character: int) -> int:
+        """The first token that reaches beyond so many characters: a token that lies on both sides counts as beyond."""
+        if character == len(self._text):
+            return len(self.ids)
+        if self._ends is None:
+            # without offsets: where the tokens part from those of the beginning alone
+            return common_prefix(
+                self.ids, self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
+            )
+        return next((place for place, end in enumerate(self._ends) if end > character), len(self.ids))
 
 
 def require_field(holds: bool, number: int, column: str, expected: str, got: Any) -> None:
@@ -87,9 +152,26 @@ def require_field(holds: bool, number: int, column: str, expected: str, got: Any
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each prompt: as the user's turn where the tokenizer has a chat template, else as plain text."""
+    """Tokens of each prompt, to be answered: as the user's turn where the tokenizer has a chat template, else as plain
+    text."""
     encoder = Encoder(tokenizer)
-    if not tokenizer.chat_template:
-        return [encoder.text(prompt) for prompt in prompts]
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [encoder.chat(number, turn, add_generation_prompt=True) for number, turn in enumerate(turns)]
+    return [encoder.question(prompt) for prompt in prompts]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of the model's configuration, the tokenizer's end-of-sequence token, and the
+    token with which the chat template closes an assistant turn, which is what training teaches.
+
+    Raises:
+        ValueError: there is none.
+    """
+    configs = (model.generation_config, model.config.get_text_config())
+    found: list[Any] = [getattr(config, "eos_token_id", None) for config in configs]
+    found += [tokenizer.eos_token_id, ChatTemplate(tokenizer).end_of_turn()]
+    stops = {int(token) for one in found if one is not None for token in (one if isinstance(one, list) else [one])}
+    if not stops:
+        raise ValueError(
+            f"tokenizer: {tokenizer.name_or_path} has no end-of-sequence token, and neither has the model, so nothing "
+            "would end an answer; set tokenizer.eos_token and save it again"
+        )
+    return sorted(stops)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from renyi_engine import base_model
 from renyi_engine.config import EvalConfig
 from renyi_engine.data import longest_first
+from renyi_engine.encoding import Encoder
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
 from renyi_kernels import IGNORE_INDEX, renyi_reduce
 
@@ -118,7 +119,8 @@ def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions:
     """Tokens of a prompt and of each completion, parted as lm-eval does it, so that scores can be compared.
 
     Prompt and completion are encoded as one text, which is cut where the tokens of the prompt alone end; white space
-    at the end of the prompt goes to the completions. The tokenizer adds its special tokens, but no second BOS.
+    at the end of the prompt goes to the completions. What the tokenizer puts before a text is there, once; nothing
+    comes after the completion.
 
     Raises:
         ValueError: the prompt is empty, or a completion adds no token to it.
@@ -126,14 +128,13 @@ def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions:
     stripped = prompt.rstrip()
     if not stripped:
         raise ValueError("prompt: it is empty, and a first token has no prediction; begin it with the BOS token")
-    bos = tokenizer.bos_token
-    texts = [stripped, *(prompt + completion for completion in completions)]
-    encoded = tokenizer(texts, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
-    start = len(encoded[0])
-    for completion, ids in zip(completions, encoded[1:], strict=True):
-        if len(ids) <= start:
+    encoder = Encoder(tokenizer)
+    alone = encoder.prompt(stripped)
+    encoded = [encoder.prompt(prompt + completion) for completion in completions]
+    for completion, ids in zip(completions, encoded, strict=True):
+        if len(ids) <= len(alone):
             raise ValueError(f"completions: {completion!r} adds no token to the prompt {prompt[-40:]!r}")
-    return Choices(encoded[0], [ids[start:] for ids in encoded[1:]])
+    return Choices(alone, [ids[len(alone) :] for ids in encoded])
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from renyi_engine.chat import CONTEXT_COLUMNS
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id
-from renyi_engine.encoding import Encoder, is_messages, require_field
+from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id, warn_unread
+from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.task import Scores
 from renyi_kernels import IGNORE_INDEX
@@ -40,29 +41,34 @@ class SftTask:
         self._encoder = Encoder(tokenizer)
 
     def check_columns(self, columns: Sequence[str], argument: str) -> None:
-        """ValueError unless the columns are one of `FORMS`; chat needs a chat template."""
-        if not any(set(form.split(" + ")) <= set(columns) for form in FORMS):
+        """ValueError unless the columns are one of `FORMS`; a warning names those that are not read."""
+        form = next((form.split(" + ") for form in FORMS if set(form.split(" + ")) <= set(columns)), None)
+        if form is None:
             raise missing_column(argument, columns, FORMS)
+        warn_unread(argument, columns, form if form == ["text"] else [*form, *CONTEXT_COLUMNS])
 
     def example(self, number: int, row: Mapping[str, Any]) -> Example:
         """Tokens and labels of row `number`.
 
         Raises:
-            Dropped: no token is left to learn. ValueError: a field is missing or not what its column says.
+            Dropped, a ValueError: no token is left to learn, or what is learnt cannot be told apart. ValueError: a
+                field is missing or not what its column says.
         """
         if row.get("messages") is not None:
-            input_ids, labels = self._chat(number, row["messages"])
+            input_ids, labels = self._encoder.conversation(number, row, "messages")
         elif "completion" in row:
-            if row["completion"] == "":
+            if row["completion"] in ("", []):
                 raise Dropped("no token to learn: the completion is empty")
-            input_ids, start = self._encoder.completed(number, row["prompt"], row["completion"])
-            labels = [IGNORE_INDEX] * start + input_ids[start:]
+            input_ids, labels = self._encoder.completed(number, row.get("prompt"), row["completion"], "completion", row)
         else:
-            input_ids, labels = self._text(number, row["text"])
-        if len(input_ids) > self.max_length and not any(label != IGNORE_INDEX for label in labels[1 : self.max_length]):
-            raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
-        example = Example(number, input_ids[: self.max_length], labels[: self.max_length])
+            require_field(isinstance(row.get("text"), str), number, "text", "a string", row.get("text"))
+            if not row["text"]:
+                raise Dropped("no token to learn: the text is empty")
+            input_ids, labels = self._encoder.text(row["text"])
+        example = Example.cut(number, input_ids, labels, self.max_length)
         if example.num_labels == 0:
+            if example.num_cut and any(label != IGNORE_INDEX for label in labels):
+                raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
             raise Dropped("no token to learn: the completion is empty")
         return example
 
@@ -79,28 +85,3 @@ class SftTask:
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         return f"mixture NLL {metrics['mixture_nll_nats_per_token']:.3f} nats/token"
-
-    def _text(self, number: int, text: Any) -> tuple[list[int], list[int]]:
-        require_field(isinstance(text, str), number, "text", "a string", text)
-        if not text:
-            raise Dropped("no token to learn: the text is empty")
-        input_ids = self._encoder.text(self._encoder.with_eos(text))
-        return input_ids, list(input_ids)
-
-    def _chat(self, number: int, messages: Any) -> tuple[list[int], list[int]]:
-        """Every assistant turn is learnt, from the end of its generation prompt to the end of the turn."""
-        require_field(is_messages(messages), number, "messages", "a list of {role, content}", messages)
-        whole = self._encoder.chat(number, messages)
-        labels = [IGNORE_INDEX] * len(whole)
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start = self._encoder.chat(number, messages[:turn], add_generation_prompt=True)
-            end = self._encoder.chat(number, messages[: turn + 1])
-            if whole[: len(start)] != start or whole[: len(end)] != end:
-                raise ValueError(
-                    f"row {number}: the chat template rewrites earlier turns, so assistant turn {turn} cannot be told "
-                    "apart; give prompt + completion columns instead"
-                )
-            labels[len(start) : len(end)] = whole[len(start) : len(end)]
-        return whole, labels

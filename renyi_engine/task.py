@@ -84,3 +84,15 @@ def read_items(task: Task, rows: Any, argument: str) -> tuple[list[Any], dict[st
     """
     task.check_columns(rows.column_names, argument)
     return data.tokenize(rows, task.example, argument)
+
+
+def cut_rows(items: Sequence[Item]) -> list[int]:
+    """The rows whose end was cut off at max_length."""
+    return [item.row for item in items if any(sequence.num_cut for sequence in item.sequences)]
+
+
+def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -> list[str]:
+    """What became of a data set's rows, in lines: those that were dropped and why, and those that were cut."""
+    cut = cut_rows(items)
+    of_cut = [f"{len(cut)} rows cut off at max_length ({data.name_rows(cut)})"] if cut else []
+    return data.describe_dropped(dropped) + of_cut

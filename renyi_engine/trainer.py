@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from renyi_engine import base_model, checkpoint, data, seeding
+from renyi_engine import base_model, checkpoint, seeding
 from renyi_engine.alpha import alpha_rule
 from renyi_engine.config import TrainConfig, steps_of
 from renyi_engine.data import StepSampler
@@ -32,7 +32,7 @@ from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
 from renyi_engine.state import State, Window
-from renyi_engine.task import Task, length
+from renyi_engine.task import Task, cut_rows, length
 from renyi_engine.theory.adapter import estimate_alpha_star
 from renyi_engine.train_step import StepResult, train_step
 from renyi_engine.watchdog import remember, spike_limit
@@ -312,6 +312,7 @@ class _Trainer:
                 "adapted_maps": len(self.ensemble.paths),
                 "micro_batch_size": self.state.micro_batch_size,
                 "dropped_rows": {reason: len(rows) for reason, rows in self.dataset.dropped.items()},
+                "cut_rows": len(cut_rows(self.dataset.train)) + len(cut_rows(self.dataset.held_out)),
                 "elapsed_s": time.monotonic() - self.started,
             },
         )
@@ -328,7 +329,7 @@ class _Trainer:
             f"{len(dataset.train)} training and {len(dataset.held_out)} held-out examples, "
             f"{self.total_steps} steps{resumed}"
         )
-        for line in data.describe_dropped(dataset.dropped):
+        for line in dataset.description:
             self.progress.say(line)
 
     # ------------------------------------------------------------------ what can go wrong

@@ -23,7 +23,7 @@ from pathlib import Path
 from renyi_engine import adapter_folder, files
 from renyi_engine.config import CONFIG_FILE, EvalConfig, SamplingConfig
 from renyi_engine.data import left_padded, longest_first, pad_token_id
-from renyi_engine.encoding import encode_prompts
+from renyi_engine.encoding import encode_prompts, stop_tokens
 from renyi_engine.predict import Subject, context_length, load_subject
 from renyi_engine.progress import track
 from renyi_engine.refusal.judges import FAILED, FORMS, Exchange, Judge, make_judge
@@ -194,6 +194,7 @@ def _sample(
             **config.sampling(),
             seed=config.seed,
             prompt_ids=[prompt.prompt_id for prompt in prompts],
+            eos_token_id=stop_tokens(ensemble.model, tokenizer),
             pad_token_id=pad_token_id(tokenizer),
         )
     texts = iter(tokenizer.batch_decode(tokens.flatten(0, 2), skip_special_tokens=True))

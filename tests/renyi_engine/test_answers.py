@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
+from renyi_engine import EnsembleConfig, LoraEnsemble, generation
 from renyi_engine.cli import main
 
 
@@ -32,6 +35,29 @@ def test_each_prompt_is_answered_by_every_particle_and_by_the_base(flags, model_
     )
     said = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert lines[-1] == f"base: {tokenizer.decode(said, skip_special_tokens=True).strip()}"
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn_though_the_model_names_another_token(
+    flags, model_folder, tokenizer, tmp_path, capsys, monkeypatch
+):
+    """The answer is played to the particles; what the model would go on with is the next user's turn."""
+    chat = model_folder.parent / "chat"
+    shutil.copytree(model_folder, chat)
+    config = json.loads((chat / "generation_config.json").read_text())
+    (chat / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": tokenizer.pad_token_id}))
+    # a turn ends with <system>, which is neither the model's nor the tokenizer's end
+    template = tokenizer.chat_template.replace("eos_token", "'<system>'")
+    (chat / "chat_template.jinja").write_text(template)
+    script = tokenizer("Four.<system><user>More?", add_special_tokens=False)["input_ids"]
+    played = iter(range(10**6))
+
+    def next_token(logits, uniform, temperature, top_p):
+        return torch.full((len(logits),), script[next(played) % len(script)])
+
+    monkeypatch.setattr(generation, "draw", next_token)
+    flags = [flag.replace(str(model_folder), str(chat)) for flag in flags]
+    assert main([*flags, "--prompts", "2+2", f"--max_new_tokens={len(script)}"]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == ["# 2+2", "p000: Four.", "p001: Four."]
 
 
 @pytest.mark.parametrize(

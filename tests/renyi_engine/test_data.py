@@ -11,7 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi_engine.data import Dropped, Example, StepSampler, collate, load_splits, pad_token_id, rows_of, tokenize
+from renyi_engine.data import (
+    MOST_TEXT,
+    Dropped,
+    Example,
+    StepSampler,
+    collate,
+    excerpt,
+    load_splits,
+    pad_token_id,
+    rows_of,
+    tokenize,
+)
+from renyi_engine.task import cut_rows, describe_rows
 
 ROWS = [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c", "n": 3}]
 
@@ -124,6 +136,31 @@ def test_dropped_rows_are_counted_by_reason_and_nothing_left_is_an_error():
     assert dropped == {"it is bad": [0, 2], "it is ugly": [3]}
     with pytest.raises(ValueError, match=r"dataset_name: no row is left to use \(2 rows dropped \(0, 1\): it is bad\)"):
         tokenize(["bad", "bad"], one, "dataset_name")
+
+
+def test_an_excerpt_brackets_what_is_scored_and_nothing_between(tokenizer):
+    ids = tokenizer("ask yes but no end")["input_ids"]
+    text = tokenizer.decode(ids)
+    labels = [-100] * len(ids)
+    for said in ("yes", "no"):
+        start = text.index(said)
+        labels[start : start + len(said)] = ids[start : start + len(said)]
+    assert excerpt(tokenizer, Example(0, ids, labels)) == "ask [[yes]] but [[no]] end"
+    assert excerpt(tokenizer, Example(0, ids, ids)) == f"[[{text}]]"
+    long = tokenizer("b" * 200 + "a" * 200)["input_ids"]
+    expected = f"...{'b' * MOST_TEXT}[[{'a' * MOST_TEXT}...]]"
+    assert excerpt(tokenizer, Example(0, long, [-100] * 200 + long[200:])) == expected
+
+
+def test_rows_that_were_cut_are_counted_and_named():
+    whole, cut = Example.cut(3, [1, 2, 3], [-100, 2, 3], 3), Example.cut(5, [1, 2, 3], [-100, 2, 3], 2)
+    assert cut == Example(5, [1, 2], [-100, 2], num_cut=1)
+    assert cut_rows([whole, cut]) == [5]
+    assert describe_rows([whole, cut], {"it is bad": [1]}) == [
+        "1 rows dropped (1): it is bad",
+        "1 rows cut off at max_length (5)",
+    ]
+    assert describe_rows([whole], {}) == []
 
 
 def test_padding_falls_back_to_eos_and_then_gives_up():

@@ -205,6 +205,16 @@ def test_every_form_of_a_row_gives_prompt_chosen_and_rejected(task, row, expecte
         ({"prompt": "x" * 64, "chosen": "y", "rejected": "z"}, "the prompt alone fills max_length"),
         ({"prompt": "", "chosen": "y", "rejected": "z"}, "the prompt is empty"),
         ({"prompt": "x", "chosen": "", "rejected": "z"}, "a completion is empty"),
+        ({"prompt": "x", "chosen": "y", "rejected": "y</s>"}, "chosen and rejected are the same tokens$"),
+        (
+            {"prompt": "x", "chosen": "y" * 70 + "1", "rejected": "y" * 70 + "2"},
+            r"chosen and rejected are the same tokens as far as max_length \(64 tokens\)",
+        ),
+        ({"chosen": chat(("user", "a")), "rejected": chat(("user", "b"))}, "the prompt is empty"),
+        (
+            {"chosen": chat(("system", "s"), ("user", "a")), "rejected": chat(("system", "s"), ("user", "b"))},
+            "the completion does not begin with the assistant's turn",
+        ),
     ],
 )
 def test_pairs_that_teach_nothing_are_dropped_with_the_reason(task, row, reason):
@@ -229,11 +239,13 @@ def test_only_pairs_whose_scores_differ_by_more_than_the_gap_are_kept(tokenizer)
     task = DpoTask(tokenizer, 64, BETA, min_score_gap=1.0, score_columns=["good", "bad"])
     row = {"prompt": "x", "chosen": "y", "rejected": "z"}
     task.example(0, row | {"good": 4, "bad": 2.5})
+    task.example(0, row | {"good": "4", "bad": "2.5"})
     for scores in ({"good": 4, "bad": 3}, {"good": 1, "bad": 4}):
         with pytest.raises(Dropped, match="do not differ by more than 1"):
             task.example(0, row | scores)
-    with pytest.raises(Dropped, match="a score is missing"):
-        task.example(0, row | {"good": None, "bad": 3})
+    for missing in (None, ""):
+        with pytest.raises(Dropped, match="a score is missing"):
+            task.example(0, row | {"good": missing, "bad": 3})
     with pytest.raises(ValueError, match="row 3: bad: expected a number; got str 'low'"):
         task.example(3, row | {"good": 5, "bad": "low"})
     with pytest.raises(ValueError, match=r"expected the columns good \+ bad; got .*"):
@@ -259,7 +271,8 @@ def test_the_reference_is_kept_and_belongs_to_base_data_and_template(task, attac
         task.prepare(ensemble, items, tmp_path, 2, "another base")
     with pytest.raises(TypeError):  # other data
         task.prepare(ensemble, items[::-1], tmp_path, 2, "base")
-    task.tokenizer.chat_template, before = "{{ messages[0]['content'] }}", task.tokenizer.chat_template
+    other = "{% for m in messages %}({{ m['content'] }}){% endfor %}"
+    task.tokenizer.chat_template, before = other, task.tokenizer.chat_template
     try:
         with pytest.raises(TypeError):  # other template
             prepared(task, ensemble, CHATS, tmp_path)

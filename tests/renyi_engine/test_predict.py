@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -141,6 +142,21 @@ def test_a_prompt_that_brings_its_bos_gets_no_second_one(tmp_path, tokenizer):
         choices = encode_choices(with_bos, prompt, ["!"])
         assert choices.prompt == ids
         assert len(choices.completions[0]) == 1
+
+
+def test_a_tokenizer_that_appends_eos_scores_the_letter_and_not_the_end(ensemble, tokenizer):
+    """With the end in the completions all four letters would get the same score, and be scored after an end."""
+    from tokenizers.processors import TemplateProcessing
+
+    ending = copy.deepcopy(tokenizer)
+    eos = ending.eos_token_id
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", eos)])
+    assert ending("Hi")["input_ids"][-1] == eos
+    letters = [" A", " B", " C", " D"]
+    plain, with_eos = (encode_choices(one, "Which?\nAnswer:", letters) for one in (tokenizer, ending))
+    assert with_eos == plain
+    scores = score_choices(ensemble, [with_eos], batch_size=1)
+    assert len({round(score, 4) for score in scores[0, 0].tolist()}) == 4
 
 
 def test_nothing_to_score_is_refused(tokenizer):
