@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi_engine import files
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, longest_first, missing_column, pad_token_id
+from renyi_engine.data import Dropped, Example, collate, longest_first, pad_token_id
 from renyi_engine.encoding import Encoder, common_prefix, is_messages, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.progress import track
+from renyi_engine.rows import missing_column
 from renyi_engine.settings import flag, require
 from renyi_engine.task import Scores, length
 from renyi_kernels import IGNORE_INDEX

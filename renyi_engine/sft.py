@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id
+from renyi_engine.data import Dropped, Example, collate, pad_token_id
 from renyi_engine.encoding import Encoder, is_messages, require_field
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.rows import missing_column
 from renyi_engine.task import Scores
 from renyi_kernels import IGNORE_INDEX
 

@@ -32,7 +32,7 @@ LAYERS = [
     ["ensemble"],
     ["generation", "architecture"],
     ["adapted_maps", "adapter_folder", "targets", "objective", "seeding"],
-    ["files", "settings", "memory"],
+    ["files", "settings", "memory", "rows", "limits"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],
