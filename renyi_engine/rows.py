@@ -90,6 +90,7 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
         ValueError, in one line: it is not there or cannot be read; of a file, with the line that is to blame.
     """
     path = Path(name)
+    found: Mapping[str | None, list[Row]]
     if config_name is not None and (path.is_file() or _is_saved(path)):
         raise ValueError(f"dataset_config: {name} has no configurations; leave --dataset_config out")
     try:
@@ -200,7 +201,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _decoded(text: bytes, first_line: int = 1) -> str:
-    """UTF-8, with or without a byte-order mark. Raises ValueError with the line, where `text` begins at `first_line`."""
+    """UTF-8, with or without a byte-order mark. Raises ValueError that names the line; the first is `first_line`."""
     if first_line == 1 and text.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("line 1: not UTF-8 but UTF-16; save the file as UTF-8")
     try:
@@ -251,12 +252,9 @@ def _parsed(text: str, first_line: int) -> Any:
         raise ValueError(f"line {first_line}: a \\u escape is half a character, which no text can hold") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        cut = (
-            "; a row has to be in one line, unless the file is one list in [ ]"
-            if error.pos >= len(text.rstrip())
-            else ""
-        )
-        raise ValueError(f"line {line}: broken JSON ({error.msg} at column {error.colno}){cut}") from None
+        cut_short = error.pos >= len(text.rstrip())
+        hint = "; a row has to be in one line, unless the file is one list in [ ]" if cut_short else ""
+        raise ValueError(f"line {line}: broken JSON ({error.msg} at column {error.colno}){hint}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {first_line}: broken JSON ({error})") from None
 
@@ -265,15 +263,15 @@ def _csv(path: Path, delimiter: str) -> list[Row]:
     """Every cell is a string. The first line names the columns; one without a name is left out."""
     records = csv_cells(path, delimiter)
     _, header = next(records, (1, []))
-    named = [(index, name) for index, name in enumerate(header) if name]
-    if len(dict(map(reversed, named))) < len(named):
-        twice = next(name for index, name in named if name in header[:index])
-        raise ValueError(f"line 1: two columns are called {twice!r}; rename one")
+    named = {name: index for index, name in enumerate(header) if name}
+    for index, name in enumerate(header):
+        if name and named[name] != index:
+            raise ValueError(f"line 1: two columns are called {name!r}; rename one")
     rows = []
     for line, cells in records:
         if len(cells) != len(header):
             raise ValueError(f"line {line}: expected {len(header)} cells, as line 1 has; got {len(cells)}")
-        rows.append({name: cells[index] for index, name in named})
+        rows.append({name: cells[index] for name, index in named.items()})
     return rows
 
 

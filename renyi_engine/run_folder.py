@@ -91,8 +91,8 @@ class RunFolder:
             then, now = before[what], sha256[what]
             if then != now:
                 raise ValueError(
-                    f"{setting}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} now; "
-                    "give what the run was begun with, or begin another in a new output_dir"
+                    f"{setting}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} "
+                    "now; give what the run was begun with, or begin another in a new output_dir"
                 )
 
     def begin(self, config: TrainConfig, step: int) -> None:

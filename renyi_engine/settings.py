@@ -1,8 +1,8 @@
 """Settings: flat dataclasses, read from YAML and flags alike.
 
 Flags are parsed by transformers' HfArgumentParser, so that they look and behave as TRL's do. A YAML file is turned into
-the same flags in front of the command line's own, its values taken as they are typed: one way in, one kind of error, and
-what is typed last wins.
+the same flags in front of the command line's own, its values as they are typed: one way in, one kind of error, and what
+is typed last wins.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> di
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise ValueError(f"{path}: not a readable YAML file ({reason})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines; got {type(values).__name__}")
@@ -138,7 +139,7 @@ class _AsTyped(yaml.SafeLoader):
     """A value of the file is the text that stands there, as on a command line; YAML alone would read no as False, 007
     as 7 and 12:30 as 750. Only null means that there is none."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
