@@ -105,7 +105,7 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
         else:
             found = _from_hub(name, config_name)
     except ValueError as error:
-        raise ValueError(f"{argument}: {name}: {_first_line(error)}") from None
+        raise ValueError(f"{argument}: {name}: {_one_line(error)}") from None
     return Splits(name, argument, found)
 
 
@@ -233,7 +233,8 @@ def _json(path: Path, field: str | None) -> list[Row]:
 def _json_lines(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
         row = _parsed(line, number)
         if not isinstance(row, dict):
@@ -282,7 +283,7 @@ def _parquet(path: Path) -> list[Row]:
         try:
             return _from_arrow(pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())))
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"no whole parquet file ({_first_line(error)})") from None
+            raise ValueError(f"no whole parquet file ({_one_line(error)})") from None
 
 
 # ---------------------------------------------------------------------- folders, the hub, arrow
@@ -341,7 +342,7 @@ def _told_by_datasets() -> Iterator[None]:
     except StopIteration:  # what a file without a line makes of a loader
         raise ValueError("is empty; at least one row is needed") from None
     except (OSError, yaml.YAMLError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot be read as a data set ({_first_line(error)})") from None
+        raise ValueError(f"cannot be read as a data set ({_one_line(error)})") from None
 
 
 def _plainly_named(folder: Path, scratch: Path) -> Path:
@@ -384,6 +385,6 @@ def _plain(kind: pyarrow.DataType, value: Any) -> Any:
     return value
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     cause = error.__cause__ or error
-    return next(iter(str(cause).splitlines()), type(cause).__name__)
+    return " ".join(str(cause).split()) or type(cause).__name__

@@ -119,7 +119,7 @@ def test_a_published_file_with_too_few_cells_is_named(tmp_path):
     as_published(tmp_path)
     with (tmp_path / "test" / "anatomy_test.csv").open("a", encoding="utf-8") as file:
         file.write("Why?,a,b,c,A\n")
-    with pytest.raises(ValueError, match=r"anatomy_test.csv row 2: expected 6 cells: .* got 5"):
+    with pytest.raises(ValueError, match=r"anatomy_test.csv: line 4: expected 6 cells: .* got 5"):
         load_questions(str(tmp_path), "test")
 
 
