@@ -36,6 +36,7 @@ Row = dict[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _UNPACKERS: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # which `datasets` sees as data in a folder
 # options that a folder's README.md may give to a reader, beside the files themselves
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
 # what TRL and others call the rows of a file; to ask for that split of one is to ask for the file
@@ -185,6 +186,8 @@ def _kind(path: Path) -> str:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked. What the system or an archive has to complain of is a ValueError."""
+    if path.suffix in _NOT_UNPACKED:
+        raise ValueError(f"a {path.suffix} archive is not read here; unpack it, or pack the file with gzip")
     try:
         with _UNPACKERS.get(path.suffix, lambda path: path.open("rb"))(path) as file:
             yield file
@@ -326,7 +329,6 @@ def _read_folder(path: Path, config_name: str | None) -> dict[str | None, list[R
 def _from_hub(name: str, config_name: str | None) -> dict[str | None, list[Row]]:
     import datasets
 
-    datasets.disable_progress_bars()
     with _told_by_datasets():
         return {str(split): _from_dataset(part) for split, part in datasets.load_dataset(name, config_name).items()}
 

@@ -319,6 +319,11 @@ def test_what_is_not_there_is_told(tmp_path, name):
     assert "no such file" in refused(tmp_path / name)
 
 
+def test_an_archive_that_is_not_unpacked_is_told(write):
+    path = write("packed/train.jsonl.zst", b"\x28\xb5\x2f\xfd")
+    assert "train.jsonl.zst: a .zst archive is not read here; unpack it" in refused(path.parent)
+
+
 def test_an_empty_folder_is_told(tmp_path):
     assert "doesn't contain any data files" in refused(tmp_path)
 
