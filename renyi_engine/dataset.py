@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from renyi_engine.config import TrainConfig
-from renyi_engine.rows import Row, content_hash, load_splits
+from renyi_engine.row_files import Row
+from renyi_engine.rows import content_hash, load_splits
 from renyi_engine.task import Item, Task, read_items
 
 

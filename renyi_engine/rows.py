@@ -1,42 +1,29 @@
-"""The rows of a data set, as its files hold them: nothing is inferred, guessed or cached.
+"""The rows of a data set, by split, as its files hold them: nothing is inferred, guessed or cached.
 
-A row is a plain dict. A string in the file is a string in the row, whatever it looks like; a column that one row lacks
-is not in that row. JSON and CSV are read here, also inside a folder; of a folder, `datasets` says which file belongs to
-which split. A hub id is left to `datasets` altogether.
+A row is a plain dict. Files are read by `row_files`, also those of a folder, of which `datasets` says only which file
+belongs to which split. A hub id is left to `datasets` altogether.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import csv
 import dataclasses
 import difflib
 import glob
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import shutil
-import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import yaml
 
-if TYPE_CHECKING:
-    import pyarrow
+from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, one_line, read_file, suffix
 
-Row = dict[str, Any]
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-_UNPACKERS: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # which `datasets` sees as data in a folder
 # options that a folder's README.md may give to a reader, beside the files themselves
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
 # what TRL and others call the rows of a file; to ask for that split of one is to ask for the file
@@ -96,17 +83,17 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
         raise ValueError(f"dataset_config: {name} has no configurations; leave --dataset_config out")
     try:
         if path.is_file():
-            found = {None: _read_file(path, _kind(path))}
+            found = {None: read_file(path, kind_of(path))}
         elif path.is_dir():
             found = _read_folder(path, config_name)
-        elif _suffix(path) in SUFFIXES:
+        elif suffix(path) in SUFFIXES:
             raise ValueError("no such file")
         elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ValueError("no such file or folder")
         else:
             found = _from_hub(name, config_name)
     except ValueError as error:
-        raise ValueError(f"{argument}: {name}: {_one_line(error)}") from None
+        raise ValueError(f"{argument}: {name}: {one_line(error)}") from None
     return Splits(name, argument, found)
 
 
@@ -143,153 +130,7 @@ def content_hash(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------- files
-
-
-def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """(line at which it begins, counted from 1; cells) of every record of a CSV file that is not blank.
-
-    Raises:
-        ValueError: it cannot be opened, is not UTF-8, or a quotation does not end.
-    """
-    csv.field_size_limit(sys.maxsize)  # a cell may be a whole text
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-    begins = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield begins, cells
-            begins = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"line {begins}: broken CSV ({error})") from None
-
-
-def _read_file(path: Path, kind: str, **options: Any) -> list[Row]:
-    """The rows of one file. Raises ValueError, without the file's name."""
-    if kind == "parquet":
-        return _parquet(path)
-    if kind == "csv":
-        return _csv(path, options.get("sep") or options.get("delimiter") or ",")
-    return _json(path, options.get("field"))
-
-
-def _suffix(path: Path) -> str:
-    return next((suffix for suffix in reversed(path.suffixes) if suffix not in _UNPACKERS), "")
-
-
-def _kind(path: Path) -> str:
-    if _suffix(path) not in SUFFIXES:
-        raise ValueError(f"expected a file that ends in {', '.join(SUFFIXES)}")
-    return {".jsonl": "json"}.get(_suffix(path), _suffix(path)[1:])
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked. What the system or an archive has to complain of is a ValueError."""
-    if path.suffix in _NOT_UNPACKED:
-        raise ValueError(f"a {path.suffix} archive is not read here; unpack it, or pack the file with gzip")
-    try:
-        with _UNPACKERS.get(path.suffix, lambda path: path.open("rb"))(path) as file:
-            yield file
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = (os.strerror(error.errno) if isinstance(error, OSError) and error.errno else None) or str(error)
-        raise ValueError(f"cannot be read ({reason})") from None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text, with their ends. A line ends in a line feed and nowhere else, as in an editor."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield _decoded(line, number)
-
-
-def _decoded(text: bytes, first_line: int = 1) -> str:
-    """UTF-8, with or without a byte-order mark. Raises ValueError that names the line; the first is `first_line`."""
-    if first_line == 1 and text.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError("line 1: not UTF-8 but UTF-16; save the file as UTF-8")
-    try:
-        return text.decode("utf-8-sig" if first_line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + text.count(b"\n", 0, error.start)
-        raise ValueError(f"line {line}: not UTF-8 (byte 0x{text[error.start]:02x}); save the file as UTF-8") from None
-
-
-def _json(path: Path, field: str | None) -> list[Row]:
-    """A list of objects, or an object in each line: .json files are written in both ways."""
-    with _opened(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if field is None and not start.startswith(b"["):
-        return _json_lines(path)
-    with _opened(path) as file:
-        text = file.read()
-    value = _parsed(_decoded(text), first_line=1)
-    if field is not None:
-        value = value.get(field) if isinstance(value, dict) else None
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list of rows under {field!r}; got {type(value).__name__}")
-    for number, row in enumerate(value):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number}: expected an object; got {type(row).__name__}")
-    return value
-
-
-def _json_lines(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        line = line.strip()
-        if not line:
-            continue
-        row = _parsed(line, number)
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number}: expected an object; got {type(row).__name__}")
-        rows.append(row)
-    return rows
-
-
-def _parsed(text: str, first_line: int) -> Any:
-    try:
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        raise ValueError(f"line {first_line}: a \\u escape is half a character, which no text can hold") from None
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        cut_short = error.pos >= len(text.rstrip())
-        hint = "; a row has to be in one line, unless the file is one list in [ ]" if cut_short else ""
-        raise ValueError(f"line {line}: broken JSON ({error.msg} at column {error.colno}){hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {first_line}: broken JSON ({error})") from None
-
-
-def _csv(path: Path, delimiter: str) -> list[Row]:
-    """Every cell is a string. The first line names the columns; one without a name is left out."""
-    records = csv_cells(path, delimiter)
-    _, header = next(records, (1, []))
-    named = {name: index for index, name in enumerate(header) if name}
-    for index, name in enumerate(header):
-        if name and named[name] != index:
-            raise ValueError(f"line 1: two columns are called {name!r}; rename one")
-    rows = []
-    for line, cells in records:
-        if len(cells) != len(header):
-            raise ValueError(f"line {line}: expected {len(header)} cells, as line 1 has; got {len(cells)}")
-        rows.append({name: cells[index] for name, index in named.items()})
-    return rows
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    with _opened(path) as file:
-        try:
-            return _from_arrow(pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"no whole parquet file ({_one_line(error)})") from None
-
-
-# ---------------------------------------------------------------------- folders, the hub, arrow
+# ---------------------------------------------------------------------- folders and the hub
 
 
 def _is_saved(path: Path) -> bool:
@@ -320,7 +161,7 @@ def _read_folder(path: Path, config_name: str | None) -> dict[str | None, list[R
             found[str(split)] = []
             for file in files:
                 try:
-                    found[str(split)] += _read_file(Path(file), builder.name, **options)
+                    found[str(split)] += read_file(Path(file), builder.name, **options)
                 except ValueError as error:
                     raise ValueError(f"{os.path.relpath(file, folder)}: {error}") from None
         return found
@@ -344,7 +185,7 @@ def _told_by_datasets() -> Iterator[None]:
     except StopIteration:  # what a file without a line makes of a loader
         raise ValueError("is empty; at least one row is needed") from None
     except (OSError, yaml.YAMLError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot be read as a data set ({_one_line(error)})") from None
+        raise ValueError(f"cannot be read as a data set ({one_line(error)})") from None
 
 
 def _plainly_named(folder: Path, scratch: Path) -> Path:
@@ -364,29 +205,4 @@ def _options(config: Any) -> dict[str, Any]:
 
 def _from_dataset(dataset: Any) -> list[Row]:
     # as arrow, in parts: nothing is decoded that nobody reads, such as pictures
-    return [row for table in dataset.with_format("arrow").iter(1000) for row in _from_arrow(table)]
-
-
-def _from_arrow(table: pyarrow.Table) -> list[Row]:
-    fields = {field.name: field.type for field in table.schema}
-    return [{name: _plain(fields[name], value) for name, value in row.items()} for row in table.to_pylist()]
-
-
-def _plain(kind: pyarrow.DataType, value: Any) -> Any:
-    """Without the nulls that arrow puts into a struct where the row had no such key."""
-    import pyarrow
-
-    if value is None:
-        return None
-    if pyarrow.types.is_struct(kind):
-        return {f.name: _plain(f.type, value[f.name]) for f in kind if value[f.name] is not None}
-    if isinstance(value, list) and hasattr(kind, "value_type"):
-        return [_plain(kind.value_type, item) for item in value]
-    if getattr(kind, "extension_name", None) == "arrow.json":
-        return json.loads(value)
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split()) or type(cause).__name__
+    return [row for table in dataset.with_format("arrow").iter(1000) for row in from_arrow(table)]

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from renyi_engine import data, limits
 from renyi_engine.data import Example
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.rows import Row, columns_of
+from renyi_engine.row_files import Row
+from renyi_engine.rows import columns_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from renyi_engine.rows import Row, columns_of, csv_cells, load_splits, missing_column
+from renyi_engine.row_files import Row, csv_cells
+from renyi_engine.rows import columns_of, load_splits, missing_column
 
 LETTERS = ("A", "B", "C", "D")
 COMPLETIONS = tuple(f" {letter}" for letter in LETTERS)

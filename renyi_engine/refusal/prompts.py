@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from renyi_engine.rows import Row, columns_of, load_splits, missing_column
+from renyi_engine.row_files import Row
+from renyi_engine.rows import columns_of, load_splits, missing_column
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ GOOD = '{"text": "a"}\n'
         ("r.jsonl", GOOD + '{"text": "\\ud83d"}\n', "line 2: a \\u escape is half a character"),
         ("r.jsonl", GOOD + "[" * 100_000 + "\n", "line 2: "),
         ("r.jsonl", GOOD.encode() + '{"text": "é"}\n'.encode("latin-1"), "line 2: not UTF-8 (byte 0xe9); save"),
-        ("r.jsonl", (GOOD * 2).encode("utf-16"), "line 1: not UTF-8 but UTF-16; save the file as UTF-8"),
+        ("r.jsonl", (GOOD * 2).encode("utf-16"), "line 1: not UTF-8 but UTF-16; save it as UTF-8"),
         ("r.json", '[\n{"text": "a"},\n{"text" "b"}\n]', "line 3: broken JSON (Expecting ':' delimiter at column 9)"),
         ("r.json", '[\n{"text": "a"},\n{"text": "é"}]'.encode("latin-1"), "line 3: not UTF-8 (byte 0xe9)"),
         ("r.json", "[1]", "row 0: expected an object; got int"),
