@@ -14,16 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from renyi_engine import base_model, data, files, seeding
+from renyi_engine import base_model, files, seeding
 from renyi_engine.config import CONFIG_FILE, AdapterConfig, EvalConfig, ModelConfig
 from renyi_engine.data import Example, excerpt
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.eval_pictures import lines
 from renyi_engine.page import Section, Table, as_text, write_page
 from renyi_engine.prior import potential_curvature
+from renyi_engine.rows import load_splits
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
-from renyi_engine.task import describe_rows, read_items
+from renyi_engine.task import check_fits, describe_rows, read_items
 from renyi_engine.theory.adapter import CurvatureName, particle, project_adapter
 from renyi_engine.theory.stability import CriticalAlpha, Projection, parts_of
 
@@ -102,8 +103,8 @@ def alpha_star(config: AlphaStarConfig) -> str:
     Raises:
         ValueError: the data, the model or the adapter does not do; or the model cannot be differentiated twice.
     """
-    splits = data.load_splits(config.dataset_name, config.dataset_split, config.dataset_config, "dataset_name")
-    rows = data.rows_of(splits, config.dataset_split, config.dataset_name, "dataset_name")
+    splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
+    rows = splits.rows(config.dataset_split, "dataset_split", AlphaStarConfig.dataset_split)
     folder = files.make_folder(Path(config.output_dir), "output_dir")
     task = SftTask(base_model.load_tokenizer(config), config.max_length)
     examples, dropped = read_items(task, rows, "dataset_name")
@@ -112,6 +113,7 @@ def alpha_star(config: AlphaStarConfig) -> str:
         drawn = torch.randperm(num_rows, generator=seeding.generator(config.seed))[: config.max_examples]
         examples = [examples[i] for i in sorted(drawn.tolist())]
     slots, adapter, trained_at = _load(config)
+    check_fits(slots.model, examples)
     projection, point = project_adapter(
         slots,
         adapter,

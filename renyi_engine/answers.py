@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from renyi_engine import base_model
+from renyi_engine import base_model, limits
 from renyi_engine.config import SamplingConfig
 from renyi_engine.data import left_padded, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
@@ -35,7 +35,11 @@ def answer(config: GenerateConfig) -> str:
     tokenizer = base_model.load_tokenizer(config)
     ensemble = LoraEnsemble.from_pretrained(base_model.load_model(config), config.ensemble)
     pad = pad_token_id(tokenizer)
-    input_ids, attention_mask = left_padded(encode_prompts(tokenizer, config.prompts), pad)
+    encoded = encode_prompts(tokenizer, config.prompts)
+    # the last new token is not read
+    called = ((f"prompt {number}", ids) for number, ids in enumerate(encoded))
+    limits.check_fits(ensemble.model, called, "max_new_tokens", config.max_new_tokens - 1)
+    input_ids, attention_mask = left_padded(encoded, pad)
     draws = {**config.sampling(), "seed": config.seed}
     stops = stop_tokens(ensemble.model, tokenizer)
     generate = partial(ensemble.generate, input_ids, attention_mask, **draws, eos_token_id=stops, pad_token_id=pad)

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from renyi_engine.config import ModelConfig
+from renyi_engine.limits import use_a_pad_token_within
 
 
 def device_for(config: ModelConfig) -> torch.device:
@@ -29,9 +30,13 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(config.model_name_or_path, **_source(config))
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, **_source(config))
     except (OSError, ValueError) as error:
         raise _unknown(config, error) from None
+    num_embeddings = getattr(load_config(config).get_text_config(), "vocab_size", None)
+    if num_embeddings is not None:
+        use_a_pad_token_within(tokenizer, num_embeddings)
+    return tokenizer
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:

@@ -80,12 +80,13 @@ def _dpo(argv: Sequence[str]) -> None:
 
 def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> None:
     config, options = parse(settings, argv, prog, dry_run=True)
-    if options.print_config:
-        print(to_yaml(config), end="")
-    elif options.dry_run:
-        print(dry_run(config), end="")
-    else:
-        train(config)
+    with options.source.named_in_errors():
+        if options.print_config:
+            print(to_yaml(config), end="")
+        elif options.dry_run:
+            print(dry_run(config), end="")
+        else:
+            train(config)
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -96,20 +97,22 @@ def _eval(argv: Sequence[str]) -> None:
     parser.add_argument("kind", choices=sorted(_EVALUATIONS))
     kind = parser.parse_args(argv[:1] or ["--help"]).kind
     settings, evaluate = _EVALUATIONS[kind]
-    config, options = parse(settings, argv[1:], f"renyi-engine eval {kind}")
-    print(to_yaml(config) if options.print_config else evaluate(config))
+    _print_result(evaluate, *parse(settings, argv[1:], f"renyi-engine eval {kind}"))
 
 
 def _alpha_star(argv: Sequence[str]) -> None:
     """estimate the alpha from which on particles that start at an adapter part"""
-    config, options = parse(AlphaStarConfig, argv, "renyi-engine alpha-star")
-    print(to_yaml(config) if options.print_config else alpha_star(config))
+    _print_result(alpha_star, *parse(AlphaStarConfig, argv, "renyi-engine alpha-star"))
 
 
 def _generate(argv: Sequence[str]) -> None:
     """let every particle answer a few prompts"""
-    config, options = parse(GenerateConfig, argv, "renyi-engine generate")
-    print(to_yaml(config) if options.print_config else answer(config))
+    _print_result(answer, *parse(GenerateConfig, argv, "renyi-engine generate"))
+
+
+def _print_result(work: Callable[[Any], str], config: Any, options: argparse.Namespace) -> None:
+    with options.source.named_in_errors():
+        print(to_yaml(config) if options.print_config else work(config))
 
 
 def _export(argv: Sequence[str]) -> None:

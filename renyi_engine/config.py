@@ -178,10 +178,16 @@ class TrainConfig(AdapterConfig):
     save_total_limit: int = flag(
         2, "Checkpoints kept, the newest; at least 2, so that one is whole while one is written."
     )
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint folder, or 'true' for the newest of output_dir.")
+    resume_from_checkpoint: str | None = flag(
+        None, "A checkpoint folder, or 'true' for the newest of output_dir; 'false' starts a new run."
+    )
 
     def __post_init__(self) -> None:
         require_given(self, ("model_name_or_path", "dataset_name", "output_dir"))
+        # a truth value in Python, or as it is typed
+        said = str(self.resume_from_checkpoint).lower()
+        if said in ("none", "false", "no", "true", "yes"):
+            self.resume_from_checkpoint = "true" if said in ("true", "yes") else None
         check_alpha(self.alpha)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
         positive = ("alpha_max", "learning_rate", "prior_std", "adam_epsilon", "num_train_epochs")

@@ -1,15 +1,13 @@
-"""Rows of a data set, token sequences, and the order in which training sees them.
+"""Token sequences of a data set, and the order in which training sees them.
 
 Layout: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +23,6 @@ T = TypeVar("T")
 
 MOST_TEXT = 120
 """Characters of an excerpt before what is learnt, and of that."""
-_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -57,45 +54,6 @@ class Dropped(ValueError):
     """A row that cannot be trained on; the message is the reason it is counted under."""
 
 
-def load_splits(name: str, split: str, config_name: str | None, argument: str) -> Mapping[str, Any]:
-    """Every split of a data set: a local file, whose rows are all called `split`, a folder, or a hub id.
-
-    Raises:
-        ValueError: it is not there or cannot be read.
-    """
-    path = Path(name)
-    loader = _LOADERS.get(next((s for s in reversed(path.suffixes) if s != ".gz"), ""))
-    if path.is_file() and loader is None:
-        raise ValueError(f"{argument}: {name}: expected a file that ends in {', '.join(_LOADERS)}")
-    if loader is not None and not path.is_file():
-        raise ValueError(f"{argument}: {name}: no such file")
-    if not path.is_dir() and loader is None and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"{argument}: {name}: no such file or folder")
-    import datasets  # heavy, and only reading data needs it
-
-    datasets.disable_progress_bars()
-    try:
-        if loader is not None:
-            return datasets.load_dataset(loader, data_files={split: str(path)})
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            return loaded if isinstance(loaded, Mapping) else {split: loaded}
-        return datasets.load_dataset(name, config_name)
-    except StopIteration:  # what a file without a line makes of the loader
-        raise ValueError(f"{argument}: {name} is empty; at least one row is needed") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{argument}: {name} cannot be read as a data set ({_first_line(error)})") from None
-
-
-def rows_of(splits: Mapping[str, Any], split: str, name: str, argument: str) -> Any:
-    """The rows of one split. Raises ValueError if there is no such split, or nothing in it."""
-    if split not in splits:
-        raise ValueError(f"{argument}: {name} has no split {split!r}; it has {sorted(splits)}")
-    if not len(splits[split]):
-        raise ValueError(f"{argument}: {name} is empty; at least one row is needed")
-    return splits[split]
-
-
 def tokenize(
     rows: Iterable[Mapping[str, Any]], one: Callable[[int, Mapping[str, Any]], T], argument: str
 ) -> tuple[list[T], dict[str, list[int]]]:
@@ -124,16 +82,6 @@ def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> list[str]:
 def name_rows(numbers: Sequence[int]) -> str:
     """The first of the rows' numbers."""
     return f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
-
-
-def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:
-    """An error for a data set in none of the `wanted` forms, with the nearest of its columns."""
-    columns = list(columns)
-    near = {w: difflib.get_close_matches(w, columns, n=1) for form in wanted for w in form.split(" + ")}
-    hints = [f"is {found[0]!r} meant to be {name!r}?" for name, found in near.items() if found and found[0] != name]
-    return ValueError(
-        f"{argument}: expected the columns {' or '.join(wanted)}; got {columns}" + (f"; {hints[0]}" if hints else "")
-    )
 
 
 def warn_unread(argument: str, columns: Iterable[str], read: Iterable[str]) -> None:
@@ -235,8 +183,3 @@ class StepSampler:
                 order = torch.randperm(len(self._lengths), generator=generator).tolist()
             self._order = (epoch, order)
         return self._order[1]
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return next(iter(str(cause).splitlines()), type(cause).__name__)

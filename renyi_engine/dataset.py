@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from renyi_engine import data
 from renyi_engine.config import TrainConfig
+from renyi_engine.row_files import Row
+from renyi_engine.rows import content_hash, load_splits
 from renyi_engine.task import Item, Task, describe_rows, read_items
 
 
 @dataclass
 class Dataset:
-    """Tokenised examples; `held_out` is empty where the data has no such split. `dropped`: rows by reason."""
+    """Tokenised examples; `held_out` is empty where the data has no such split.
+
+    Attributes:
+        dropped: rows by reason.
+        sha256: of what a continuation has to have again, by what it is called: rows, and the tokens made of them.
+    """
 
     train: list[Item]
     held_out: list[Item]
     dropped: dict[str, list[int]]
+    sha256: dict[str, str]
 
     @property
     def description(self) -> list[str]:
         """What became of the rows that are not whole here, in lines."""
         held_out = [f"held out: {line}" for line in describe_rows(self.held_out, {})]
         return describe_rows(self.train, self.dropped) + held_out
-
-    def check_vocabulary(self, num_embeddings: int) -> None:
-        """ValueError if the tokenizer knows tokens that the model does not."""
-        sequences = [sequence for item in [*self.train, *self.held_out] for sequence in item.sequences]
-        largest = max(max(sequence.input_ids) for sequence in sequences)
-        if largest >= num_embeddings:
-            raise ValueError(
-                f"model_name_or_path: the tokenizer gives token {largest}, the model has {num_embeddings} embeddings; "
-                "they do not belong together"
-            )
 
 
 def load_dataset(config: TrainConfig, task: Task) -> Dataset:
@@ -40,16 +40,29 @@ def load_dataset(config: TrainConfig, task: Task) -> Dataset:
     Raises:
         ValueError: a file, split or column is missing, a row is broken, or none is left.
     """
-    splits = data.load_splits(config.dataset_name, config.dataset_train_split, config.dataset_config, "dataset_name")
-    rows = data.rows_of(splits, config.dataset_train_split, config.dataset_name, "dataset_name")
+    split = config.dataset_test_split
+    splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
+    rows = splits.rows(config.dataset_train_split, "dataset_train_split", TrainConfig.dataset_train_split)
     examples, dropped = read_items(task, rows, "dataset_name")
+    rows_held_out: list[Row] = []
     held_out: list[Item] = []
-    argument, name, split = "dataset_name", config.dataset_name, config.dataset_test_split
     if config.eval_dataset_name:
-        argument, name = "eval_dataset_name", config.eval_dataset_name
-        splits = data.load_splits(name, split, None, argument)
-    if config.eval_dataset_name or split in splits:
-        rows = data.rows_of(splits, split, name, argument)
-        held_out, dropped_held_out = read_items(task, rows, argument)
+        splits = load_splits(config.eval_dataset_name, None, "eval_dataset_name")
+    # without held-out data of its own, the default split is taken only if there is one
+    if config.eval_dataset_name or split in splits or split != TrainConfig.dataset_test_split:
+        rows_held_out = splits.rows(split, "dataset_test_split", TrainConfig.dataset_test_split)
+        held_out, dropped_held_out = read_items(task, rows_held_out, splits.argument)
         dropped |= {f"held out: {reason}": numbers for reason, numbers in dropped_held_out.items()}
-    return Dataset(examples, held_out, dropped)
+    sha256 = {
+        "training rows": content_hash(rows),
+        "held-out rows": content_hash(rows_held_out),
+        "tokens": _tokens_hash([*examples, *held_out]),
+    }
+    return Dataset(examples, held_out, dropped, sha256)
+
+
+def _tokens_hash(items: Iterable[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([[s.input_ids, s.labels] for s in item.sequences]).encode())
+    return digest.hexdigest()

@@ -23,9 +23,10 @@ from renyi_engine.eval_pictures import scatter
 from renyi_engine.evaluation import evaluate
 from renyi_engine.page import Section, Table, write_page
 from renyi_engine.predict import Subject, load_subject
+from renyi_engine.rows import load_splits
 from renyi_engine.settings import flag, require, require_given, to_yaml
 from renyi_engine.sft import SftTask
-from renyi_engine.task import describe_rows, read_items
+from renyi_engine.task import check_fits, describe_rows, read_items
 from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
@@ -79,8 +80,8 @@ def evaluate_nll(config: NllConfig) -> str:
     Raises:
         ValueError: the data, the model or the ensemble does not do.
     """
-    splits = data.load_splits(config.dataset_name, config.dataset_split, config.dataset_config, "dataset_name")
-    rows = data.rows_of(splits, config.dataset_split, config.dataset_name, "dataset_name")
+    splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
+    rows = splits.rows(config.dataset_split, "dataset_split", NllConfig.dataset_split)
     folder = files.make_folder(Path(config.output_dir), "output_dir")
     subject = load_subject(config)
     alpha = subject.require_alpha()
@@ -90,6 +91,7 @@ def evaluate_nll(config: NllConfig) -> str:
         raise ValueError(f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}")
     task = SftTask(subject.tokenizer, config.max_length)
     examples, dropped = read_items(task, rows, "dataset_name")
+    check_fits(subject.ensemble.model, examples)
     scored = evaluate(subject.ensemble, task, examples, config.per_device_eval_batch_size)
     with subject.ensemble.disable_adapters():
         base = evaluate(subject.ensemble, task, examples, config.per_device_eval_batch_size)

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from renyi_engine import files
 from renyi_engine.chat import CONTEXT_COLUMNS, common_prefix, is_conversation
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, longest_first, missing_column, pad_token_id, warn_unread
+from renyi_engine.data import Dropped, Example, collate, longest_first, pad_token_id, warn_unread
 from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.progress import track
+from renyi_engine.rows import missing_column
 from renyi_engine.settings import flag, require
 from renyi_engine.task import Scores, length
 from renyi_kernels import IGNORE_INDEX
@@ -93,6 +94,11 @@ class DpoTask:
     def check_columns(self, columns: Sequence[str], argument: str) -> None:
         if not {"chosen", "rejected"} <= set(columns):
             raise missing_column(argument, columns, FORMS)
+        if "instruction" in columns and "prompt" not in columns:
+            raise ValueError(
+                f"{argument}: expected a column prompt beside chosen and rejected; got instruction, which would not be "
+                "read; rename it to prompt, and append to it an empty line and input where that is not empty"
+            )
         scores = [] if self.min_score_gap is None else self.score_columns
         if not set(scores) <= set(columns):
             raise missing_column(argument, columns, [" + ".join(scores)])
@@ -110,7 +116,7 @@ class DpoTask:
         if chosen == rejected:
             raise Dropped("chosen and rejected are the same")
         if self.min_score_gap is not None:
-            self._require_gap(number, row)
+            self._require_gap(number, row, self.min_score_gap)
         if not prompt:
             raise Dropped("the prompt is empty")
         if not chosen or not rejected:
@@ -173,10 +179,10 @@ class DpoTask:
     def headline(self, metrics: Mapping[str, Any]) -> str:
         return f"reward accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.3f} nats"
 
-    def _require_gap(self, number: int, row: Mapping[str, Any]) -> None:
-        scores = [_score(number, column, row.get(column)) for column in self.score_columns]
-        if not scores[0] - scores[1] > self.min_score_gap:
-            raise Dropped(f"the scores do not differ by more than {self.min_score_gap:g} (min_score_gap)")
+    def _require_gap(self, number: int, row: Mapping[str, Any], gap: float) -> None:
+        chosen, rejected = (_score(number, column, row.get(column)) for column in self.score_columns)
+        if not chosen - rejected > gap:
+            raise Dropped(f"the scores do not differ by more than {gap:g} (min_score_gap)")
 
     def _sequence(self, number: int, input_ids: list[int], labels: list[int], start: int) -> Example:
         first = _first_label(labels)
@@ -222,7 +228,8 @@ def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     Without a prompt of their kind, the prompt is what chosen and rejected begin with; of strings, a space at the seam
     goes to the completions. Both keep at least one message or character.
     """
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    sides: dict[str, Any] = {column: row.get(column) for column in ("prompt", "chosen", "rejected")}
+    prompt, chosen, rejected = sides.values()
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         known = isinstance(value, str) or is_conversation(value)
         require_field(known, number, column, "a string or a list of messages", value)

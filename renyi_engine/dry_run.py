@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig
 from renyi_engine.data import Example, marked
 from renyi_engine.dataset import load_dataset
 from renyi_engine.settings import to_yaml
-from renyi_engine.task import length
+from renyi_engine.task import check_fits, length
 from renyi_engine.trainer import make_task
 from renyi_kernels.linear_logprob import CHUNK_MIB
 
@@ -19,6 +19,8 @@ def dry_run(config: TrainConfig) -> str:
     """Resolved settings, a decoded example and a memory estimate, as text; no weights are loaded."""
     task = make_task(config)
     dataset = load_dataset(config, task)
+    model = _model_on_meta(config)
+    check_fits(model, [*dataset.train, *dataset.held_out])
     left_out = "".join(f"{line}\n" for line in dataset.description)
     longest = max(map(length, dataset.train))
     first = dataset.train[0]
@@ -27,7 +29,7 @@ def dry_run(config: TrainConfig) -> str:
         f"# settings\n{to_yaml(config)}\n# data\n{len(dataset.train)} training and {len(dataset.held_out)} held-out "
         f"examples, the longest of {longest} tokens\n{left_out}\n"
         f"# row {first.row}; the loss is on what stands in [[ ]]\n{shown}\n\n"
-        f"# memory\n{memory_estimate(config, longest, len(first.sequences))}"
+        f"# memory\n{memory_estimate(config, model, longest, len(first.sequences))}"
     )
 
 
@@ -36,12 +38,16 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(f"[[{text}]]" if learnt else text for text, learnt in marked(tokenizer, example))
 
 
-def memory_estimate(config: TrainConfig, longest: int, num_sequences: int) -> str:
-    """MiB of weights, adapters and activations at the largest micro-batch, whose examples hold `num_sequences` each;
-    activations are a rough count."""
+def _model_on_meta(config: TrainConfig) -> PreTrainedModel:
     base_config = base_model.load_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.trust_remote_code)
+
+
+def memory_estimate(config: TrainConfig, model: PreTrainedModel, longest: int, num_sequences: int) -> str:
+    """MiB of weights, adapters and activations at the largest micro-batch, whose examples hold `num_sequences` each;
+    activations are a rough count."""
+    base_config = model.config
     maps = targets.match_targets(model, config.ensemble_config().target_modules, config.layers_to_transform)
     itemsize = (
         (base_config.dtype or torch.float32).itemsize

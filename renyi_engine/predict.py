@@ -20,6 +20,7 @@ from renyi_engine.config import EvalConfig
 from renyi_engine.data import longest_first
 from renyi_engine.encoding import Encoder
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
+from renyi_engine.limits import check_tokens, num_positions
 from renyi_kernels import IGNORE_INDEX, renyi_reduce
 
 
@@ -139,7 +140,7 @@ def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens that the model can read at once, where its configuration limits them."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return num_positions(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
@@ -161,10 +162,16 @@ def score_choices(
         track: goes through the batches in place of `iter`, to show progress.
 
     Raises:
-        ValueError: no prompt, a different number of completions, or a completion longer than the model's context.
+        ValueError: no prompt, a different number of completions, a completion longer than the model's context, or a
+            token that the model has no embedding for.
     """
     if len({len(one.completions) for one in choices}) != 1:
         raise ValueError("choices: expected at least one prompt, and the same number of completions for each")
+    num_embeddings = ensemble.model.get_input_embeddings().weight.shape[0]
+    for number, one in enumerate(choices):
+        check_tokens(num_embeddings, f"prompt {number}", one.prompt)
+        for ids in one.completions:
+            check_tokens(num_embeddings, f"a completion of prompt {number}", ids)
     context = context_length(ensemble.model) or sys.maxsize
     longest = max(len(ids) for one in choices for ids in one.completions)
     if longest > context:

@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class RunFolder:
             )
         if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
             raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
-        if wanted.lower() == "true":
+        if wanted == "true":
             found = checkpoint.newest(path)
             if found is None:
                 warnings.warn(f"{path} holds no checkpoint yet; starting from step 0", stacklevel=2)
@@ -71,6 +72,28 @@ class RunFolder:
             raise ValueError(f"resume_from_checkpoint: {explicit} belongs to another run than output_dir {path}")
         checkpoint.verify(explicit)
         return cls(path, explicit)
+
+    def check_data(self, config: TrainConfig, sha256: Mapping[str, str]) -> None:
+        """ValueError if the run is to be continued with other data than it was begun with: see `Dataset.sha256`."""
+        if self.resume_from is None:
+            return
+        before = files.read_json(self.resume_from / "state.json").get("data_sha256")
+        if before is None:
+            raise ValueError(
+                f"resume_from_checkpoint: {self.resume_from} was written by another version of renyi-engine"
+            )
+        settings = {
+            "training rows": "dataset_name",
+            "held-out rows": "eval_dataset_name" if config.eval_dataset_name else "dataset_test_split",
+            "tokens": "model_name_or_path",  # of the same rows: the tokenizer or its chat template is another
+        }
+        for what, setting in settings.items():
+            then, now = before[what], sha256[what]
+            if then != now:
+                raise ValueError(
+                    f"{setting}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} "
+                    "now; give what the run was begun with, or begin another in a new output_dir"
+                )
 
     def begin(self, config: TrainConfig, step: int) -> None:
         """Save the settings; forget what was measured after `step`, which will be measured again."""

@@ -1,7 +1,8 @@
 """Settings: flat dataclasses, read from YAML and flags alike.
 
 Flags are parsed by transformers' HfArgumentParser, so that they look and behave as TRL's do. A YAML file is turned into
-the same flags in front of the command line's own: one way in, one kind of error, and what is typed last wins.
+the same flags in front of the command line's own, its values as they are typed: one way in, one kind of error, and what
+is typed last wins.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import field
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
+
+_NOTHING = {"false", "no", "off", "none"}
+"""What a file may say, beside null, where a setting need not have a value."""
 
 
 def flag(default: Any, help: str) -> Any:
@@ -47,11 +53,14 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise ValueError(f"{path}: not a readable YAML file ({reason})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines; got {type(values).__name__}")
     return values
@@ -69,10 +78,30 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Colle
     )
 
 
+@dataclass(frozen=True)
+class Source:
+    """The --config file, if there is one, and the settings that have their value from it."""
+
+    path: Path | None
+    names: Collection[str]
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Inside, a ValueError about one of these settings names the file too."""
+        try:
+            yield
+        except ValueError as error:
+            about = re.match(r"(?:argument --)?(\w+)\b", str(error))
+            if about is None or about[1] not in self.names:
+                raise
+            raise ValueError(f"{self.path}: {error}") from error.__cause__
+
+
 def parse(
     cls: type[Settings], argv: Sequence[str], prog: str, *, dry_run: bool = False
 ) -> tuple[Settings, argparse.Namespace]:
-    """(settings, options) of a command line; `options` holds print_config, and dry_run where that is offered.
+    """(settings, options) of a command line; `options` holds print_config, dry_run where that is offered, and `source`,
+    a `Source`.
 
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
@@ -90,11 +119,15 @@ def parse(
     file_parser.add_argument("--config", type=Path)
     config_file = file_parser.parse_known_args(argv)[0].config
     known = [f.name for f in dataclasses.fields(cls)]
-    from_file = _as_flags(read_yaml(config_file), known, config_file) if config_file else []
-    options, rest = parser.parse_known_args([*from_file, *argv])
-    if rest:
-        raise ValueError(_unknown("flag", rest[0], [f"--{name}" for name in known], "command line"))
-    return cls(**{name: getattr(options, name) for name in known}), options
+    from_file = _as_flags(read_yaml(config_file, _AsTyped), cls, config_file) if config_file else {}
+    typed = {_flag_name(argument) for argument in argv if argument.startswith("--")}
+    source = Source(config_file, from_file.keys() - typed)
+    with source.named_in_errors():
+        options, rest = parser.parse_known_args([*(flag for flags in from_file.values() for flag in flags), *argv])
+        if rest:
+            raise ValueError(_unknown("flag", rest[0], [f"--{name}" for name in known], "command line"))
+        options.source = source
+        return cls(**{name: getattr(options, name) for name in known}), options
 
 
 class _Parser(HfArgumentParser):
@@ -102,18 +135,46 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def _as_flags(values: dict[str, Any], known: list[str], source: Path) -> list[str]:
-    flags = []
+class _AsTyped(yaml.SafeLoader):
+    """A value of the file is the text that stands there, as on a command line; YAML alone would read no as False, 007
+    as 7 and 12:30 as 750. Only null means that there is none."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {  # type: ignore[misc]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path) -> dict[str, list[str]]:
+    """Of every setting in the file that has a value, its flag and what follows."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    flags = {}
     for name, value in values.items():
-        if name not in known:
-            raise ValueError(_unknown("key", str(name), known, str(source)))
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            raise ValueError(f"{source}: {name}: expected one value or a list; got a mapping")
-        elif value is not None:
-            flags.append(f"--{name}={value}")
+        if name not in defaults:
+            raise ValueError(_unknown("key", str(name), list(defaults), str(source)))
+        if value is None or (defaults[name] is None and str(value).lower() in _NOTHING):
+            continue
+        takes_list = any(get_origin(hint) is list for hint in (hints[name], *get_args(hints[name])))
+        if isinstance(value, list) and takes_list and all(isinstance(item, str) for item in value):
+            flags[name] = [f"--{name}", *value]
+        elif isinstance(value, str):
+            flags[name] = [f"--{name}={value}"]
+        else:
+            expected = "one value or a plain list of them" if takes_list else "one value"
+            raise ValueError(f"{source}: {name}: expected {expected}; got {str(value)[:60]}")
     return flags
+
+
+def _flag_name(argument: str) -> str:
+    return argument.split("=")[0].removeprefix("--").replace("-", "_")
 
 
 def _unknown(kind: str, name: str, known: Sequence[str], source: str) -> str:

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.chat import CONTEXT_COLUMNS
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, missing_column, pad_token_id, warn_unread
+from renyi_engine.data import Dropped, Example, collate, pad_token_id, warn_unread
 from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.rows import missing_column
 from renyi_engine.task import Scores
 from renyi_kernels import IGNORE_INDEX
 

@@ -5,17 +5,19 @@ Layout: K particles, B examples, N examples of a data set, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine import data
+from renyi_engine import data, limits
 from renyi_engine.data import Example
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.row_files import Row
+from renyi_engine.rows import columns_of
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,13 @@ class Task(Protocol):
         """The few words of a line of metrics that a person wants to see while training."""
 
 
-def read_items(task: Task, rows: Any, argument: str) -> tuple[list[Any], dict[str, list[int]]]:
+def read_items(task: Task, rows: Sequence[Row], argument: str) -> tuple[list[Any], dict[str, list[int]]]:
     """(items, dropped) of a data set's rows, as `data.tokenize` gives them.
 
     Raises:
         ValueError: the columns do not do, a row is broken, or none is left.
     """
-    task.check_columns(rows.column_names, argument)
+    task.check_columns(columns_of(rows), argument)
     return data.tokenize(rows, task.example, argument)
 
 
@@ -96,3 +98,9 @@ def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -
     cut = cut_rows(items)
     of_cut = [f"{len(cut)} rows cut off at max_length ({data.name_rows(cut)})"] if cut else []
     return data.describe_dropped(dropped) + of_cut
+
+
+def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
+    """ValueError unless `model` can read every sequence of these: see `limits`."""
+    sequences = ((f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences)
+    limits.check_fits(model, sequences, "max_length")

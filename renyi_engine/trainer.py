@@ -32,7 +32,7 @@ from renyi_engine.run_folder import RunFolder, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
 from renyi_engine.state import State, Window
-from renyi_engine.task import Task, cut_rows, length
+from renyi_engine.task import Task, check_fits, cut_rows, length
 from renyi_engine.theory.adapter import estimate_alpha_star
 from renyi_engine.train_step import StepResult, train_step
 from renyi_engine.watchdog import remember, spike_limit
@@ -79,8 +79,9 @@ def train(config: TrainConfig) -> TrainResult:
     run = RunFolder.open(config)
     task = make_task(config)
     dataset = load_dataset(config, task)
+    run.check_data(config, dataset.sha256)
     model = base_model.load_model(config)
-    dataset.check_vocabulary(model.get_input_embeddings().weight.shape[0])
+    check_fits(model, [*dataset.train, *dataset.held_out])
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
@@ -306,6 +307,7 @@ class _Trainer:
                 "versions": versions(),
                 "device": torch.cuda.get_device_name() if self.ensemble.model.device.type == "cuda" else "CPU",
                 "dtype": str(self.ensemble.model.dtype).removeprefix("torch."),
+                "data_sha256": self.dataset.sha256,
                 "num_train_examples": len(self.dataset.train),
                 "num_eval_examples": len(self.dataset.held_out),
                 "num_parameters_per_particle": per_particle,
@@ -377,17 +379,17 @@ class _Trainer:
     def _save(self) -> Path:
         state = asdict(self.state)
         state |= {"coupling": self.coupling.state(), "fingerprint": self.fingerprint}
-        state["num_train_examples"] = len(self.dataset.train)
+        state["data_sha256"] = self.dataset.sha256
         keep = self.config.save_total_limit
         return checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
 
     def _restore(self, path: Path) -> None:
         saved = checkpoint.load(path, self.ensemble, self.optimizer)
-        for name, now in (("fingerprint", self.fingerprint), ("num_train_examples", len(self.dataset.train))):
-            then = saved.pop(name)
-            if then != now:
-                what = "base model's weights" if name == "fingerprint" else "number of training examples"
-                raise ValueError(f"resume_from_checkpoint: {path}: the {what} changed: {then} then, {now} now")
+        del saved["data_sha256"]  # compared before the model was loaded
+        if (then := saved.pop("fingerprint")) != self.fingerprint:
+            raise ValueError(
+                f"resume_from_checkpoint: {path}: the base model's weights changed: {then} then, {self.fingerprint} now"
+            )
         self.coupling.restore(saved.pop("coupling"))
         try:
             self.state = State(**saved | {"window": Window(**saved["window"])})

@@ -33,8 +33,8 @@ LAYERS = [
     ["prior", "particle_optim", "alpha", "watchdog"],
     ["ensemble"],
     ["generation", "architecture"],
-    ["adapted_maps", "adapter_folder", "targets", "objective", "seeding"],
-    ["files", "settings", "memory"],
+    ["adapted_maps", "adapter_folder", "targets", "objective", "seeding", "rows"],
+    ["files", "settings", "memory", "row_files", "limits"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

@@ -6,9 +6,11 @@ python examples/over_refusal/pairs.py --output_dir runs/over_refusal
 from __future__ import annotations
 
 import argparse
+import json
+import random
 from pathlib import Path
 
-from renyi_engine.data import load_splits, rows_of
+from renyi_engine.rows import load_splits
 
 
 def main() -> None:
@@ -19,15 +21,16 @@ def main() -> None:
     parser.add_argument("--num_held_out", type=int, default=60)
     parser.add_argument("--output_dir", type=Path, required=True)
     options = parser.parse_args()
-    splits = load_splits(options.dataset_name, options.split, None, "dataset_name")
-    rows = rows_of(splits, options.split, options.dataset_name, "dataset_name").shuffle(seed=0)
+    splits = load_splits(options.dataset_name, None, "dataset_name")
+    rows = splits.rows(options.split, "split", parser.get_default("split"))
+    random.Random(0).shuffle(rows)
     end = options.num_pairs + options.num_held_out
     if len(rows) < end:
         parser.error(f"--num_pairs, --num_held_out: {options.dataset_name} has {len(rows)} rows, {end} are asked for")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, start, stop in (("train", 0, options.num_pairs), ("held_out", options.num_pairs, end)):
         path = options.output_dir / f"{name}.jsonl"
-        rows.select(range(start, stop)).to_json(path)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[start:stop]), encoding="utf-8")
         print(f"{path}: {stop - start} pairs")
 
 

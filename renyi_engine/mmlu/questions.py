@@ -7,14 +7,14 @@ as .jsonl, .json or .parquet; or the folders of CSV files that the authors publi
 
 from __future__ import annotations
 
-import csv
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from renyi_engine.data import load_splits, missing_column, rows_of
+from renyi_engine.row_files import Row, csv_cells
+from renyi_engine.rows import columns_of, load_splits, missing_column
 
 LETTERS = ("A", "B", "C", "D")
 COMPLETIONS = tuple(f" {letter}" for letter in LETTERS)
@@ -107,11 +107,11 @@ def load_questions(name: str, split: str) -> dict[str, list[Question]]:
     questions: dict[str, list[Question]] = {}
     for place, row in _rows(name, split):
         try:
-            subject = row["subject"]
+            subject = row.get("subject")
             if subject not in SUBJECTS:
                 raise ValueError(f"subject: {_no_subject(subject)}")
             of_subject = questions.setdefault(subject, [])
-            of_subject.append(_question(len(of_subject), subject, row["question"], row["choices"], row["answer"]))
+            of_subject.append(_question(len(of_subject), subject, *map(row.get, COLUMNS[1:])))
         except ValueError as error:
             raise ValueError(f"dataset_name: {place}: {error}") from None
     return questions
@@ -128,45 +128,42 @@ def _question(number: int, subject: str, question: Any, choices: Any, answer: An
     return Question(number, subject, question, tuple(choices), index)
 
 
-def _rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
     """(where it stands, row), for each row of a split."""
     folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"dataset_name: {name} is one file; expected a hub id, or a folder with a file of each split")
     for stem in SPLITS[split]:
         if tables := sorted((folder / stem).glob(f"*_{stem}.csv")):
             for table in tables:
                 yield from _csv_rows(table, table.name.removesuffix(f"_{stem}.csv"))
             return
     files = [path for stem in SPLITS[split] for s in SUFFIXES if (path := folder / f"{stem}{s}").is_file()]
-    if files:
-        splits = load_splits(str(files[0]), split, None, "dataset_name")
-    elif folder.is_dir() and not any((folder / known).is_file() for known in ("README.md", "dataset_dict.json")):
+    saved = (folder / "dataset_dict.json").is_file()
+    if folder.is_dir() and not (files or saved or (folder / "README.md").is_file()):
         stem = SPLITS[split][-1]
         raise ValueError(
             f"dataset_name: {name} has no {split} split; expected {stem}.jsonl, {stem}/SUBJECT_{stem}.csv, or a copy "
             "of the hub's data set with its README.md"
         )
-    else:
-        splits = load_splits(name, split, HUB_CONFIG, "dataset_name")
-    rows = rows_of(splits, split, name, "dataset_name")
-    if not set(COLUMNS) <= set(rows.column_names):
-        raise missing_column("dataset_name", rows.column_names, [" + ".join(COLUMNS)])
+    splits = load_splits(str(files[0]) if files else name, None if files or saved else HUB_CONFIG, "dataset_name")
+    rows = splits.rows(split, "split", default=split)
+    if not set(COLUMNS) <= set(columns_of(rows)):
+        raise missing_column("dataset_name", columns_of(rows), [" + ".join(COLUMNS)])
     for number, row in enumerate(rows):
         yield f"{split} row {number}", row
 
 
-def _csv_rows(path: Path, subject: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _csv_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
     """Lines of question, A, B, C, D, letter of the answer; without a header."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for number, cells in enumerate(csv.reader(file)):
-                place = f"{path} row {number}"
-                if len(cells) != 6:
-                    raise ValueError(
-                        f"dataset_name: {place}: expected 6 cells: question, A, B, C, D, answer; got {len(cells)}"
-                    )
-                yield place, {"subject": subject, "question": cells[0], "choices": cells[1:5], "answer": cells[5]}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"dataset_name: {path} is no readable CSV file ({error})") from None
+        for line, cells in csv_cells(path):
+            if len(cells) != 6:
+                raise ValueError(f"line {line}: expected 6 cells: question, A, B, C, D, answer; got {len(cells)}")
+            row = {"subject": subject, "question": cells[0], "choices": cells[1:5], "answer": cells[5]}
+            yield f"{path}: line {line}", row
+    except ValueError as error:
+        raise ValueError(f"dataset_name: {path}: {error}") from None
 
 
 def _no_subject(name: Any) -> str:

@@ -24,6 +24,7 @@ from renyi_engine import adapter_folder, files
 from renyi_engine.config import CONFIG_FILE, EvalConfig, SamplingConfig
 from renyi_engine.data import left_padded, longest_first, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
+from renyi_engine.limits import check_tokens
 from renyi_engine.predict import Subject, context_length, load_subject
 from renyi_engine.progress import track
 from renyi_engine.refusal.judges import FAILED, FORMS, Exchange, Judge, make_judge
@@ -161,6 +162,9 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
         return num_particles
     subject = load_subject(config)
     encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
+    num_embeddings = subject.ensemble.model.get_input_embeddings().weight.shape[0]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_tokens(num_embeddings, f"prompt {prompt.prompt_id} ({prompt.split})", ids)
     _check_lengths(subject, prompts, encoded, config.max_new_tokens)
     order = longest_first(map(len, encoded))
     size = config.per_device_eval_batch_size

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from renyi_engine.data import load_splits, missing_column, rows_of
+from renyi_engine.row_files import Row
+from renyi_engine.rows import columns_of, load_splits, missing_column
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ def read_prompts(
         raise ValueError(f"dataset_name: {count} data sets are called {twice!r}; rename one, as splits go by that name")
     found: dict[str, list[_Fields]] = {}
     for (name, config), title in zip(sources, titles, strict=True):
-        splits = load_splits(name, "prompts", config, "dataset_name")
-        for split in splits:
-            parts = [title] * (len(sources) > 1) + [split] * (len(splits) > 1)
-            for fields in _fields(rows_of(splits, split, name, "dataset_name"), name, columns):
+        splits = load_splits(name, config, "dataset_name")
+        for split, rows in splits.of.items():
+            parts = [title] * (len(sources) > 1) + [split or ""] * (len(splits.of) > 1)
+            for fields in _fields(splits.not_empty(rows), name, columns):
                 same_split = found.setdefault("/".join([*parts, *fields.split]) or title, [])
                 if limit is None or len(same_split) < limit:
                     same_split.append(fields)
-    flat = [(split, fields) for split, rows in found.items() for fields in rows]
+    flat = [(split, fields) for split, same_split in found.items() for fields in same_split]
     return [Prompt(i, split, row.prompt, row.category, row.label) for i, (split, row) in enumerate(flat)]
 
 
@@ -71,19 +72,22 @@ class _Fields(NamedTuple):
     split: list[str]
 
 
-def _fields(rows: Any, name: str, columns: PromptColumns) -> Iterator[_Fields]:
+def _fields(rows: Sequence[Row], name: str, columns: PromptColumns) -> Iterator[_Fields]:
     wanted = [column for column in (columns.prompt, columns.split, columns.label) if column]
-    if not set(wanted) <= set(rows.column_names):
-        raise missing_column("dataset_name", rows.column_names, [" + ".join(wanted)])
+    if not set(wanted) <= set(columns_of(rows)):
+        raise missing_column("dataset_name", columns_of(rows), [" + ".join(wanted)])
     for number, row in enumerate(rows):
-        texts = {column: "" if row[column] is None else str(row[column]) for column in wanted}
+        if not isinstance(row.get(columns.prompt) or "", str):
+            got = f"{type(row[columns.prompt]).__name__} {str(row[columns.prompt])[:60]!r}"
+            raise ValueError(f"dataset_name: {name}: row {number}: {columns.prompt}: expected a text; got {got}")
+        texts = {column: "" if row.get(column) is None else str(row[column]) for column in wanted}
         for column, text in texts.items():
             if not text.strip():
                 raise ValueError(f"dataset_name: {name}: row {number}: {column} is empty; fill it or leave the row out")
-        category = row.get("category")
+        category = row.get("category")  # an empty cell of a CSV file is none
         yield _Fields(
             texts[columns.prompt],
-            None if category is None else str(category),
+            None if category in (None, "") else str(category),
             texts[columns.label] if columns.label else None,
             [texts[columns.split]] if columns.split else [],
         )

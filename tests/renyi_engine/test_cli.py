@@ -202,3 +202,14 @@ def test_killed_at_random_moments_it_always_resumes_to_the_same_end(sft_flags, t
     assert kills >= 2
     for name in ("adapters.safetensors", "optimizer.safetensors"):
         assert sha256_of(run / "checkpoint-120" / name) == sha256_of(tmp_path / "whole" / "checkpoint-120" / name)
+
+
+def test_an_error_that_comes_up_later_names_the_file_that_the_value_is_from(sft_flags, tmp_path, capsys):
+    gone = tmp_path / "gone.jsonl"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset_name: {gone}\nalpha: 0.5\n")
+    flags = [flag for flag in sft_flags() if not flag.startswith("--dataset_name")]
+    assert main([*flags, "--config", str(config)]) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == f"renyi-engine sft: {config}: dataset_name: {gone}: no such file\n"
+    assert main([*flags, "--config", str(config), f"--dataset-name={gone}"]) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == f"renyi-engine sft: dataset_name: {gone}: no such file\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from renyi_engine.answers import GenerateConfig
 from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
 
@@ -45,6 +46,96 @@ def test_a_file_is_read_with_the_same_types_and_flags_override_it(tmp_path):
     assert config.lora_target_modules == ["q_proj"]
     assert config.use_rslora is True
     assert config.eval_steps is None
+
+
+@pytest.fixture
+def from_file(tmp_path):
+    """from_file(text, *argv, cls=SftConfig): the settings of a YAML file that holds, beside what is needed, `text`."""
+
+    def read(text, *argv, cls=SftConfig):
+        path = tmp_path / "config.yaml"
+        path.write_text("model_name_or_path: m\n" + text)
+        needed = NEEDED[2:] if cls is SftConfig else []
+        return parse(cls, [*needed, "--config", str(path), *argv], "x")[0]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("false", None), ("no", None), ("False", None), ("null", None), ("~", None), ("", None), ("true", "true"),
+        ("yes", "true"), ("True", "true"), ("runs/mine/checkpoint-2", "runs/mine/checkpoint-2"),
+    ],
+)  # fmt: skip
+def test_resuming_is_a_path_or_yes_or_no(from_file, typed, expected):
+    assert from_file(f"resume_from_checkpoint: {typed}\n").resume_from_checkpoint == expected
+    if typed not in ("", "~", "null"):
+        assert parsed("--resume_from_checkpoint", typed).resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [(True, "true"), (False, None), (None, None)])
+def test_resuming_takes_a_truth_value_from_python(given, expected):
+    config = SftConfig(model_name_or_path="m", dataset_name="d", output_dir="o", resume_from_checkpoint=given)
+    assert config.resume_from_checkpoint == expected
+
+
+def test_a_value_of_a_file_is_the_text_that_stands_there(from_file):
+    odd = ["Yes", "no", "007", "2024-01-31", "12:30:00", "0x10", "1_0", "1.0", "on", "~x", "null"]
+    config = from_file(
+        "ensemble: e\nprompts: [" + ", ".join(odd[:-1]) + ", 'null']\nmodel_revision: 010\n", cls=GenerateConfig
+    )
+    assert config.prompts == odd
+    assert config.model_revision == "010"
+    config = from_file("dataset_config: 1\ndataset_train_split: on\ndataset_test_split: 'no'\nmax_steps: 1_000\n")
+    assert (config.dataset_config, config.dataset_train_split, config.dataset_test_split) == ("1", "on", "no")
+    assert config.max_steps == 1000
+
+
+@pytest.mark.parametrize("nothing", ["null", "~", "", "false", "no", "off", "None"])
+def test_a_file_can_say_that_a_setting_has_no_value(from_file, nothing):
+    names = (
+        "dataset_config",
+        "eval_dataset_name",
+        "model_revision",
+        "alpha_controller",
+        "eval_steps",
+        "spike_threshold",
+    )
+    config = from_file("".join(f"{name}: {nothing}\n" for name in (*names, "layers_to_transform")))
+    assert all(getattr(config, name) is None for name in (*names, "layers_to_transform"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alpha: x", "argument --alpha: invalid float value: 'x'"),
+        ("alpha: -1", "alpha: expected a finite number >= 0"),
+        ("alpha: [0.5, 0.8]", r"alpha: expected one value; got \['0.5', '0.8'\]"),
+        ("alpha: {from: 0}", "alpha: expected one value; got {'from': '0'}"),
+        (
+            "layers_to_transform: [1, null]",
+            r"layers_to_transform: expected one value or a plain list of them; got \['1', N",
+        ),
+        (
+            "lora_target_modules: [[q_proj]]",
+            r"lora_target_modules: expected one value or a plain list of them; got \[\[",
+        ),
+        ("lora_target_modules: []", "argument --lora_target_modules.*: expected at least one argument"),
+        ("alpha: 0.5\nlora_r: 4\nalpha: 0.8", r"not a readable YAML file \(line 4: alpha is given twice\)"),
+        ("lora_r: 4\nalpha: : 1", r"not a readable YAML file \(line 3: "),
+    ],
+)
+def test_an_error_about_a_value_of_a_file_names_the_file(from_file, tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.yaml: {message}") as error:
+        from_file(text + "\n")
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_about_what_was_typed_does_not_name_the_file(from_file):
+    for typed in (["--alpha", "-2"], ["--alpha=-2"]):
+        with pytest.raises(ValueError, match=r"^alpha: expected a finite number >= 0"):
+            from_file("alpha: -1\n", *typed)
 
 
 def test_what_is_saved_reads_back_as_the_same_settings(tmp_path):

@@ -1,31 +1,14 @@
-"""Rows, batches and their order."""
+"""Batches and their order."""
 
 from __future__ import annotations
 
-import gzip
-import json
-
-import datasets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi_engine.data import (
-    MOST_TEXT,
-    Dropped,
-    Example,
-    StepSampler,
-    collate,
-    excerpt,
-    load_splits,
-    pad_token_id,
-    rows_of,
-    tokenize,
-)
+from renyi_engine.data import MOST_TEXT, Dropped, Example, StepSampler, collate, excerpt, pad_token_id, tokenize
 from renyi_engine.task import cut_rows, describe_rows
-
-ROWS = [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c", "n": 3}]
 
 
 @settings(deadline=None, max_examples=60)
@@ -71,58 +54,6 @@ def test_collate_pads_on_the_right_and_masks_what_it_pads():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-
-
-@pytest.mark.parametrize("form", ["json", "jsonl", "jsonl.gz", "csv", "parquet", "folder", "saved"])
-def test_every_local_form_gives_the_same_rows(tmp_path, form):
-    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    path = tmp_path / f"train.{form}"
-    split = "train"
-    if form == "json":
-        path.write_text(json.dumps(ROWS))
-    elif form == "jsonl":
-        path.write_text(lines)
-    elif form == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif form == "csv":
-        path.write_text("text,n\na,1\nb,2\nc,3\n")
-    elif form == "parquet":
-        datasets.Dataset.from_list(ROWS).to_parquet(path)
-    elif form == "folder":
-        path.mkdir()
-        (path / "train.jsonl").write_text(lines)
-        (path / "test.jsonl").write_text(lines)
-    else:
-        datasets.Dataset.from_list(ROWS).save_to_disk(path)
-    splits = load_splits(str(path), split, None, "dataset_name")
-    assert list(rows_of(splits, split, str(path), "dataset_name")) == ROWS
-    assert ("test" in splits) == (form == "folder")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.jsonl", None, "no such file"),
-        ("data.txt", "x", "expected a file that ends in .json"),
-        ("broken.json", '{"text": ', "cannot be read as a data set"),
-        ("gone/folder/deep", None, "no such file or folder"),
-    ],
-)
-def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        load_splits(str(tmp_path / name), "train", None, "dataset_name")
-    assert str(error.value).startswith("dataset_name: ")
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_split_and_an_empty_one_are_told_apart():
-    splits = {"train": [], "validation": [1]}
-    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train', 'validation'\]"):
-        rows_of(splits, "test", "x", "dataset_name")
-    with pytest.raises(ValueError, match="x is empty"):
-        rows_of(splits, "train", "x", "dataset_name")
 
 
 def test_dropped_rows_are_counted_by_reason_and_nothing_left_is_an_error():
@@ -172,10 +103,3 @@ def test_padding_falls_back_to_eos_and_then_gives_up():
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="neither a pad nor an end-of-sequence token"):
         pad_token_id(tokenizer)
-
-
-def test_an_empty_file_is_named(tmp_path):
-    for name, text in (("empty.jsonl", ""), ("header.csv", "prompt,completion\n")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"dataset_name: .*{name} "):
-            rows_of(load_splits(str(tmp_path / name), "train", None, "dataset_name"), "train", name, "dataset_name")

@@ -118,3 +118,11 @@ def test_what_cannot_be_diagnosed_is_said_in_one_line(particles, flags, capsys, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_a_file_is_read_whatever_the_default_split_is_called_and_has_no_other(particles, flags, capsys):
+    particles()
+    assert main([*flags, "--dataset_split=validation"]) == 2
+    said = capsys.readouterr().err
+    assert "dataset_split: " in said
+    assert "has no split 'validation'; it has no splits at all: leave --dataset_split out" in said

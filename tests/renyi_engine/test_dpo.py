@@ -256,6 +256,8 @@ def test_columns_of_no_known_form_get_a_hint(task):
     task.check_columns(["chosen", "rejected", "id"], "dataset_name")
     with pytest.raises(ValueError, match="is 'choosen' meant to be 'chosen'"):
         task.check_columns(["prompt", "choosen", "rejected"], "dataset_name")
+    with pytest.raises(ValueError, match="got instruction, which would not be read; rename it to prompt"):
+        task.check_columns(["instruction", "input", "chosen", "rejected"], "dataset_name")
 
 
 # ---------------------------------------------------------------------- the reference

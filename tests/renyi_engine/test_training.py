@@ -21,7 +21,8 @@ from renyi_engine import DoesNotFit, EnsembleConfig, LoraEnsemble, TrainingDiver
 from renyi_engine.alpha import EssController
 from renyi_engine.data import collate
 from renyi_engine.export import export
-from renyi_engine.files import sha256_of
+from renyi_engine.files import read_json, sha256_of
+from renyi_engine.rows import content_hash
 from renyi_engine.sft import SftTask
 from renyi_engine.watchdog import HISTORY
 from renyi_kernels import renyi_reduce
@@ -43,6 +44,13 @@ def skips(run: Path) -> list[tuple]:
     """Step, particles, number of rows and reason of every update that was not made."""
     lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     return [(line["step"], line["particles"], len(line["rows"]), line["why"]) for line in lines]
+
+
+def forbid_the_model(monkeypatch) -> None:
+    def load(config):
+        raise AssertionError("the model was loaded before the input was checked")
+
+    monkeypatch.setattr(trainer.base_model, "load_model", load)
 
 
 class Killed(BaseException):
@@ -395,6 +403,95 @@ def test_resuming_on_other_weights_under_the_same_name_is_refused(sft_config, mo
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the base model's weights changed"):
         train(replace(config, resume_from_checkpoint="true", max_steps=2))
+
+
+def test_resuming_on_other_rows_under_the_same_name_is_refused(sft_config, jsonl, tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i}: ", "completion": "yes" * (1 + i % 2)} for i in range(6)]
+    train_file, held_file = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    jsonl(train_file, rows)
+    jsonl(held_file, rows[:3])
+    config = sft_config(dataset_name=str(train_file), eval_dataset_name=str(held_file), max_steps=1)
+    saved = read_json(train(config).output_dir / "run.json")["data_sha256"]
+    assert saved["training rows"] == content_hash(rows)
+    assert saved["held-out rows"] == content_hash(rows[:3])
+    again = replace(config, resume_from_checkpoint="true", max_steps=2)
+    edited = [rows[0] | {"completion": "no"}, *rows[1:]]
+    with monkeypatch.context() as patch:
+        forbid_the_model(patch)
+        for changed in (edited, rows[::-1], rows[:-1], [*rows, rows[0]]):
+            jsonl(train_file, changed)
+            hashes = f"sha256 {content_hash(rows)[:8]} then, {content_hash(changed)[:8]} now"
+            with pytest.raises(
+                ValueError, match=f"^dataset_name: the training rows are not those of .*: {hashes}; "
+            ) as e:
+                train(again)
+            assert "\n" not in str(e.value)
+        jsonl(train_file, rows)
+        jsonl(held_file, rows[:2] + rows[3:4])
+        with pytest.raises(ValueError, match=r"^eval_dataset_name: the held-out rows are not those of "):
+            train(again)
+    # the same content, written otherwise
+    jsonl(held_file, [dict(reversed(row.items())) for row in rows[:3]])
+    assert train(again).global_step == 2
+
+
+def test_resuming_with_another_test_split_names_it(sft_config, jsonl, tmp_path):
+    rows = [{"prompt": f"{i}: ", "completion": "yes"} for i in range(6)]
+    (tmp_path / "rows").mkdir()
+    jsonl(tmp_path / "rows" / "train.jsonl", rows)
+    jsonl(tmp_path / "rows" / "test.jsonl", rows[:2])
+    config = sft_config(dataset_name=str(tmp_path / "rows"), max_steps=1)
+    train(config)
+    jsonl(tmp_path / "rows" / "test.jsonl", rows[2:4])
+    with pytest.raises(ValueError, match=r"^dataset_test_split: the held-out rows are not those of "):
+        train(replace(config, resume_from_checkpoint="true", max_steps=2))
+
+
+def test_resuming_with_another_tokenizer_under_the_same_name_is_refused(sft_config, model_folder, tokenizer, tmp_path):
+    import copy
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    config = sft_config(max_steps=1, model_name_or_path=str(model))
+    train(config)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<unk>"
+    other.save_pretrained(model)
+    with pytest.raises(ValueError, match=r"^model_name_or_path: the tokens are not those of "):
+        train(replace(config, resume_from_checkpoint="true", max_steps=2))
+
+
+def test_a_checkpoint_that_does_not_say_what_data_it_is_of_is_refused(sft_config):
+    config = sft_config(max_steps=1)
+    checkpoint = train(config).output_dir / "checkpoint-1"
+    state = read_json(checkpoint / "state.json")
+    del state["data_sha256"]
+    files.write_json(checkpoint / "state.json", state)
+    manifest = read_json(checkpoint / "manifest.json")
+    path = checkpoint / "state.json"
+    manifest["state.json"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    files.write_json(checkpoint / "manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .* was written by another version of renyi-engine"):
+        train(replace(config, resume_from_checkpoint="true", max_steps=2))
+
+
+def test_a_split_that_is_asked_for_by_name_has_to_be_there(sft_config, tmp_path, jsonl):
+    for name in ("dataset_train_split", "dataset_test_split"):
+        with pytest.raises(
+            ValueError, match=f"^{name}: .* has no split 'dev'; it has no splits at all: leave --{name} out"
+        ):
+            train(sft_config(**{name: "dev"}))
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation"):
+        jsonl(tmp_path / "rows" / f"{split}.jsonl", [{"prompt": "a", "completion": split}] * 4)
+    folder = str(tmp_path / "rows")
+    with pytest.raises(
+        ValueError, match=r"^dataset_test_split: .* has no split 'dev'; it has \['train', 'validation'\]"
+    ):
+        train(sft_config(dataset_name=folder, dataset_test_split="dev"))
+    run = train(sft_config(dataset_name=folder, dataset_test_split="validation", max_steps=1)).output_dir
+    assert json.loads((run / "run.json").read_text())["num_eval_examples"] == 4
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(sft_config):
@@ -823,10 +920,7 @@ def test_memory_that_ends_outside_the_micro_batches_is_not_tried_again(sft_confi
 
 @pytest.fixture
 def no_model(monkeypatch):
-    def load(config):
-        raise AssertionError("the model was loaded before the input was checked")
-
-    monkeypatch.setattr(trainer.base_model, "load_model", load)
+    forbid_the_model(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from renyi_engine.mmlu.questions import GROUPS, SUBJECTS, Question, check_subjects, load_questions, prompt
 
@@ -53,11 +53,17 @@ def as_the_hub_has_it(folder: Path) -> None:
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(configs)}---\n", encoding="utf-8")
 
 
+def as_saved(folder: Path) -> None:
+    DatasetDict({name: Dataset.from_list(ROWS) for name in ("validation", "test", "dev")}).save_to_disk(folder)
+
+
 @pytest.mark.parametrize("split", ["validation", "test", "dev"])
-@pytest.mark.parametrize("write", [as_jsonl, as_parquet_with_letters, as_published, as_the_hub_has_it])
-def test_every_form_holds_the_same_questions(tmp_path, write, split):
-    write(tmp_path)
-    assert load_questions(str(tmp_path), split) == {
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet_with_letters, as_published, as_the_hub_has_it, as_saved])
+@pytest.mark.parametrize("name", ["mmlu", "mmlu[1]"])
+def test_every_form_holds_the_same_questions(tmp_path, write, split, name):
+    (tmp_path / name).mkdir()
+    write(tmp_path / name)
+    assert load_questions(str(tmp_path / name), split) == {
         "anatomy": [
             Question(0, "anatomy", " Which?\nOne. ", ("a ", "b", "", "d"), 2),
             Question(1, "anatomy", "Last?", ("1", "2", "3", "4"), 3),
@@ -119,7 +125,7 @@ def test_a_published_file_with_too_few_cells_is_named(tmp_path):
     as_published(tmp_path)
     with (tmp_path / "test" / "anatomy_test.csv").open("a", encoding="utf-8") as file:
         file.write("Why?,a,b,c,A\n")
-    with pytest.raises(ValueError, match=r"anatomy_test.csv row 2: expected 6 cells: .* got 5"):
+    with pytest.raises(ValueError, match=r"anatomy_test.csv: line 4: expected 6 cells: .* got 5"):
         load_questions(str(tmp_path), "test")
 
 
@@ -132,6 +138,13 @@ def test_a_split_or_a_data_set_that_is_not_there_is_refused(tmp_path):
         load_questions(str(tmp_path), "validation")
     with pytest.raises(ValueError, match=r"dataset_name: .*nowhere: no such file or folder"):
         load_questions(str(tmp_path / "nowhere"), "test")
+
+
+def test_one_file_is_no_data_set_of_splits(tmp_path, jsonl):
+    # its rows would be the solved examples of themselves
+    path = jsonl(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"dataset_name: .*test.jsonl is one file; expected a hub id, or a folder"):
+        load_questions(str(path), "test")
 
 
 def test_an_unknown_subject_is_refused_with_the_nearest_one():

@@ -74,9 +74,21 @@ def test_bad_data_is_told_in_one_line_with_its_row(rows, tmp_path):
     refused(r"row 1: kind is empty", [rows("k", MIXED[0], MIXED[1] | {"kind": None})], PromptColumns(split="kind"))
     refused(r"expected the columns prompt; got \['promt'\]; is 'promt' meant", [rows("typo", {"promt": "a"})])
     refused("expected the columns prompt \\+ lable; got", [rows("l", *MIXED)], PromptColumns(label="lable"))
+    refused(
+        r"chat\.jsonl: row 0: prompt: expected a text; got list .*role", [rows("chat", {"prompt": [{"role": "user"}]})]
+    )
     refused("no such file", [str(tmp_path / "none.csv")])
     (tmp_path / "empty.csv").write_text("")
     refused("empty.csv", [str(tmp_path / "empty.csv")])
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "l.csv").write_text("prompt\na\n")
     refused("2 data sets are called 'l'", [rows("l", *MIXED), str(tmp_path / "sub" / "l.csv")])
+
+
+def test_prompts_and_labels_are_the_texts_of_their_file_whatever_it_is_called(tmp_path, rows):
+    (tmp_path / "mine[1].csv").write_text("prompt,category,n\n007,,1\n2024-01-31,x,0\n")
+    (tmp_path / "mine1.csv").write_text("prompt,category,n\nwrong,,1\nwrong,,0\n")
+    assert read_prompts([str(tmp_path / "mine[1].csv")], columns=PromptColumns(label="n")) == [
+        Prompt(0, "mine[1]", "007", None, "1"),
+        Prompt(1, "mine[1]", "2024-01-31", "x", "0"),
+    ]
