@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.adapter_folder import CONFIG_FILE, ENSEMBLE_FILE, TENSORS_FILE, num_particles, read
 from renyi_engine.files import inside, sha256_of
+from renyi_engine.fingerprint import fingerprint
 
 K = 3
 Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -284,7 +285,7 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved):
+def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved, tiny_model):
     assert sorted(contents(saved)) == [
         ENSEMBLE_FILE,
         *(f"p{k:03d}/{name}" for k in range(K) for name in (CONFIG_FILE, TENSORS_FILE)),
@@ -293,12 +294,13 @@ def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved):
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 6, None)
     with safe_open(saved / "p001" / TENSORS_FILE, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "base": json.dumps(fingerprint(tiny_model("llama")))}
         assert file.get_slice(Q0_A).get_shape() == [3, 32]
         assert len(file.keys()) == 2 * 21
     ensemble = json.loads((saved / ENSEMBLE_FILE).read_text())
     assert ensemble["particles"] == ["p000", "p001", "p002"]
     assert ensemble["alpha"] == 0.7
+    assert ensemble["base"] == fingerprint(tiny_model("llama"))
     assert {name: sha256_of(saved / name) for name in ensemble["sha256"]} == ensemble["sha256"]
     assert len(ensemble["sha256"]) == 2 * K
 
