@@ -200,7 +200,8 @@ def test_every_command_that_takes_an_ensemble_names_the_flag(
         model.lm_head.weight.view(-1)[-1] += 1
     model.save_pretrained(tmp_path / "second")
     places = {"DATA": str(data_file), "OUT": str(tmp_path / "out")}
-    flags = ["--model_name_or_path", str(tmp_path / "second"), "--ensemble", str(run / "particles"), "--use_cpu", "true"]
+    flags = ["--model_name_or_path", str(tmp_path / "second"), "--use_cpu", "true"]
+    flags += ["--ensemble", str(run / "particles")]
     assert main([*(places.get(word, word) for word in command), *flags]) == 2
     error = capsys.readouterr().err
     assert f"pass {str(model_folder)!r} as --model_name_or_path" in error
