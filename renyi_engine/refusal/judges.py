@@ -2,8 +2,8 @@
 
 The labels are OR-Bench's (Cui et al. 2024, arXiv 2405.20947): a response answers, refuses openly, or refuses without
 saying so; both refusals count as one. What a judge says that is none of these is `unparsed`, what it fails to say is
-`failed`: neither is ever guessed into a label. What a model thinks before it answers is no part of a response, nor of a
-judge's reply: no judge is shown it. A response that was cut off inside a thought holds no answer yet, and is `unparsed`.
+`failed`: neither is ever guessed into a label. What a model thinks before it answers is no part of a response, nor of
+a judge's reply: no judge is shown it. A response that was cut off inside a thought is `unparsed`.
 """
 
 from __future__ import annotations

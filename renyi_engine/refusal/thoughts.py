@@ -20,7 +20,7 @@ _ANALYSIS = re.compile(r"<\|channel\|>(?:analysis|commentary)|analysis(?=\w)")
 
 
 def without_thought(text: str) -> str | None:
-    """The answer in `text`, without surrounding white space. None: a thought that does not end, so there is none yet."""
+    """The answer in `text`, without white space around it. None: a thought that does not end, so there is none yet."""
     text = text.strip()
     if final := _FINAL.match(text):
         text = text[final.end() :]
