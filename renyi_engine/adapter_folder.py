@@ -2,7 +2,7 @@
 
     DIR/p000/adapter_config.json, adapter_model.safetensors     what PEFT and vLLM load
     DIR/p001/...
-    DIR/ensemble.json                                           which folders, sha256 of each file; written last
+    DIR/ensemble.json                                           which folders, sha256 of each file, on which base; last
 
 Layout: K particles, I/O in/out features, R rank.
 """
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from renyi_engine import files
+from renyi_engine import files, origin
+from renyi_engine.fingerprint import Fingerprint
+from renyi_engine.origin import Origin
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import EnsembleConfig
@@ -42,13 +44,14 @@ _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """What a folder holds: keyword arguments of EnsembleConfig, (A [K, R, I], B [K, O, R]) by path, and the alpha it
-    was trained with, None where that is not recorded."""
+    """What a folder holds: keyword arguments of EnsembleConfig, (A [K, R, I], B [K, O, R]) by path, the alpha it was
+    trained with, None where that is not recorded, and on which base."""
 
     directory: Path
     config: dict[str, Any]
     adapters: dict[str, tuple[Tensor, Tensor]]
     alpha: float | None
+    origins: list[Origin]
 
 
 def write(
@@ -59,6 +62,7 @@ def write(
     target_modules: Sequence[str],
     layers_to_transform: Sequence[int] | None,
     base_model: str | None,
+    base: Fingerprint | None,
     fan_in_fan_out: bool,
     alpha: float | None,
 ) -> None:
@@ -94,7 +98,7 @@ def write(
         for path, (A, B) in adapters.items():
             tensors[f"{_PREFIX}{path}.lora_A.weight"] = A[k]
             tensors[f"{_PREFIX}{path}.lora_B.weight"] = B[k]
-        files.write_tensors(folder / TENSORS_FILE, tensors)
+        files.write_tensors(folder / TENSORS_FILE, tensors, origin.metadata(base))
         files.write_json(folder / CONFIG_FILE, adapter_config)
         for file in (TENSORS_FILE, CONFIG_FILE):
             checksums[f"{name}/{file}"] = files.sha256_of(folder / file)
@@ -105,6 +109,7 @@ def write(
         "seed": config.seed,
         "init": config.init,
         "base_model_name_or_path": base_model,
+        origin.KEY: base,
         "sha256": checksums,
     }
     files.write_json(directory / ENSEMBLE_FILE, ensemble)
@@ -115,6 +120,7 @@ def read(directory: Path) -> SavedAdapters:
     folders, ensemble = _list(directory)
     seeds, alpha = {}, None
     if ensemble is not None:
+        origins = [origin.of_ensemble(directory / ENSEMBLE_FILE, ensemble)]
         _verify(directory, ensemble["sha256"])
         seeds, alpha = {"seed": ensemble["seed"], "init": ensemble["init"]}, ensemble.get("alpha")
     configs = [_read_config(folder) for folder in folders]
@@ -139,7 +145,10 @@ def read(directory: Path) -> SavedAdapters:
                 raise ValueError(f"{directory}: {path}.lora_{'AB'[side]} has shapes {[list(p.shape) for p in parts]}")
             sides.append(torch.stack(parts))
         stacked[path] = (sides[0], sides[1])
-    return SavedAdapters(directory, {"num_particles": len(folders), **configs[0], **seeds}, stacked, alpha)
+    if ensemble is None:
+        origins = [origin.of_particle(folder / CONFIG_FILE, folder / TENSORS_FILE) for folder in folders]
+    config = {"num_particles": len(folders), **configs[0], **seeds}
+    return SavedAdapters(directory, config, stacked, alpha, origins)
 
 
 def num_particles(directory: Path) -> int:

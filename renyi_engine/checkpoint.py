@@ -11,7 +11,6 @@ training draws from a global random generator, so there is none to save.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import warnings
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from renyi_engine import files
 from renyi_engine.ensemble import LoraEnsemble
@@ -143,15 +141,6 @@ def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors = files.read_tensors(path / "adapters.safetensors", stacked=True)
     maps = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in maps}
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells base models apart: the first values of every weight."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:64].float().cpu()
-        digest.update(f"{name}{list(parameter.shape)}{values.tolist()}".encode())
-    return digest.hexdigest()
 
 
 def _named(ensemble: LoraEnsemble) -> Iterator[tuple[str, Tensor]]:

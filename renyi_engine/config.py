@@ -152,7 +152,11 @@ class TrainConfig(AdapterConfig):
     adam_epsilon: float = flag(1e-8, "AdamW epsilon.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("linear", "Schedule after the warm-up.")
     warmup_steps: float = flag(0.0, "Warm-up in steps, or below 1 as a share of all steps.")
-    max_grad_norm: float = flag(1.0, "Gradient-norm limit of each particle by itself; 0 switches it off.")
+    max_grad_norm: float = flag(
+        1.0,
+        "Gradient-norm limit of each particle by itself, as if it were trained alone: on K times its gradient of the "
+        "loss, which is a mean over K particles. 0 switches it off.",
+    )
     num_train_epochs: float = flag(3.0, "Passes over the data, unless max_steps is given.")
     max_steps: int = flag(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
     per_device_train_batch_size: int = flag(

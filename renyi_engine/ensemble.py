@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine import adapter_folder, architecture, generation, seeding, targets
+from renyi_engine import adapter_folder, architecture, generation, origin, seeding, targets
 from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
+from renyi_engine.fingerprint import Fingerprint, fingerprint
 from renyi_engine.objective import sum_tokens
 from renyi_kernels import IGNORE_INDEX, linear_logprob
 
@@ -128,19 +129,26 @@ class LoraEnsemble(nn.Module):
         return ensemble
 
     @classmethod
-    def from_pretrained(cls, model: PreTrainedModel, directory: str | Path) -> LoraEnsemble:
+    def from_pretrained(cls, model: PreTrainedModel, directory: str | Path, *, check_base: bool = True) -> LoraEnsemble:
         """Put saved adapters on `model`: a folder that `save_pretrained` wrote, a folder of PEFT adapter folders,
         or one PEFT adapter folder (K = 1).
 
+        `model` must be the base that they were trained on, in whatever floating-point type. Where the folder does not
+        say (PEFT writes the base's name alone), or the base is quantised, a doubt is a warning. `check_base` False:
+        nothing is compared.
+
         Raises:
             ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen
-                or not finite; a file does not match its checksum; weights are pickled (they are not opened).
+                or not finite; a file does not match its checksum; weights are pickled (they are not opened); the model
+                has other weights than the base.
         """
         _refuse_adapted(model)
         saved = adapter_folder.read(Path(directory))
         config = EnsembleConfig(**saved.config)
         maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
         adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
+        if check_base:
+            origin.check(saved.origins, model)
         adapters = {}
         for path, linear in maps.items():
             A, B = saved.adapters[path]
@@ -164,6 +172,7 @@ class LoraEnsemble(nn.Module):
             target_modules=target_modules,
             layers_to_transform=layers,
             base_model=self.model.config._name_or_path or None,
+            base=self.base_fingerprint,
             fan_in_fan_out=isinstance(self.model.get_submodule(self.paths[0]), targets.Conv1D),
             alpha=alpha,
         )
@@ -191,6 +200,11 @@ class LoraEnsemble(nn.Module):
     @property
     def model(self) -> PreTrainedModel:
         return self._model[0]
+
+    @cached_property
+    def base_fingerprint(self) -> Fingerprint:
+        """What tells the frozen base from another; every weight is read once."""
+        return fingerprint(self.model)
 
     @property
     def paths(self) -> list[str]:

@@ -33,7 +33,7 @@ def export(source: Path, output: Path) -> Path:
         skeleton = AutoModelForCausalLM.from_config(
             base_model.load_config(config), trust_remote_code=config.trust_remote_code
         )
-    adapters = checkpoint.adapters(path)
+    adapters, state = checkpoint.adapters(path), files.read_json(path / "state.json")
     names, layers = targets.describe(skeleton, list(adapters))
     adapter_folder.write(
         output,
@@ -42,7 +42,8 @@ def export(source: Path, output: Path) -> Path:
         target_modules=names,
         layers_to_transform=layers,
         base_model=config.model_name_or_path,
+        base=state.get("base"),
         fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
-        alpha=files.read_json(path / "state.json")["alpha"],
+        alpha=state["alpha"],
     )
     return output

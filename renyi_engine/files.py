@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,12 +49,31 @@ def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file in one go: a kill leaves the old one or the new."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a whole safetensors file carries beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Replace a safetensors file in one go: a kill leaves the old one or the new. `metadata`: texts to go with it."""
     temporary = path.with_name(f".{path.name}.tmp")
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(on_cpu, temporary, metadata={"format": "pt"})
+    save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+    _sort_metadata(temporary)
     os.replace(temporary, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the metadata in any order: put it into one, so that equal content makes equal files."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
 
 
 def read_json(path: Path) -> Any:
@@ -125,12 +145,26 @@ def fsync(path: Path) -> None:
 def inside(directory: Path, name: str) -> Path:
     """`directory`/`name`, where name is one plain folder or file name that does not lead out of `directory`.
 
+    The hub's cache keeps a repository's files in its folder "blobs" and links to them in "snapshots"; they are inside.
+
     Raises:
         ValueError: name is absolute, has a slash or "..", or is a link to elsewhere.
     """
     path = directory / name
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{directory}: {name!r} is not a plain name inside it")
-    if path.resolve().parent != directory.resolve():
+    if path.resolve().parent != directory.resolve() and not _is_blob_of_its_repository(path):
         raise ValueError(f"{path}: a link that leads out of {directory}")
     return path
+
+
+def _is_blob_of_its_repository(link: Path) -> bool:
+    """Whether `link` is HUB_CACHE/models--OWNER--NAME/snapshots/COMMIT/.../FILE, and leads to a file in that
+    repository's blobs."""
+    target, folder = link.resolve(), link.parent.resolve()
+    return target.is_file() and any(
+        snapshots.name == "snapshots"
+        and snapshots.parent.name.startswith("models--")
+        and target.parent == snapshots.parent / "blobs"
+        for snapshots in folder.parents
+    )

@@ -30,7 +30,7 @@ class StepResult:
         logp: [K, examples] nats. details: what else the task says of them.
         loss, ess: [examples]. prior: a scalar, nats.
         mixture_nll: [examples] nats, of the mixture of the particles whose gradient is finite.
-        norms: [K], before clipping.
+        norms: [K], of each particle's own gradient (see `train_step`), before clipping; nats.
         spike: a scalar, whether the examples' mean mixture_nll was above the largest one allowed.
         updated: [K], which particles were.
     """
@@ -58,13 +58,18 @@ def train_step(
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
+    The gradients are K times those of (19) with its prior. Both are means over the particles: at alpha = 0 each
+    particle finds 1/K of the gradient that it would have alone, at any alpha r_k of it, and the r_k of an example sum
+    to 1. Times K, a particle's norm, its clipping and AdamW's epsilon mean what they mean to one adapter that is
+    trained alone; at alpha = 0 the step is exactly K steps of single adapters.
+
     No update of a particle whose gradient is not finite; of none if the mean NLL of the mixture, in nats, is above
     `largest_nll`.
 
     Raises:
         DoesNotFit: a micro-batch does not.
     """
-    parameters = list(ensemble.parameters())
+    parameters, num_particles = list(ensemble.parameters()), ensemble.config.num_particles
     num_examples = sum(len(batch["labels"]) for batch in micro_batches)
     optimizer.zero_grad()
     reductions, details = [], []
@@ -72,7 +77,7 @@ def train_step(
         with must_fit(f"a micro-batch of {list(batch['labels'].shape)} tokens"):
             scores = task.score(ensemble, batch)
             loss, reduction = data_term(scores.logp, alpha, num_examples)
-            loss.backward()
+            (num_particles * loss).backward()
         reductions.append(reduction)
         details.append(scores.details)
     prior = prior_term(
@@ -84,7 +89,7 @@ def train_step(
         bandwidth=config.kernel_bandwidth,
     )
     if prior.requires_grad:
-        prior.backward()
+        (num_particles * prior).backward()
     norms = grad_norms(parameters)
     clip_grad_norms_(parameters, norms, config.max_grad_norm)
     logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()

@@ -24,6 +24,7 @@ from renyi_engine.dataset import Dataset, load_dataset
 from renyi_engine.dpo import DpoConfig, DpoTask
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.evaluation import Evaluation, evaluate, means
+from renyi_engine.fingerprint import difference, is_fingerprint
 from renyi_engine.memory import DoesNotFit, must_fit
 from renyi_engine.prior import potential_curvature
 from renyi_engine.progress import TrainingProgress
@@ -85,10 +86,10 @@ def train(config: TrainConfig) -> TrainResult:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
-    fingerprint = checkpoint.fingerprint(model)
     for part in (dataset.train, dataset.held_out):
-        part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, fingerprint)
-    return _Trainer(config, run, task, dataset, ensemble, fingerprint).run_to_the_end()
+        base = ensemble.base_fingerprint["digest"]
+        part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, base)
+    return _Trainer(config, run, task, dataset, ensemble).run_to_the_end()
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -109,10 +110,8 @@ class _Trainer:
         task: Task,
         dataset: Dataset,
         ensemble: LoraEnsemble,
-        fingerprint: str,
     ) -> None:
         self.config, self.run, self.task, self.dataset, self.ensemble = config, run, task, dataset, ensemble
-        self.fingerprint = fingerprint
         K = config.num_particles
         self.sampler = StepSampler(
             [length(item) for item in dataset.train],
@@ -378,7 +377,7 @@ class _Trainer:
 
     def _save(self) -> Path:
         state = asdict(self.state)
-        state |= {"coupling": self.coupling.state(), "fingerprint": self.fingerprint}
+        state |= {"coupling": self.coupling.state(), "base": self.ensemble.base_fingerprint}
         state["data_sha256"] = self.dataset.sha256
         keep = self.config.save_total_limit
         return checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
@@ -386,15 +385,29 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         saved = checkpoint.load(path, self.ensemble, self.optimizer)
         del saved["data_sha256"]  # compared before the model was loaded
-        if (then := saved.pop("fingerprint")) != self.fingerprint:
-            raise ValueError(
-                f"resume_from_checkpoint: {path}: the base model's weights changed: {then} then, {self.fingerprint} now"
-            )
+        self._require_same_base(path, saved.pop("base", None))
         self.coupling.restore(saved.pop("coupling"))
         try:
             self.state = State(**saved | {"window": Window(**saved["window"])})
         except TypeError:
-            raise ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine") from None
+            raise _another_version(path) from None
+
+    def _require_same_base(self, path: Path, base: Any) -> None:
+        """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""
+        if not is_fingerprint(base):
+            raise _another_version(path)
+        found = difference(base, self.ensemble.base_fingerprint)
+        weights = found.weights + found.rounded + found.unknown
+        for what, names in (("weights", weights), ("config", found.values)):
+            if names:
+                raise ValueError(
+                    f"resume_from_checkpoint: {path}: the base model's {what} changed: {', '.join(names[:3])}"
+                    + f" and {len(names) - 3} more" * (len(names) > 3)
+                )
+
+
+def _another_version(path: Path) -> ValueError:
+    return ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine")
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

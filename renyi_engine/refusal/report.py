@@ -43,8 +43,8 @@ WORDS = (
      "differ in which prompts they refuse and still refuse equally many."),
     ("disagreement", "Variance within prompts less what the sampling of a few responses alone is expected to bring: 0 "
      "if all particles are alike, below 0 by chance. With one response to a prompt that cannot be told, and stays in."),
-    ("unparsed, failed", "The judge gave no label that could be read, or no answer at all. Counted, left out of every "
-     "rate."),
+    ("unparsed, failed", "The judge gave no label that could be read, or no answer at all; unparsed is also a response "
+     "that was cut off inside a thought (a larger max_new_tokens helps). Counted, left out of every rate."),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.adapter_folder import CONFIG_FILE, ENSEMBLE_FILE, TENSORS_FILE, num_particles, read
 from renyi_engine.files import inside, sha256_of
+from renyi_engine.fingerprint import fingerprint
 
 K = 3
 Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -284,7 +285,7 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved):
+def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved, tiny_model):
     assert sorted(contents(saved)) == [
         ENSEMBLE_FILE,
         *(f"p{k:03d}/{name}" for k in range(K) for name in (CONFIG_FILE, TENSORS_FILE)),
@@ -293,12 +294,13 @@ def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved):
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 6, None)
     with safe_open(saved / "p001" / TENSORS_FILE, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "base": json.dumps(fingerprint(tiny_model("llama")))}
         assert file.get_slice(Q0_A).get_shape() == [3, 32]
         assert len(file.keys()) == 2 * 21
     ensemble = json.loads((saved / ENSEMBLE_FILE).read_text())
     assert ensemble["particles"] == ["p000", "p001", "p002"]
     assert ensemble["alpha"] == 0.7
+    assert ensemble["base"] == fingerprint(tiny_model("llama"))
     assert {name: sha256_of(saved / name) for name in ensemble["sha256"]} == ensemble["sha256"]
     assert len(ensemble["sha256"]) == 2 * K
 
@@ -660,3 +662,77 @@ def test_read_stacks_in_the_order_of_the_names(tiny_model, tmp_path):
         tensors = load_file(tmp_path / name / TENSORS_FILE)
         assert torch.equal(adapters["model.layers.0.self_attn.q_proj"][0][k], tensors[Q0_A])
         assert re.match(r"base_model\.model\.", next(iter(tensors)))
+
+
+# ---------------------------------------------------------------------- the hub's cache
+
+
+@pytest.fixture
+def cached(saved, tmp_path):
+    """`saved` as the hub's client keeps it: every file in blobs, and links to them under the commit."""
+    repository = tmp_path / "hub" / "models--someone--adapters"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0a1b2c"
+    for path in [path for path in saved.rglob("*") if path.is_file()]:
+        blob = repository / "blobs" / sha256_of(path)
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(saved)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("form", ["ensemble", "particles", "one particle", "behind a link"])
+def test_adapters_in_the_hubs_cache_load(cached, saved, tiny_model, form):
+    folder = cached
+    if form == "particles":
+        (cached / ENSEMBLE_FILE).unlink()
+    elif form == "one particle":
+        folder = cached / "p000"
+    elif form == "behind a link":
+        folder = cached.parents[2].parent / "link"
+        folder.symlink_to(cached.parents[2])
+        folder = folder / cached.relative_to(cached.parents[2])
+    ours = LoraEnsemble.from_pretrained(tiny_model("llama"), folder).stacked()
+    for path, pair in read(saved).adapters.items():
+        assert all(torch.equal(a[: len(b)], b) for a, b in zip(pair, ours[path], strict=True))
+
+
+@pytest.mark.parametrize(
+    "target", ["outside", "another repository", "above the blobs", "below the blobs", "a folder", "nothing"]
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_link_in_the_hubs_cache_to_anything_but_a_blob_of_its_repository_is_refused(cached, llama, target, listed):
+    repository = cached.parents[1]
+    link = cached / "p001" / TENSORS_FILE
+    content = link.read_bytes()
+    places = {
+        "outside": repository.parents[1] / "elsewhere",
+        "another repository": repository.parent / "models--someone--else" / "blobs" / "0123",
+        "above the blobs": repository / "0123",
+        "below the blobs": repository / "blobs" / "more" / "0123",
+        "a folder": repository / "blobs" / "folder" / "x",
+        "nothing": repository / "blobs" / "none" / "x",
+    }
+    place = places[target]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    link.unlink()
+    link.symlink_to(place.parent if target == "a folder" else place)
+    if target == "nothing":
+        place.unlink()
+    if not listed:
+        (cached / ENSEMBLE_FILE).unlink()
+    refused(llama, cached, link, "link")
+
+
+def test_blobs_beside_a_folder_that_is_no_cache_are_elsewhere(cached, llama):
+    repository = cached.parents[1]
+    moved = repository.rename(repository.with_name("adapters"))
+    refused(llama, moved / "snapshots" / "0a1b2c", "link")
+
+
+def test_saving_into_the_hubs_cache_never_writes_through_a_link(cached, tiny_model):
+    blobs = contents(cached.parents[1] / "blobs")
+    attach(tiny_model("llama"), 1).save_pretrained(cached)
+    assert contents(cached.parents[1] / "blobs") == blobs

@@ -103,7 +103,7 @@ def test_a_step_descends_the_objective_of_all_its_micro_batches(
         "smoothed_kl": torch.exp(-squares / (2 * h2)).mean(dim=1).log() - log_pi,
     }
     term = weight / N * terms[prior].mean()
-    (loss.mean() + term).backward()
+    (K * (loss.mean() + term)).backward()  # what each particle would have alone: see `train_step`
     torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(step.prior.double(), term.detach(), rtol=1e-5, atol=1e-8)
     for ours, theirs in adapters(ensemble, particles):

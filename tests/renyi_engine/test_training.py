@@ -123,6 +123,52 @@ def test_a_step_of_one_particle_is_a_plain_peft_step(sft_config, tokenizer, alph
             torch.testing.assert_close(ours[0][clear], theirs[clear], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prior", ["none", "potential"])
+@pytest.mark.parametrize(("limit", "epsilon"), [(1.0, 1e-8), (55.0, 1e-8), (55.0, 1.0), (1000.0, 1.0)])
+def test_at_alpha_0_three_particles_are_three_trainings_of_one(sft_config, tokenizer, prior, limit, epsilon):
+    """Clipped always, at some steps, and never; with an epsilon that asks for the size of a gradient."""
+    config = sft_config(
+        alpha=0.0, init="spread", prior=prior, prior_lambda=5.0, weight_decay=0.1, max_grad_norm=limit,
+        adam_epsilon=epsilon,
+    )  # fmt: skip
+    task = SftTask(tokenizer, 64)
+    examples = [task.example(i, {"prompt": f"{i}: ", "completion": "yes" * (1 + i % 4)}) for i in range(20)]
+    parts = [collate(examples[start : start + 2], 0) for start in range(0, 20, 2)]
+
+    def trained(ensemble):
+        optimizer = torch.optim.AdamW(ensemble.parameters(), lr=1e-3, eps=epsilon, weight_decay=0.1)
+        steps = [
+            trainer.train_step(ensemble, task, optimizer, parts[at : at + 2], 0.0, config, 20) for at in range(0, 10, 2)
+        ]
+        return torch.stack([step.norms for step in steps])
+
+    together, _ = _loaded(config)
+    start = [p.detach().clone() for p in together.parameters()]
+    norms = trained(together)
+    assert (norms > limit).any() == (limit < 1000)
+    assert (norms > limit).all() == (limit < 55)
+    for k in range(3):
+        alone, _ = _loaded(replace(config, num_particles=1))
+        with torch.no_grad():
+            for p, q in zip(alone.parameters(), start, strict=True):
+                p.copy_(q[k : k + 1])
+        norms_alone = trained(alone)[:, 0]
+        for p, q in zip(together.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p[k], q[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(norms[:, k], norms_alone, rtol=2e-6, atol=0)
+
+
+def test_the_first_of_several_uncoupled_particles_is_the_one_of_a_run_of_one(sft_config, tmp_path):
+    several = sft_config(alpha=0.0, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=40.0, adam_epsilon=1.0)
+    ours = train(several).ensemble.stacked()
+    theirs = train(replace(several, num_particles=1, output_dir=str(tmp_path / "one"))).ensemble.stacked()
+    for path, pair in theirs.items():
+        for p, q in zip(ours[path], pair, strict=True):
+            torch.testing.assert_close(p[0], q[0], rtol=0, atol=1e-6)
+    norms = [[line["grad_norm"][0] for line in metrics(tmp_path / run)[:6]] for run in ("run", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-6)
+
+
 def test_splitting_a_batch_into_micro_batches_changes_nothing(sft_config, tmp_path):
     whole = sft_config(per_device_train_batch_size=8, max_steps=3)
     parts = sft_config(
@@ -147,7 +193,8 @@ def test_the_prior_enters_once_a_step_whatever_the_accumulation(sft_config, toke
         trainer.train_step(ensemble, task, optimizer, batches, 0.7, replace(config, prior=prior), num_train_examples=40)
         gradients[prior] = {name: p.grad for name, p in ensemble.named_parameters()}
     for name, value in before.items():
-        expected = 50.0 / 40 / 3 * value / 0.5**2
+        # the gradient of the prior on one particle alone: without the 1/K of the mean over three
+        expected = 50.0 / 40 * value / 0.5**2
         torch.testing.assert_close(
             gradients["potential"][name] - gradients["none"][name], expected, rtol=1e-3, atol=1e-5
         )
