@@ -5,11 +5,13 @@ What is not understood is refused here, before anything is trained. Layout: B se
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import LoraEnsemble
@@ -65,6 +67,12 @@ def check_rows(ensemble: LoraEnsemble) -> None:
             f"model: {type(ensemble.model).__name__} cannot run particles as rows of one batch "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the backbone calls the cache that it is given."""
+    names = inspect.signature(model.base_model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 def _two_tokens(ensemble: LoraEnsemble) -> Tensor:

@@ -94,6 +94,8 @@ class LoraEnsemble(nn.Module):
         self.config = config
         self.alpha: float | None = None
         """The coupling that a loaded ensemble was trained with, where its folder records it."""
+        self.reads_from_cache: bool | None = None
+        """Whether `generate` may trust the model's cache; None before it was tried."""
         self._model = (model,)  # in a tuple: the base is no submodule of the ensemble
         self._was_training = [module for module in model.modules() if module.training]
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
@@ -272,18 +274,27 @@ class LoraEnsemble(nn.Module):
         """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head; the cache, which
         `attention_mask` covers too, grows by T."""
         positions = _positions(attention_mask)[:, -input_ids.shape[1] :]
+        argument = architecture.cache_argument(self.model)
+        if argument == "cache_params":
+            # Mamba: there is no attention to what was read, and its mask is that of the tokens read now
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
         with self._one_run():
             hidden = self.model.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{argument: cache},
             ).last_hidden_state
+        return self.logits(hidden[:, -1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` by the model's own head of hidden states ``[..., D]``."""
         # rows of a matrix: of a slice of [rows, T, D], torch on a CPU copies the head's weight once a row
-        logits = cast(Tensor, self.model.get_output_embeddings()(hidden[:, -1])) * self._head["logit_scale"]
+        logits = cast(Tensor, self.model.get_output_embeddings()(hidden.flatten(0, -2))) * self._head["logit_scale"]
         softcap = self._head["logit_softcap"]
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits.view(*hidden.shape[:-1], -1)
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
