@@ -158,13 +158,11 @@ class LoraEnsemble(nn.Module):
 
         `alpha`, if given, is recorded there: the one that the ensemble was trained with.
         """
-        target_modules, layers = targets.describe(self.model, self.paths)
         adapter_folder.write(
             Path(directory),
             config=self.config,
             adapters=self.stacked(),
-            target_modules=target_modules,
-            layers_to_transform=layers,
+            **targets.describe(self.model, self.paths)._asdict(),
             base_model=self.model.config._name_or_path or None,
             fan_in_fan_out=isinstance(self.model.get_submodule(self.paths[0]), targets.Conv1D),
             alpha=alpha,

@@ -34,13 +34,11 @@ def export(source: Path, output: Path) -> Path:
             base_model.load_config(config), trust_remote_code=config.trust_remote_code
         )
     adapters = checkpoint.adapters(path)
-    names, layers = targets.describe(skeleton, list(adapters))
     adapter_folder.write(
         output,
         config=config.ensemble_config(),
         adapters=adapters,
-        target_modules=names,
-        layers_to_transform=layers,
+        **targets.describe(skeleton, list(adapters))._asdict(),
         base_model=config.model_name_or_path,
         fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
         alpha=files.read_json(path / "state.json")["alpha"],

@@ -105,16 +105,19 @@ def _own_rows(ensemble: LoraEnsemble) -> AbstractContextManager[None]:
 def _cache_agrees(ensemble: LoraEnsemble) -> bool:
     """Whether a cache may be trusted: tried once on two short prompts of all particles, one of them padded."""
     if ensemble.reads_from_cache is None:
-        try:
-            with ensemble.running(Rows.SHARED):
-                problem = _disagreement(ensemble)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-            # a model may take no cache at all, or one of a class of its own; each says so in its own way
-            problem = str(error).splitlines()[0]
-        ensemble.reads_from_cache = problem is None
-        if problem:
+        with ensemble.running(Rows.SHARED):
+            whole = _try(ensemble, again)
+            try:
+                apart = (whole.exp() * (_try(ensemble, from_cache) - whole).abs()).sum(-1).max().item()
+                agrees = apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW)
+                problem = f"it would be {apart:.2g} nats off"
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                # a model may take no cache at all, or one of a class of its own; each says so in its own way
+                agrees, problem = False, str(error).splitlines()[0]
+        ensemble.reads_from_cache = agrees
+        if not agrees:
             warnings.warn(
                 f"{type(ensemble.model).__name__} cannot be continued from a cache ({problem}): every new token reads "
                 "its whole sequence again, which is right but slow",
@@ -123,20 +126,14 @@ def _cache_agrees(ensemble: LoraEnsemble) -> bool:
     return ensemble.reads_from_cache
 
 
-def _disagreement(ensemble: LoraEnsemble) -> str | None:
-    """How a cache differs from reading all again, None where it does not. Several tokens are continued: some models go
-    wrong at the second."""
+def _try(ensemble: LoraEnsemble, read: Reader) -> Tensor:
+    """Log-probabilities ``[steps, S, V]``. Several tokens are read after the prompt: some go wrong at the second."""
     device = ensemble.model.get_input_embeddings().weight.device
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 10, 11, 12, 13]], device=device)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)
-    readings = []
-    for read in (from_cache, again):
-        logits, next_logits = read(ensemble, ids, mask, 2)
-        tokens = torch.arange(len(logits), device=device) % 7 + 3
-        readings.append(torch.stack([logits, *(next_logits(tokens + step) for step in range(3))]).double())
-    cached, whole = (reading.log_softmax(-1) for reading in readings)
-    apart = (whole.exp() * (cached - whole).abs()).sum(-1).max().item()
-    return None if apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW) else f"it would be {apart:.2g} nats off"
+    logits, next_logits = read(ensemble, ids, mask, 2)
+    tokens = torch.arange(len(logits), device=device) % 7 + 3
+    return torch.stack([logits, *(next_logits(tokens + step) for step in range(3))]).double().log_softmax(-1)
 
 
 def _changing_positions(model: PreTrainedModel) -> tuple[str, int] | None:

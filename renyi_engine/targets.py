@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from renyi_engine import peft_names
 
 ALL_LINEAR = "all-linear"
 
@@ -65,11 +67,12 @@ def match_targets(
 ) -> dict[str, nn.Module]:
     """The linear maps to adapt, by path, in the model's order.
 
-    `target_modules`: "all-linear", a regular expression that matches the whole path, or a list of names, each a
-    path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
+    `target_modules`: "all-linear" (those that PEFT can load), a regular expression that matches the whole path, or a
+    list of names, each a path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
 
     Raises:
-        ValueError: nothing matches (the message lists what could have), or a layer number does not exist.
+        ValueError: nothing matches (the message lists what could have), a layer number does not exist, or PEFT could
+            not load an adapter of a map that is named.
     """
     layers_path, layers = decoder_layers(model)
     if layers_to_transform is not None:
@@ -91,16 +94,38 @@ def match_targets(
             f"it could be {ALL_LINEAR!r}, a regular expression for whole paths such as "
             f"{next(iter(candidates), layers_path)!r}, or a list out of {endings}"
         )
-    return matched
+    unloadable = peft_names.refused(model, matched)
+    if unloadable and not is_all_linear(target_modules):
+        raise ValueError(
+            f"target_modules: PEFT cannot load an adapter of {unloadable[0]} (and {len(unloadable) - 1} more) in "
+            f"{type(model).__name__}; leave it out"
+        )
+    return {path: module for path, module in matched.items() if path not in unloadable}
 
 
-def describe(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], list[int] | None]:
-    """(target_modules, layers_to_transform) that match exactly `paths`: by name and layer if possible, else by path."""
+class AdapterTargets(NamedTuple):
+    """The words of an adapter_config.json that make PEFT adapt certain maps and no others."""
+
+    target_modules: list[str]
+    layers_to_transform: list[int] | None
+    target_parameters: list[str]
+
+
+def describe(model: PreTrainedModel, paths: Sequence[str]) -> AdapterTargets:
+    """Words that match exactly `paths`: by name and layer if possible, else by path, else by the weight's path."""
     layers_path, layers = decoder_layers(model)
-    names = sorted({ending(path) for path in paths})
-    numbers = sorted({layer_index(path, layers_path) for path in paths})
-    short = (names, None if len(numbers) == len(layers) else numbers)
-    return short if set(match_targets(model, *short)) == set(paths) else (sorted(paths), None)
+    parameters = sorted(f"{path}.weight" for path in paths if peft_names.named_as_experts(model, path))
+    modules = {path for path in paths if f"{path}.weight" not in parameters}
+    names = sorted({ending(path) for path in modules})
+    numbers = sorted({layer_index(path, layers_path) for path in modules})
+    where = None if len(numbers) == len(layers) else numbers
+    if modules and peft_names.matches(model, names, where) == modules:
+        return AdapterTargets(names, where, parameters)
+    return AdapterTargets(sorted(modules), None, parameters)
+
+
+def is_all_linear(target_modules: str | Sequence[str]) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def layer_index(path: str, layers_path: str) -> int:
@@ -114,8 +139,8 @@ def ending(path: str) -> str:
 
 
 def _name_matches(path: str, target_modules: str | Sequence[str]) -> bool:
+    if is_all_linear(target_modules):
+        return True
     if isinstance(target_modules, str):
-        if target_modules.lower() == ALL_LINEAR:
-            return True
         return re.fullmatch(target_modules, path) is not None
     return any(path.endswith(f".{name}") for name in target_modules)

@@ -131,7 +131,7 @@ def described(tiny_model):
 def test_describe_gives_words_that_match_exactly_these_paths(described, architecture, data):
     model, everything = described[architecture]
     paths = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
-    assert set(match_targets(model, *describe(model, paths))) == set(paths)
+    assert set(match_targets(model, *describe(model, paths)[:2])) == set(paths)
 
 
 @settings(deadline=None)
@@ -145,7 +145,7 @@ def test_describe_is_short_where_whole_names_and_layers_are_adapted(described, a
     endings = LLAMA_MAPS if architecture == "llama" else ["c_attn", "c_proj", "c_fc"]
     names = data.draw(st.sets(st.sampled_from(endings), min_size=1))
     paths = list(match_targets(model, sorted(names), sorted(layers)))
-    assert describe(model, paths) == (sorted(names), None if len(layers) == 3 else sorted(layers))
+    assert describe(model, paths) == (sorted(names), None if len(layers) == 3 else sorted(layers), [])
 
 
 @settings(max_examples=20, deadline=None)  # PEFT rebuilds the model each time
@@ -154,7 +154,7 @@ def test_peft_understands_what_describe_says(described, tiny_model, data):
     architecture = data.draw(st.sampled_from(["llama", "gpt2"]))
     model, everything = described[architecture]
     paths = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
-    assert peft_matches(tiny_model(architecture), *describe(model, paths)) == set(paths)
+    assert peft_matches(tiny_model(architecture), *describe(model, paths)[:2]) == set(paths)
 
 
 @pytest.mark.parametrize("architecture", ALL)
