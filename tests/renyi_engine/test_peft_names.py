@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -18,6 +17,7 @@ from torch import nn
 from renyi_engine import EnsembleConfig, LoraEnsemble, peft_names
 from renyi_engine.targets import describe, linear_maps, match_targets
 
+from .in_use import assert_peft_loads
 from .tiny_models import names, tiny_model
 
 
@@ -70,25 +70,6 @@ def test_maps_that_peft_takes_for_experts_are_named_by_their_weight(name, tmp_pa
         assert_peft_loads(ensemble, base, tmp_path)
         config = json.loads((tmp_path / "p000" / "adapter_config.json").read_text())
         assert {f"{path}.weight" for path in every if path in ensemble.paths} == set(config["target_parameters"])
-
-
-@torch.no_grad()
-def assert_peft_loads(ensemble, base, folder):
-    """PEFT has our logits, adapts as many maps, and misses no tensor; so does an ensemble that is loaded again."""
-    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
-    ours = ensemble.logits(ensemble(ids))
-    ensemble.save_pretrained(folder)
-    peft = PeftModel.from_pretrained(copy.deepcopy(base), folder / "p000")
-    result = peft.load_adapter(folder / "p001", "p001")
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    assert sum(path.endswith(".lora_A") for path, _ in peft.named_modules()) == len(ensemble.paths)
-    for k, adapter in enumerate(("default", "p001")):
-        peft.set_adapter(adapter)
-        torch.testing.assert_close(peft.eval()(input_ids=ids).logits, ours[k], atol=1e-4, rtol=1e-4)
-    again = LoraEnsemble.from_pretrained(copy.deepcopy(base), folder)
-    assert again.paths == ensemble.paths
-    assert torch.equal(again.logits(again(ids)), ours)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "nemotron_h"])

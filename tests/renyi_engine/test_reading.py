@@ -10,10 +10,10 @@ import warnings
 import pytest
 import torch
 
-from renyi_engine import EnsembleConfig, LoraEnsemble, reading
-from renyi_engine.generation import draw, uniforms
+from renyi_engine import LoraEnsemble, reading
 
 from . import tiny_models
+from .in_use import assert_says_what_it_says_one_by_one, attach, left_padded
 
 LENGTHS = (7, 4, 1)
 HYBRIDS = {
@@ -36,56 +36,12 @@ UNCACHED = {
 }
 
 
-def attached(model, target_modules="all-linear", layers=None):
-    config = EnsembleConfig(2, 2, target_modules=target_modules, layers_to_transform=layers, init="spread", seed=5)
-    ensemble = LoraEnsemble.attach(model, config)
-    with torch.no_grad():  # particles far enough apart to say different things
-        for parameter in ensemble.parameters():
-            parameter.mul_(3)
-    return ensemble
-
-
-def left_padded(lengths, seed=4):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, -length:] = torch.randint(3, 96, (length,), generator=generator)
-        mask[row, -length:] = 1
-    return ids, mask
-
-
-@torch.no_grad()
-def one_by_one(ensemble, ids, mask, num_samples, max_new_tokens, seed):
-    """Every continuation alone, unpadded, its whole sequence read again for each token: [K, B, n, L]."""
-    K, B = ensemble.num_running, len(ids)
-    tokens = torch.zeros(K, B, num_samples, max_new_tokens, dtype=torch.int64)
-    for b, prompt in enumerate(ids):
-        for s in range(num_samples):
-            for k in range(K):
-                sequence = prompt[mask[b].bool()]
-                uniform = uniforms([(seed, k, b, s)], max_new_tokens)
-                for step in range(max_new_tokens):
-                    logits = ensemble.logits(ensemble(sequence[None])[k, 0, -1:])
-                    tokens[k, b, s, step] = draw(logits, uniform[:, step], 1.0, 1.0)
-                    sequence = torch.cat([sequence, tokens[k, b, s, step, None]])
-    return tokens
-
-
-def assert_says_what_it_says_one_by_one(ensemble, ids, mask, max_new_tokens=6):
-    expected = one_by_one(ensemble, ids, mask, 2, max_new_tokens, seed=9)
-    options = {"num_samples": 2, "max_new_tokens": max_new_tokens, "eos_token_id": [], "seed": 9}
-    assert torch.equal(ensemble.generate(ids, mask, **options), expected)
-    rows = expected.flatten(0, 2)
-    assert len({tuple(row.tolist()) for row in rows}) > len(rows) / 2, "all say the same: nothing is tested"
-
-
 @pytest.mark.parametrize("layers", [None, "last"])
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrid_models_continue_from_their_cache(name, layers):
     model = tiny_models.tiny_model(name)
     layers = None if layers is None else [model.config.num_hidden_layers - 1]
-    ensemble = attached(model, HYBRIDS[name], layers)
+    ensemble = attach(model, HYBRIDS[name], layers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_says_what_it_says_one_by_one(ensemble, *left_padded(LENGTHS))
@@ -96,7 +52,7 @@ def test_hybrid_models_continue_from_their_cache(name, layers):
 
 @pytest.mark.parametrize("name", UNCACHED)
 def test_what_cannot_continue_from_a_cache_reads_all_again_and_says_so_once(name):
-    ensemble = attached(tiny_models.tiny_model(name))
+    ensemble = attach(tiny_models.tiny_model(name))
     prompts = left_padded(LENGTHS)
     with pytest.warns(UserWarning, match="cannot be continued from a cache"):
         assert_says_what_it_says_one_by_one(ensemble, *prompts)
@@ -111,7 +67,7 @@ def test_phi3_continues_across_its_original_length(tiny_model):
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 10, **factors}
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=10)
-    ensemble = attached(model)
+    ensemble = attach(model)
     assert_says_what_it_says_one_by_one(ensemble, *left_padded((3, 8, 12, 10, 5)))
     assert ensemble.reads_from_cache
     seen = []
@@ -122,7 +78,7 @@ def test_phi3_continues_across_its_original_length(tiny_model):
 
 def test_positions_that_depend_on_what_else_was_read_are_refused(tiny_model):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    ensemble = attached(tiny_model("llama", rope_parameters=rope, max_position_embeddings=12))
+    ensemble = attach(tiny_model("llama", rope_parameters=rope, max_position_embeddings=12))
     ids, mask = left_padded((7, 4))
     assert_says_what_it_says_one_by_one(ensemble, ids, mask)
     with pytest.raises(ValueError, match="max_new_tokens: a prompt of 7 tokens may grow to 13, but beyond 12 "):
@@ -131,7 +87,7 @@ def test_positions_that_depend_on_what_else_was_read_are_refused(tiny_model):
 
 def test_a_cache_that_goes_wrong_at_the_second_token_is_not_trusted(tiny_model, monkeypatch):
     """The last token read is forgotten: nothing shows before the second."""
-    ensemble = attached(tiny_model("llama"))
+    ensemble = attach(tiny_model("llama"))
     plain = LoraEnsemble.next_logits
 
     def forgetful(self, input_ids, attention_mask, cache):
@@ -147,7 +103,7 @@ def test_a_cache_that_goes_wrong_at_the_second_token_is_not_trusted(tiny_model, 
 
 
 def test_running_out_of_memory_is_no_reason_to_go_without_a_cache(tiny_model, monkeypatch):
-    ensemble = attached(tiny_model("llama"))
+    ensemble = attach(tiny_model("llama"))
 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no memory left")
