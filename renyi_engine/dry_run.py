@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig
@@ -48,9 +48,8 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 def memory_estimate(config: TrainConfig, longest: int, num_sequences: int) -> str:
     """MiB of weights, adapters and activations at the largest micro-batch, whose examples hold `num_sequences` each;
     activations are a rough count."""
-    base_config = base_model.load_config(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.trust_remote_code)
+    model = base_model.skeleton(config)
+    base_config = model.config
     maps = targets.match_targets(model, config.ensemble_config().target_modules, config.layers_to_transform)
     itemsize = (
         (base_config.dtype or torch.float32).itemsize

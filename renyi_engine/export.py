@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from renyi_engine import adapter_folder, base_model, checkpoint, files, targets
 from renyi_engine.config import CONFIG_FILE, TrainConfig
 from renyi_engine.settings import read_yaml
@@ -29,10 +26,7 @@ def export(source: Path, output: Path) -> Path:
         raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
     known = {f.name for f in dataclasses.fields(TrainConfig)}  # an objective adds its own
     config = TrainConfig(**{name: value for name, value in read_yaml(run / CONFIG_FILE).items() if name in known})
-    with torch.device("meta"):  # the shape of the base, without its weights
-        skeleton = AutoModelForCausalLM.from_config(
-            base_model.load_config(config), trust_remote_code=config.trust_remote_code
-        )
+    skeleton = base_model.skeleton(config)
     adapters = checkpoint.adapters(path)
     adapter_folder.write(
         output,

@@ -66,7 +66,7 @@ def from_cache(
     of_prompt = torch.arange(B, device=device).repeat_interleave(n).repeat(ensemble.num_running)
     of_particle = torch.arange(ensemble.num_running * B, device=device).repeat_interleave(n)
     for index, layer in enumerate(cache.layers):
-        layer.reorder_cache(of_prompt if index < ensemble.first_layer else of_particle)
+        layer.reorder_cache(of_prompt if index < ensemble.num_shared_layers else of_particle)
     mask = attention_mask[of_prompt]
 
     def next_logits(tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,29 +19,39 @@ from renyi_engine import peft_names
 ALL_LINEAR = "all-linear"
 
 
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that makes final hidden states of text: the innermost model that holds the input embeddings."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    holding = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and any(part is embeddings for part in module.modules())
+    ]
+    if len(holding) < 2:
+        raise ValueError(
+            f"model: {type(model).__name__} has no decoder below its head; a decoder-only language model is needed"
+        )
+    return holding[-1]
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """(path, layers) of the decoder's stack, e.g. ("model.layers", ...)."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return path, module
+    part = decoder(model)
+    prefix = next(f"{path}." for path, module in model.named_modules() if module is part)
+    lists = {prefix + path: module for path, module in part.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    num_layers = part.config.get_text_config().num_hidden_layers
+    for path in outermost:
+        # a layer of two attentions may count twice
+        if len(lists[path]) == num_layers or (len(outermost) == 1 and num_layers % len(lists[path]) == 0):
+            return path, lists[path]
     raise ValueError(
         f"model: {type(model).__name__} has no list of {num_layers} decoder layers; "
         "a decoder-only language model is needed"
     )
-
-
-def logit_transform(model: PreTrainedModel) -> dict[str, Any]:
-    """`linear_logprob`'s bias, logit_softcap and logit_scale for this model's head."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if scale is None and getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    return {
-        "bias": getattr(model.get_output_embeddings(), "bias", None),
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),  # Gemma-2
-        "logit_scale": 1.0 if scale is None else float(scale),
-    }
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
@@ -52,13 +62,12 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 
 def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear map of the decoder by path, the output head left out."""
-    head = model.get_output_embeddings()
+    """Every linear map of the decoder's layers by path."""
+    layers_path, layers = decoder_layers(model)
     return {
-        path: module
-        for path, module in model.named_modules()
-        if module is not head
-        and (isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features")))
+        f"{layers_path}.{path}": module
+        for path, module in layers.named_modules()
+        if isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
     }
 
 
@@ -79,7 +88,7 @@ def match_targets(
         stray = sorted(set(layers_to_transform) - set(range(len(layers))))
         if stray or not layers_to_transform:
             raise ValueError(f"layers_to_transform: expected layers from 0 to {len(layers) - 1}; got {stray or 'none'}")
-    candidates = {path: module for path, module in linear_maps(model).items() if path.startswith(f"{layers_path}.")}
+    candidates = linear_maps(model)
     matched = {}
     for path, module in candidates.items():
         # as in PEFT, a map named by its whole path is taken whatever layers_to_transform says

@@ -1,5 +1,5 @@
-"""What must hold of an attached ensemble in use, on any architecture: PEFT loads it as it is, and what it generates has the
-values of decoding without a cache.
+"""What must hold of an attached ensemble in use, on any architecture: PEFT loads it as it is, and what it generates
+has the values of decoding without a cache.
 
 Layout: K particles, B prompts, T tokens, n samples, L new tokens, V vocabulary.
 """

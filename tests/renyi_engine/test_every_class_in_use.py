@@ -7,8 +7,6 @@ import warnings
 
 import pytest
 
-from renyi_engine import LoraEnsemble
-
 from .in_use import assert_peft_loads, assert_says_what_it_says_one_by_one, attach, left_padded
 from .tiny_models import names, tiny_model
 

@@ -142,7 +142,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
     "HrmTextConfig": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "HunYuanVLTextConfig": MROPE,
-    "InklingTextConfig": {"swa_num_key_value_heads": 2},
+    "InklingTextConfig": {"swa_num_key_value_heads": 2, "logits_mup_width_multiplier": 2.0},
     "Inkling2TextConfig": {"swa_num_key_value_heads": 2},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "JanusVisionConfig": {"projection_dim": 32},
