@@ -94,7 +94,9 @@ def batches(model: PreTrainedModel) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
     ids = _ordinary_tokens(model, LONG)
     mask = torch.ones(3, LONG, dtype=torch.int64, device=ids.device)
     mask[0, : LONG - SHORT], mask[1, SHORT:] = 0, 0
-    input_ids = torch.stack([ids.roll(LONG - SHORT), ids, ids])
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    # some models find their padding by its token
+    input_ids = torch.stack([ids.roll(LONG - SHORT), ids, ids]).masked_fill(mask == 0, 0 if pad is None else pad)
     return (input_ids[::2], mask[::2]), (input_ids, mask)
 
 

@@ -48,8 +48,7 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 def memory_estimate(config: TrainConfig, longest: int, num_sequences: int) -> str:
     """MiB of weights, adapters and activations at the largest micro-batch, whose examples hold `num_sequences` each;
     activations are a rough count."""
-    model = base_model.skeleton(config)
-    base_config = model.config
+    base_config, model = base_model.load_config(config), base_model.skeleton(config)
     maps = targets.match_targets(model, config.ensemble_config().target_modules, config.layers_to_transform)
     itemsize = (
         (base_config.dtype or torch.float32).itemsize

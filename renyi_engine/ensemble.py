@@ -203,6 +203,11 @@ class LoraEnsemble(nn.Module):
         """Paths of the adapted linear maps, in the model's order."""
         return [key.replace("/", ".") for key in self.adapters]
 
+    @property
+    def pads_left(self) -> bool:
+        """Whether the model may be given texts padded on the left."""
+        return self._found.pads_left
+
     def stacked(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [K, R, I], B [K, O, R]) of every adapted map by path."""
         return {path: (stack.A, stack.B) for path, stack in zip(self.paths, self._stacks(), strict=True)}
@@ -230,7 +235,7 @@ class LoraEnsemble(nn.Module):
         input_ids, positions = self._for_all(input_ids), None
         if attention_mask is not None:
             attention_mask = attention_mask.to(device, non_blocking=True)
-            if not self._found.pads_left and not attention_mask[:, 0].all():
+            if not self.pads_left and not attention_mask[:, 0].all():
                 raise ValueError(f"attention_mask: {type(self.model).__name__} is right only with padding on the right")
             attention_mask = self._for_all(attention_mask)
             positions = architecture.positions(attention_mask)
@@ -409,7 +414,7 @@ class LoraEnsemble(nn.Module):
     def _few_rows(self) -> tuple[Tensor, Tensor]:
         """Short texts, padded as the model can have them."""
         ids, mask = architecture.batches(self.model)[1]
-        return (ids, mask) if self._found.pads_left else (ids[1:], mask[1:])
+        return (ids, mask) if self.pads_left else (ids[1:], mask[1:])
 
     def _uninstall(self) -> None:
         if self._trunk is not None:

@@ -120,7 +120,11 @@ def _ask(
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits
     except Exception as error:
-        raise _not_understood(model) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model: {type(model).__name__} makes no logits of the hidden states of text alone "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     finally:
         handle.remove()
         del vars(output)["forward"]
