@@ -8,6 +8,7 @@ Layout: K particles, B sequences, T tokens, D hidden size, I/O in/out features, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,14 +128,23 @@ def trains(subject: Subject) -> str:
     return "yes" if subject.refusal is None else f"no: {subject.refusal}"
 
 
-def pads_left(subject: Subject) -> str:
+def generates(subject: Subject) -> str:
+    """How it reads what it continues: see `renyi_engine.reading`."""
     if subject.ensemble is None:
         return ""
-    return "yes" if subject.ensemble.pads_left else "no"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject.ensemble.generate(subject.sequences[0][None], max_new_tokens=1, eos_token_id=[])
+    return "from its cache" if subject.ensemble.reads_from_cache else "reading all again"
 
 
-COLUMNS: dict[str, Callable[[Subject], str]] = {"trains": trains, "prompts of several lengths": pads_left}
-"""What the list says of a class. Only a model that can be padded on the left continues prompts of several lengths."""
+def peft_loads(subject: Subject) -> str:
+    """`test_every_class_in_use` holds it of all on which adapters come on."""
+    return "" if subject.ensemble is None else "yes"
+
+
+COLUMNS: dict[str, Callable[[Subject], str]] = {"trains": trains, "generates": generates, "PEFT loads": peft_loads}
+"""What the list says of a class."""
 
 
 def row(subject: Subject) -> str:
@@ -153,7 +163,9 @@ def page(rows: list[str]) -> str:
             "",
             f"Every causal language model class of transformers {transformers.__version__}, and every one for text and "
             "images, which run on text alone. Each was built tiny, with random weights, and held to the model alone: "
-            "log-probabilities, hidden states and gradients of every particle. Made by "
+            "log-probabilities, hidden states and gradients of every particle; what is generated has the values of "
+            "decoding without a cache, from the model's cache where that gives them, else slowly, reading all again for "
+            "every token; and PEFT loads what is saved, with the same logits. Made by "
             "`python -m tests.renyi_engine.every_architecture`; a test holds the list to what it finds.",
             "",
             _row("model type", "class", *COLUMNS),
