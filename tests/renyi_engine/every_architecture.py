@@ -164,8 +164,8 @@ def page(rows: list[str]) -> str:
             f"Every causal language model class of transformers {transformers.__version__}, and every one for text and "
             "images, which run on text alone. Each was built tiny, with random weights, and held to the model alone: "
             "log-probabilities, hidden states and gradients of every particle; what is generated has the values of "
-            "decoding without a cache, from the model's cache where that gives them, else slowly, reading all again for "
-            "every token; and PEFT loads what is saved, with the same logits. Made by "
+            "decoding without a cache, from the model's cache where that gives them, else slowly, reading all again "
+            "for every token; and PEFT loads what is saved, with the same logits. Made by "
             "`python -m tests.renyi_engine.every_architecture`; a test holds the list to what it finds.",
             "",
             _row("model type", "class", *COLUMNS),

@@ -10,7 +10,6 @@ import pytest
 from .in_use import assert_peft_loads, assert_says_what_it_says_one_by_one, attach, left_padded
 from .tiny_models import names, tiny_model
 
-
 DOUBLE = {"axk1", "gemma4_text, keys as values", "zamba"}
 """Here rounding grows in fp32, or sends a token to another expert: held to the same bounds in fp64."""
 
