@@ -40,7 +40,13 @@ class StackedAdapter(nn.Module):
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether the map is a matrix that can be multiplied here: not quantised, its forward not taken over by others."""
-    return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear)
+    return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear) and is_matrix(linear)
+
+
+def is_matrix(linear: nn.Module) -> bool:
+    """Whether the weight itself is the matrix: some quantised ones are tensors of another class in the same module."""
+    weight = cast(Tensor, linear.weight)
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
 class MapGroup:
@@ -160,9 +166,12 @@ def by_input(
     stacks: Mapping[str, StackedAdapter],
     scaling: float,
     inputs: Mapping[str, Tensor],
-    shared_input: Tensor,
+    shared_input: Tensor | None,
 ) -> Iterator[MapGroup | OpaqueMap]:
-    """Linear maps with their adapters, plain ones that read the same tensor together; all arguments by path."""
+    """Linear maps with their adapters, plain ones that read the same tensor together; mappings go by path.
+
+    shared_input: the one that is still the same for every particle, if there is one.
+    """
     groups: dict[int, dict[str, nn.Module]] = {}
     for path, linear in linears.items():
         if is_plain(linear):

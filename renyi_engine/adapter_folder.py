@@ -35,7 +35,7 @@ _KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weig
 # what PEFT can do to an adapter that a stacked plain LoRA cannot represent
 _UNSUPPORTED = (
     "alora_invocation_tokens", "alpha_pattern", "exclude_modules", "layer_replication", "layers_pattern", "lora_bias",
-    "megatron_config", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora",
+    "megatron_config", "modules_to_save", "rank_pattern", "trainable_token_indices", "use_dora",
     "use_qalora",
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ def write(
     adapters: Mapping[str, tuple[Tensor, Tensor]],
     target_modules: Sequence[str],
     layers_to_transform: Sequence[int] | None,
+    target_parameters: Sequence[str],
     base_model: str | None,
     base: Fingerprint | None,
     fan_in_fan_out: bool,
@@ -89,6 +90,8 @@ def write(
         "alpha_pattern": {},
         "peft_version": _peft_version(),
     }
+    if target_parameters:
+        adapter_config["target_parameters"] = list(target_parameters)
     names = [f"p{k:03d}" for k in range(config.num_particles)]
     checksums = {}
     for k, name in enumerate(names):
@@ -215,9 +218,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a mapping; got {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be stacked")
-    if "r" not in config or not config.get("target_modules"):
+    if "r" not in config or not (config.get("target_modules") or config.get("target_parameters")):
         raise ValueError(f"{folder / CONFIG_FILE}: r and target_modules must be given")
     unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    parameters = config.get("target_parameters") or []
+    if parameters and not _are_weights_of_maps(parameters, config.get("target_modules")):
+        unsupported.append("target_parameters")
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if config.get("init_lora_weights") not in _PLAIN_INITS:
@@ -229,13 +235,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     layers, targets, lora_alpha = (
         config.get("layers_to_transform"),
-        config["target_modules"],
+        config.get("target_modules") or [],
         config.get("lora_alpha", 8),
     )
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
         raise ValueError(f"{path}: lora_alpha: expected a number; got {lora_alpha!r}")
     if not isinstance(targets, (str, list)) or not all(isinstance(name, str) for name in targets):
         raise ValueError(f"{path}: target_modules: expected names or one regular expression; got {targets!r}")
+    if parameters:
+        targets = [*targets, *(name.removesuffix(".weight") for name in parameters)]
     return {
         "rank": config["r"],
         "lora_alpha": lora_alpha,
@@ -243,6 +251,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "layers_to_transform": [layers] if isinstance(layers, int) else layers,
     }
+
+
+def _are_weights_of_maps(parameters: Any, target_modules: Any) -> bool:
+    """Whether target_parameters name linear maps by their weights, as `targets.describe` does; not fused experts."""
+    return (
+        isinstance(parameters, list)
+        and isinstance(target_modules, list)
+        and all(isinstance(name, str) and name.endswith(".weight") for name in parameters)
+    )
 
 
 def _read_particle(folder: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:

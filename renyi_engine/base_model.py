@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -40,9 +43,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The causal language model in its compute dtype. Pickled weights are refused unread."""
+    """The language model in its compute dtype. Pickled weights are refused unread."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(load_config(config)).from_pretrained(
             config.model_name_or_path,
             dtype=config.dtype,
             attn_implementation=config.attn_implementation,
@@ -57,6 +60,24 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             "pass --dtype bfloat16 or float32"
         )
     return model.to(device_for(config))
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model that `load_model` loads, without its weights."""
+    base_config = load_config(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(base_config).from_config(
+            base_config, trust_remote_code=config.trust_remote_code
+        )
+    return model
+
+
+def auto_class(base_config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """Where transformers has no causal language model for a configuration, the one for text and images, which runs on
+    text alone too."""
+    kind = type(base_config)
+    text_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
 
 
 def _source(config: ModelConfig) -> dict:

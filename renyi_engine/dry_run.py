@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from renyi_engine import base_model, targets
 from renyi_engine.config import TrainConfig
@@ -19,7 +19,7 @@ def dry_run(config: TrainConfig) -> str:
     """Resolved settings, a decoded example and a memory estimate, as text; no weights are loaded."""
     task = make_task(config)
     dataset = load_dataset(config, task)
-    model = _model_on_meta(config)
+    model = base_model.skeleton(config)
     check_fits(model, [*dataset.train, *dataset.held_out])
     left_out = "".join(f"{line}\n" for line in dataset.description)
     longest = max(map(length, dataset.train))
@@ -36,12 +36,6 @@ def dry_run(config: TrainConfig) -> str:
 def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """The example's text, with the stretches that are learnt in double brackets."""
     return "".join(f"[[{text}]]" if learnt else text for text, learnt in marked(tokenizer, example))
-
-
-def _model_on_meta(config: TrainConfig) -> PreTrainedModel:
-    base_config = base_model.load_config(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.trust_remote_code)
 
 
 def memory_estimate(config: TrainConfig, model: PreTrainedModel, longest: int, num_sequences: int) -> str:

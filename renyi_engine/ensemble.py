@@ -5,11 +5,13 @@ Layout: K particles, B sequences, T tokens, M rows, D hidden size, I/O in/out fe
 
 The model's own forward runs; hooks and the adapted maps' own forwards do the rest, and come off without a trace:
 
-    embedding and layers below the first adapted one      B rows, no gradient: the shared trunk
+    embedding and layers below the first adapted one      B rows, no gradient: the shared trunk (`trunk`)
     pre-hook on the first adapted layer                   B -> K*B rows
     every adapted linear map (`adapted_maps`)             base output + scaling * (x A_k^T) B_k^T
     maps that read the same input (q, k, v)               one op
     those of them that read the still-shared input        base product on B rows
+
+Where a model's layers cannot be brought from B to K*B rows, all K*B run from the start: slower, and the same values.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from renyi_engine import adapter_folder, architecture, generation, origin, seeding, targets
 from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
+from renyi_engine.architecture import Architecture
 from renyi_engine.fingerprint import Fingerprint, fingerprint
 from renyi_engine.objective import sum_tokens
-from renyi_kernels import IGNORE_INDEX, linear_logprob
+from renyi_engine.trunk import RowDimensions, SharedTrunk, repeat_rows
+from renyi_kernels import IGNORE_INDEX
 
 SPREAD_STD = 0.01
 """Standard deviation of B under init="spread"."""
@@ -88,21 +92,26 @@ class LoraEnsemble(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: EnsembleConfig, adapters: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        model: PreTrainedModel,
+        config: EnsembleConfig,
+        adapters: Mapping[str, tuple[Tensor, Tensor]],
+        found: Architecture,
     ) -> None:
         """Use `attach` or `from_pretrained`."""
         super().__init__()
         self.config = config
         self.alpha: float | None = None
         """The coupling that a loaded ensemble was trained with, where its folder records it."""
+        self.reads_from_cache: bool | None = None
+        """Whether `generate` may trust the model's cache; None before it was tried."""
         self._model = (model,)  # in a tuple: the base is no submodule of the ensemble
         self._was_training = [module for module in model.modules() if module.training]
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.rows = Rows.SHARED
-        self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
+        self._found = found
+        self._trunk: SharedTrunk | None = None
         self._maps: list[MapGroup | OpaqueMap] = []
-        self._head = targets.logit_transform(model)
         # a ModuleDict key may not hold a dot
         self.adapters = nn.ModuleDict(
             {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
@@ -118,13 +127,15 @@ class LoraEnsemble(nn.Module):
         """Put fresh adapters on `model` and freeze it.
 
         Raises:
-            ValueError: no linear map matches, the model already carries an ensemble or PEFT adapters, or its head
-                does something to its logits that `linear_logprob` cannot reproduce.
+            ValueError: no linear map matches, the model already carries an ensemble or PEFT adapters, or it does
+                something that cannot be run for several particles at once.
         """
         config = config or EnsembleConfig()
         _refuse_adapted(model)
         maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
-        ensemble = cls(model, config, initial_adapters(maps, config))
+        found = architecture.observe(model)
+        maps = architecture.adaptable(found, maps, config.target_modules)
+        ensemble = cls(model, config, initial_adapters(maps, config), found)
         ensemble._install()
         return ensemble
 
@@ -146,6 +157,8 @@ class LoraEnsemble(nn.Module):
         saved = adapter_folder.read(Path(directory))
         config = EnsembleConfig(**saved.config)
         maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
+        found = architecture.observe(model)
+        maps = architecture.adaptable(found, maps, config.target_modules)
         adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
         if check_base:
             origin.check(saved.origins, model)
@@ -154,7 +167,7 @@ class LoraEnsemble(nn.Module):
             A, B = saved.adapters[path]
             device = next(linear.parameters()).device
             adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
-        ensemble = cls(model, config, adapters)
+        ensemble = cls(model, config, adapters, found)
         ensemble.alpha = saved.alpha
         ensemble._install()
         return ensemble
@@ -164,13 +177,11 @@ class LoraEnsemble(nn.Module):
 
         `alpha`, if given, is recorded there: the one that the ensemble was trained with.
         """
-        target_modules, layers = targets.describe(self.model, self.paths)
         adapter_folder.write(
             Path(directory),
             config=self.config,
             adapters=self.stacked(),
-            target_modules=target_modules,
-            layers_to_transform=layers,
+            **targets.describe(self.model, self.paths)._asdict(),
             base_model=self.model.config._name_or_path or None,
             base=self.base_fingerprint,
             fan_in_fan_out=isinstance(self.model.get_submodule(self.paths[0]), targets.Conv1D),
@@ -180,13 +191,9 @@ class LoraEnsemble(nn.Module):
     def detach(self) -> PreTrainedModel:
         """Take every hook off and give the model back, bit for bit as it was, its flags too."""
         model = self.model
-        if not self._handles:  # already given back
+        if not self._maps:  # already given back
             return model
-        for handle in self._handles:
-            handle.remove()
-        for adapted in self._maps:
-            adapted.remove()
-        self._handles.clear()
+        self._uninstall()
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
         model.eval()
@@ -211,6 +218,11 @@ class LoraEnsemble(nn.Module):
         """Paths of the adapted linear maps, in the model's order."""
         return [key.replace("/", ".") for key in self.adapters]
 
+    @property
+    def pads_left(self) -> bool:
+        """Whether the model may be given texts padded on the left."""
+        return self._found.pads_left
+
     def stacked(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [K, R, I], B [K, O, R]) of every adapted map by path."""
         return {path: (stack.A, stack.B) for path, stack in zip(self.paths, self._stacks(), strict=True)}
@@ -225,7 +237,7 @@ class LoraEnsemble(nn.Module):
             input_ids: ``[B, T]``. attention_mask: ``[B, T]``, 0 on padding, left or right; None: no padding. On the
                 model's device or on the CPU.
         """
-        if not self._handles:
+        if not self._maps:
             raise RuntimeError("this ensemble was detached from its model; attach or load it again")
         fits = attention_mask is None or attention_mask.shape == input_ids.shape
         if input_ids.dim() != 2 or input_ids.numel() == 0 or not fits:
@@ -235,15 +247,24 @@ class LoraEnsemble(nn.Module):
             )
         device = self.model.get_input_embeddings().weight.device
         input_ids = input_ids.to(device, non_blocking=True)
-        positions = None
+        input_ids, positions = self._for_all(input_ids), None
         if attention_mask is not None:
             attention_mask = attention_mask.to(device, non_blocking=True)
-            positions = _positions(attention_mask)
+            if not self.pads_left and not attention_mask[:, 0].all():
+                raise ValueError(f"attention_mask: {type(self.model).__name__} is right only with padding on the right")
+            attention_mask = self._for_all(attention_mask)
+            positions = architecture.positions(attention_mask)
         with self._one_run():
-            hidden: Tensor = self.model.base_model(
+            hidden: Tensor = self._found.decoder(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
             ).last_hidden_state
         return hidden.view(self.num_running, -1, *hidden.shape[1:])
+
+    def _for_all(self, rows: Tensor) -> Tensor:
+        """Rows of the model's input: B, or K*B where there is no shared trunk."""
+        if self.rows is Rows.SHARED and self._trunk is None:
+            return repeat_rows(rows, self.config.num_particles)
+        return rows
 
     def token_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere. With rows of their own,
@@ -273,8 +294,7 @@ class LoraEnsemble(nn.Module):
 
         hidden: ``[K, ..., D]`` where each label is predicted; -100: no label, 0.0.
         """
-        weight = cast(Tensor, self.model.get_output_embeddings().weight)
-        return linear_logprob(hidden, weight.to(hidden.dtype), labels.expand(hidden.shape[:-1]), **self._head)
+        return self._found.head.logprob(hidden, labels.expand(hidden.shape[:-1]))
 
     def sequence_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed over labelled tokens (4.1)."""
@@ -285,19 +305,31 @@ class LoraEnsemble(nn.Module):
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head; the cache, which
         `attention_mask` covers too, grows by T."""
-        positions = _positions(attention_mask)[:, -input_ids.shape[1] :]
+        input_ids, attention_mask = self._for_all(input_ids), self._for_all(attention_mask)
+        positions = architecture.positions(attention_mask)[:, -input_ids.shape[1] :]
+        argument = architecture.cache_argument(self._found.decoder)
+        if argument == "cache_params":
+            # Mamba: there is no attention to what was read, and its mask is that of the tokens read now
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
         with self._one_run():
-            hidden = self.model.base_model(
+            hidden = self._found.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{argument: cache},
             ).last_hidden_state
+        return self.logits(hidden[:, -1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` by the model's own head of hidden states ``[..., D]``."""
         # rows of a matrix: of a slice of [rows, T, D], torch on a CPU copies the head's weight once a row
-        logits = cast(Tensor, self.model.get_output_embeddings()(hidden[:, -1])) * self._head["logit_scale"]
-        softcap = self._head["logit_softcap"]
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return self._found.head.logits(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+
+    @property
+    def num_shared_layers(self) -> int:
+        """Layers from the first that run on B rows while particles share their input: the trunk."""
+        return 0 if self._trunk is None else self.first_layer
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -330,7 +362,8 @@ class LoraEnsemble(nn.Module):
 
     def forget(self) -> None:
         """Drop what a forward, or a checkpointed backward, left behind when it was cut short."""
-        self._repeated.clear()
+        if self._trunk is not None:
+            self._trunk.forget()
         for adapted in self._maps:
             adapted.forget()
 
@@ -340,20 +373,71 @@ class LoraEnsemble(nn.Module):
         model = self.model
         model._renyi_ensemble = True
         model.requires_grad_(False)
-        for layer in self.layers[self.first_layer :]:
-            hook = partial(self._enter_layer, layer is self.layers[self.first_layer])
-            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            linears = {path: model.get_submodule(path) for path in self.paths}
-            inputs, shared_input = architecture.probe(self)
-            stacks = dict(zip(self.paths, self._stacks(), strict=True))
-            for adapted in by_input(linears, stacks, self.config.scaling, inputs, shared_input):
-                adapted.install(lambda: self.rows)
-                self._maps.append(adapted)
-            architecture.check_rows(self)
+            with architecture.understood(model, "run particles as rows of one batch"):
+                self._hook(self._found.row_dimensions)
+                if not self._trunk_is_right():
+                    self._uninstall()
+                    self._hook(None)
+                with torch.enable_grad():
+                    differentiable = self(*self._few_rows()).requires_grad
+            if not differentiable:
+                raise ValueError(f"model: {type(model).__name__} gives no gradient of its hidden states")
         except BaseException:
             self.detach()
             raise
+
+    def _hook(self, row_dimensions: Sequence[RowDimensions] | None) -> None:
+        """Put hooks and maps on; `row_dimensions` None: without a shared trunk."""
+        found, first = self._found, self.first_layer
+        layers_path, _ = targets.decoder_layers(self.model)
+        shared = next(
+            found.inputs[path]
+            for path in found.inputs
+            if path in self.paths and targets.layer_index(path, layers_path) == first
+        )
+        linears = {path: self.model.get_submodule(path) for path in self.paths}
+        stacks = dict(zip(self.paths, self._stacks(), strict=True))
+        alone = {path: found.inputs[path].clone() for path in self.paths if path not in found.once}
+        inputs = {path: found.inputs[path] for path in self.paths} | alone
+        for adapted in by_input(linears, stacks, self.config.scaling, inputs, shared if row_dimensions else None):
+            adapted.install(lambda: self.rows)
+            self._maps.append(adapted)
+        if row_dimensions is not None:
+            self._trunk = SharedTrunk(
+                self.layers[first:],
+                row_dimensions[first:],
+                self.config.num_particles,
+                lambda: self.rows is Rows.SHARED,
+            )
+
+    @torch.no_grad()
+    def _trunk_is_right(self) -> bool:
+        """Whether hidden states are those of K*B rows from the start, with and without padding."""
+        if self._trunk is None:
+            return False
+        ids, mask = self._few_rows()
+        K = self.config.num_particles
+        with self.running(Rows.OWN):
+            truth = self(repeat_rows(ids, K), repeat_rows(mask, K))
+        try:
+            alike = architecture.close(self(ids, mask), truth)
+            return alike and architecture.close(self(ids[-1:]), truth[:, -1:])
+        except Exception:  # whatever a model's own layers do with rows that they did not expect
+            return False
+
+    def _few_rows(self) -> tuple[Tensor, Tensor]:
+        """Short texts, padded as the model can have them."""
+        ids, mask = architecture.batches(self.model)[1]
+        return (ids, mask) if self.pads_left else (ids[1:], mask[1:])
+
+    def _uninstall(self) -> None:
+        if self._trunk is not None:
+            self._trunk.remove()
+        for adapted in self._maps:
+            adapted.remove()
+        self._trunk = None
+        self._maps.clear()
 
     def _set_modes(self) -> None:
         """The frozen base stays deterministic: no dropout, whoever called model.train(). Only gradient checkpointing,
@@ -361,31 +445,6 @@ class LoraEnsemble(nn.Module):
         self.model.eval()
         for layer in self.layers:
             layer.training = self.training and getattr(layer, "gradient_checkpointing", False)
-
-    def _enter_layer(self, is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Bring what a layer is given to K*B rows: hidden states where the trunk ends, masks and positions always."""
-        if self.rows is not Rows.SHARED:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        bring = partial(self._bring, hidden, is_first)
-        return tuple(map(bring, args)), {name: bring(value) for name, value in kwargs.items()}
-
-    def _bring(self, hidden: Tensor, is_first: bool, value: Any) -> Any:
-        """One of a layer's arguments. A method: a local function that calls itself would keep `hidden`, and with it the
-        whole graph, until Python looks for cycles."""
-        K = self.config.num_particles
-        num_sequences = hidden.shape[0] if is_first else hidden.shape[0] // K
-        if value is hidden:
-            # the trunk ends here: nothing below has an adapter, so no gradient goes further down
-            return _repeat_rows(value.detach(), K).requires_grad_(value.requires_grad) if is_first else value
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._bring(hidden, is_first, item) for item in value)
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == num_sequences > 1:
-            # one copy of a mask for all layers: autograd keeps every mask it meets
-            if id(value) not in self._repeated:
-                self._repeated[id(value)] = (value, _repeat_rows(value, K))
-            return self._repeated[id(value)][1]
-        return value
 
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:
@@ -404,16 +463,6 @@ def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> d
         device = next(linear.parameters()).device
         adapters[path] = (A.to(device), B.to(device))
     return adapters
-
-
-def _positions(attention_mask: Tensor) -> Tensor:
-    """The first real token stands at position 0, whatever side the padding is on."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _repeat_rows(value: Tensor, times: int) -> Tensor:
-    """[B, ...] -> [times * B, ...], particle-major."""
-    return value.expand(times, *value.shape).reshape(times * value.shape[0], *value.shape[1:])
 
 
 def _refuse_adapted(model: PreTrainedModel) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from renyi_engine import adapter_folder, base_model, checkpoint, files, targets
 from renyi_engine.config import CONFIG_FILE, TrainConfig
 from renyi_engine.settings import read_yaml
@@ -29,18 +26,13 @@ def export(source: Path, output: Path) -> Path:
         raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
     known = {f.name for f in dataclasses.fields(TrainConfig)}  # an objective adds its own
     config = TrainConfig(**{name: value for name, value in read_yaml(run / CONFIG_FILE).items() if name in known})
-    with torch.device("meta"):  # the shape of the base, without its weights
-        skeleton = AutoModelForCausalLM.from_config(
-            base_model.load_config(config), trust_remote_code=config.trust_remote_code
-        )
+    skeleton = base_model.skeleton(config)
     adapters, state = checkpoint.adapters(path), files.read_json(path / "state.json")
-    names, layers = targets.describe(skeleton, list(adapters))
     adapter_folder.write(
         output,
         config=config.ensemble_config(),
         adapters=adapters,
-        target_modules=names,
-        layers_to_transform=layers,
+        **targets.describe(skeleton, list(adapters))._asdict(),
         base_model=config.model_name_or_path,
         base=state.get("base"),
         fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),

@@ -10,11 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
-from renyi_engine import seeding
-from renyi_engine.adapted_maps import Rows
+from renyi_engine import reading, seeding
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import LoraEnsemble
@@ -37,8 +35,9 @@ def generate(
 ) -> Tensor:
     """Continuations of every prompt by every particle, in one batch: new tokens ``[K, B, num_samples, L]``, int64.
 
-    The prompt is read once for each particle (layers below the first adapter once for all), and its keys and values
-    are then shared out among the samples.
+    The prompt is read once for each particle (layers below the first adapter once for all), and what the model keeps of
+    it is then shared out among the samples. Where a model cannot be continued so, every sequence is read again for
+    every token: the same values, slowly, and a warning says so once.
 
     Args:
         input_ids, attention_mask: ``[B, T]``, padded on the left.
@@ -50,42 +49,32 @@ def generate(
         pad_token_id: what stands after it; the first of these if None.
 
     Raises:
-        ValueError: an argument does not do, a prompt is padded on the right, or nothing says where to stop.
+        ValueError: an argument does not do, a prompt is padded on the right, nothing says where to stop, or sequences
+            would grow to where the model's positions depend on their neighbours.
     """
     stops = _stop_tokens(ensemble, eos_token_id)
     prompt_ids = range(len(input_ids)) if prompt_ids is None else prompt_ids
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     _check(input_ids, attention_mask, num_samples, max_new_tokens, temperature, top_p, prompt_ids)
-    K, (B, T), n = ensemble.num_running, input_ids.shape, num_samples
+    K, B, n = ensemble.num_running, len(input_ids), num_samples
     device = ensemble.model.get_input_embeddings().weight.device
     names = [(seed, k, p, s) for k in range(K) for p in prompt_ids for s in range(n)]
-    uniform = uniforms(names, max_new_tokens).to(device)
-    # what has been read, and room for what will be written
-    mask = nn.functional.pad(attention_mask.to(device), (0, max_new_tokens), value=1)
-    cache = DynamicCache(config=ensemble.model.config)
-    logits = ensemble.next_logits(input_ids.to(device), mask[:, :T], cache)
-    # rows from here on: [K, B, n]
-    of_prompt = torch.arange(B, device=device).repeat_interleave(n).repeat(K)
-    of_particle = torch.arange(K * B, device=device).repeat_interleave(n)
-    for index, layer in enumerate(cache.layers):
-        layer.batch_select_indices(of_prompt if index < ensemble.first_layer else of_particle)
-    mask = mask[of_prompt]
-
-    def next_logits(tokens: Tensor) -> Tensor:
-        return ensemble.next_logits(tokens[:, None], mask[:, : cache.get_seq_length() + 1], cache)
-
-    with ensemble.running(Rows.OWN if ensemble.rows is Rows.SHARED else ensemble.rows):
-        tokens = decode(
-            logits[of_particle],
-            next_logits,
-            lambda logits, step: draw(logits, uniform[:, step], temperature, top_p),
-            max_new_tokens,
-            stops,
-            # without a stop token nothing is padded
-            next(iter(stops), 0) if pad_token_id is None else pad_token_id,
-        )
-    return tokens.view(K, B, n, -1)
+    uniform = uniforms(names, max_new_tokens).to(device).view(K, B, n, -1)
+    # without a stop token nothing is padded
+    padding = next(iter(stops), 0) if pad_token_id is None else pad_token_id
+    tokens = torch.full((K, B, n, max_new_tokens), padding, dtype=torch.int64, device=device)
+    longest = 0
+    for prompts, read in reading.readers(ensemble, attention_mask.sum(-1).tolist(), max_new_tokens):
+        mask = attention_mask[prompts]
+        start = int(mask.any(0).nonzero()[0])
+        logits, next_logits = read(ensemble, input_ids[prompts, start:].to(device), mask[:, start:].to(device), n)
+        draw_step = _drawer(uniform[:, prompts].flatten(0, 2), temperature, top_p)
+        drawn = decode(logits, next_logits, draw_step, max_new_tokens, stops, padding)
+        length = drawn.shape[-1]
+        tokens[:, prompts, :, :length] = drawn.view(K, len(prompts), n, length)
+        longest = max(longest, length)
+    return tokens[..., :longest]
 
 
 def uniforms(names: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
@@ -113,6 +102,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     # the first entry above u times the total: never one of probability zero, as u < 1
     index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
+
+
+def _drawer(uniform: Tensor, temperature: float, top_p: float) -> Callable[[Tensor, int], Tensor]:
+    """`decode`'s draw_step by random numbers [S, L]."""
+    return lambda logits, step: draw(logits, uniform[:, step], temperature, top_p)
 
 
 def decode(

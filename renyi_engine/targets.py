@@ -8,38 +8,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from renyi_engine import peft_names
+
 ALL_LINEAR = "all-linear"
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that makes final hidden states of text: the innermost model that holds the input embeddings."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    holding = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and any(part is embeddings for part in module.modules())
+    ]
+    if len(holding) < 2:
+        raise ValueError(
+            f"model: {type(model).__name__} has no decoder below its head; a decoder-only language model is needed"
+        )
+    return holding[-1]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """(path, layers) of the decoder's stack, e.g. ("model.layers", ...)."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return path, module
+    part = decoder(model)
+    prefix = next(f"{path}." for path, module in model.named_modules() if module is part)
+    lists = {prefix + path: module for path, module in part.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    num_layers = part.config.get_text_config().num_hidden_layers
+    for path in outermost:
+        # a layer of two attentions may count twice
+        if len(lists[path]) == num_layers or (len(outermost) == 1 and num_layers % len(lists[path]) == 0):
+            return path, lists[path]
     raise ValueError(
         f"model: {type(model).__name__} has no list of {num_layers} decoder layers; "
         "a decoder-only language model is needed"
     )
-
-
-def logit_transform(model: PreTrainedModel) -> dict[str, Any]:
-    """`linear_logprob`'s bias, logit_softcap and logit_scale for this model's head."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if scale is None and getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    return {
-        "bias": getattr(model.get_output_embeddings(), "bias", None),
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),  # Gemma-2
-        "logit_scale": 1.0 if scale is None else float(scale),
-    }
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
@@ -50,13 +62,12 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 
 def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear map of the decoder by path, the output head left out."""
-    head = model.get_output_embeddings()
+    """Every linear map of the decoder's layers by path."""
+    layers_path, layers = decoder_layers(model)
     return {
-        path: module
-        for path, module in model.named_modules()
-        if module is not head
-        and (isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features")))
+        f"{layers_path}.{path}": module
+        for path, module in layers.named_modules()
+        if isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
     }
 
 
@@ -65,18 +76,19 @@ def match_targets(
 ) -> dict[str, nn.Module]:
     """The linear maps to adapt, by path, in the model's order.
 
-    `target_modules`: "all-linear", a regular expression that matches the whole path, or a list of names, each a
-    path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
+    `target_modules`: "all-linear" (those that PEFT can load), a regular expression that matches the whole path, or a
+    list of names, each a path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
 
     Raises:
-        ValueError: nothing matches (the message lists what could have), or a layer number does not exist.
+        ValueError: nothing matches (the message lists what could have), a layer number does not exist, or PEFT could
+            not load an adapter of a map that is named.
     """
     layers_path, layers = decoder_layers(model)
     if layers_to_transform is not None:
         stray = sorted(set(layers_to_transform) - set(range(len(layers))))
         if stray or not layers_to_transform:
             raise ValueError(f"layers_to_transform: expected layers from 0 to {len(layers) - 1}; got {stray or 'none'}")
-    candidates = {path: module for path, module in linear_maps(model).items() if path.startswith(f"{layers_path}.")}
+    candidates = linear_maps(model)
     matched = {}
     for path, module in candidates.items():
         # as in PEFT, a map named by its whole path is taken whatever layers_to_transform says
@@ -91,16 +103,38 @@ def match_targets(
             f"it could be {ALL_LINEAR!r}, a regular expression for whole paths such as "
             f"{next(iter(candidates), layers_path)!r}, or a list out of {endings}"
         )
-    return matched
+    unloadable = peft_names.refused(model, matched)
+    if unloadable and not is_all_linear(target_modules):
+        raise ValueError(
+            f"target_modules: PEFT cannot load an adapter of {unloadable[0]} (and {len(unloadable) - 1} more) in "
+            f"{type(model).__name__}; leave it out"
+        )
+    return {path: module for path, module in matched.items() if path not in unloadable}
 
 
-def describe(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], list[int] | None]:
-    """(target_modules, layers_to_transform) that match exactly `paths`: by name and layer if possible, else by path."""
+class AdapterTargets(NamedTuple):
+    """The words of an adapter_config.json that make PEFT adapt certain maps and no others."""
+
+    target_modules: list[str]
+    layers_to_transform: list[int] | None
+    target_parameters: list[str]
+
+
+def describe(model: PreTrainedModel, paths: Sequence[str]) -> AdapterTargets:
+    """Words that match exactly `paths`: by name and layer if possible, else by path, else by the weight's path."""
     layers_path, layers = decoder_layers(model)
-    names = sorted({ending(path) for path in paths})
-    numbers = sorted({layer_index(path, layers_path) for path in paths})
-    short = (names, None if len(numbers) == len(layers) else numbers)
-    return short if set(match_targets(model, *short)) == set(paths) else (sorted(paths), None)
+    parameters = sorted(f"{path}.weight" for path in paths if peft_names.named_as_experts(model, path))
+    modules = {path for path in paths if f"{path}.weight" not in parameters}
+    names = sorted({ending(path) for path in modules})
+    numbers = sorted({layer_index(path, layers_path) for path in modules})
+    where = None if len(numbers) == len(layers) else numbers
+    if modules and peft_names.matches(model, names, where) == modules:
+        return AdapterTargets(names, where, parameters)
+    return AdapterTargets(sorted(modules), None, parameters)
+
+
+def is_all_linear(target_modules: str | Sequence[str]) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def layer_index(path: str, layers_path: str) -> int:
@@ -114,8 +148,8 @@ def ending(path: str) -> str:
 
 
 def _name_matches(path: str, target_modules: str | Sequence[str]) -> bool:
+    if is_all_linear(target_modules):
+        return True
     if isinstance(target_modules, str):
-        if target_modules.lower() == ALL_LINEAR:
-            return True
         return re.fullmatch(target_modules, path) is not None
     return any(path.endswith(f".{name}") for name in target_modules)

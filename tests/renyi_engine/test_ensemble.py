@@ -590,12 +590,12 @@ def test_something_other_than_a_model_is_refused():
         LoraEnsemble.attach(torch.nn.Linear(2, 2))
 
 
-class DoubledLogits(LlamaForCausalLM):
-    """A head that no field of its config tells of."""
+class CubedLogits(LlamaForCausalLM):
+    """A head that no multiplication and no soft cap makes."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
-        out.logits = 2.0 * out.logits
+        out.logits = out.logits + 1e-4 * out.logits**3
         return out
 
 
@@ -623,10 +623,10 @@ def assert_clean(model):
 
 
 def test_a_head_that_is_not_understood_is_refused_and_the_model_left_clean(llama):
-    model = DoubledLogits(LlamaConfig(**llama.config.to_dict()))
+    model = CubedLogits(LlamaConfig(**llama.config.to_dict()))
     model.load_state_dict(llama.state_dict())
     model.train()
-    with pytest.raises(ValueError, match="DoubledLogits transforms its logits"):
+    with pytest.raises(ValueError, match="CubedLogits transforms its logits"):
         LoraEnsemble.attach(model)
     assert_clean(model)
 

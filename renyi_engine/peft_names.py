@@ -1,0 +1,61 @@
+"""What PEFT makes of the names in an adapter folder. It need not be installed: an adapter is saved where it is not.
+
+PEFT finds the maps of an adapter by name among all modules of the base, and it rewrites names first: in mixtures of
+experts that transformers 5 fused, it takes every `gate_proj` for a part of the fused parameter, wherever it stands; and
+the keys of the tensors go through the renamings by which transformers reads old checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from torch import nn
+from transformers import PreTrainedModel, conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+_OF_EXPERTS = {
+    "mixtral": {"gate", "w1", "w2", "w3"},
+    "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
+}
+"""Names that PEFT (0.21, `_MOE_TARGET_MODULE_MAPPING`) takes for those of fused experts, by the kind of checkpoint."""
+
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+"""Model types in which PEFT (0.21) adapts no map of the name `out_proj`: fast kernels of theirs do not call it."""
+
+
+def matches(model: nn.Module, names: Collection[str], layers: Collection[int] | None) -> set[str]:
+    """Paths of the modules that PEFT adapts, given these target_modules and layers_to_transform."""
+    endings = tuple(f".{name}" for name in names)
+    matched = set()
+    for path, _ in model.named_modules():
+        number = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        in_layers = layers is None or (number is not None and int(number[1]) in layers)
+        if path in names or (path.endswith(endings) and in_layers):
+            matched.add(path)
+    return matched
+
+
+def named_as_experts(model: PreTrainedModel, path: str) -> bool:
+    """Whether PEFT takes the name of this map for that of fused experts, however much of its path stands before. Such a
+    map can be named by its weight, among the target_parameters, which PEFT does not rewrite."""
+    model_type = model.config.model_type
+    kind = "mixtral" if model_type == "mixtral" else conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return path.rsplit(".", 1)[-1] in _OF_EXPERTS.get(kind, ())
+
+
+def refused(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
+    """Those of the maps that PEFT refuses to adapt, or to which it does not find the tensors."""
+    model_type = model.config.model_type
+    renamings = []
+    if conversion_mapping.get_checkpoint_conversion_mapping(model_type) is not None:
+        transforms = conversion_mapping.get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+
+    def is_refused(path: str) -> bool:
+        key = f"{path}.lora_A.weight"
+        # PEFT undoes a renaming that does no more than change what stands before
+        found = f"base_model.model.{key}".endswith(rename_source_key(key, renamings, [])[0])
+        return not found or (model_type in _MAMBA and path.endswith(".out_proj"))
+
+    return [path for path in paths if is_refused(path)]
