@@ -31,6 +31,7 @@ LAYERS = [
     ["prior", "particle_optim", "alpha", "watchdog"],
     ["ensemble"],
     ["generation", "architecture"],
+    ["head", "trunk"],
     ["adapted_maps", "adapter_folder", "targets", "objective", "seeding"],
     ["files", "settings", "memory"],
 ]
