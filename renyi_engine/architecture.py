@@ -22,7 +22,7 @@ from renyi_engine.adapted_maps import is_plain
 from renyi_engine.head import Head
 from renyi_engine.trunk import LayerArguments, RowDimensions, row_dimensions
 
-LONG, SHORT = 12, 9
+LONG, SHORT = 12, 10
 """Tokens of the texts that are run: the short one is the beginning of the long one."""
 
 

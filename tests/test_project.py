@@ -32,9 +32,12 @@ LAYERS = [
     ["config"],
     ["prior", "particle_optim", "alpha", "watchdog"],
     ["ensemble"],
-    ["generation", "architecture"],
-    ["adapted_maps", "adapter_folder", "targets", "objective", "seeding", "rows"],
-    ["files", "settings", "memory", "row_files", "limits"],
+    ["generation"],
+    ["reading"],
+    ["architecture", "adapter_folder"],
+    ["head", "trunk", "origin"],
+    ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
+    ["peft_names", "files", "settings", "memory", "row_files", "limits"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

@@ -19,7 +19,6 @@ UNUSUAL = [
     "minicpm3",
     "inkling_text",
     "recurrent_gemma",
-    "xlstm",
     "muse_glimmer",
     "granite",
 ]
@@ -46,7 +45,7 @@ def test_scale_soft_cap_and_bias_are_those_of_the_architecture(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
-    ["falcon_h1", "hyperclovax", "minicpm3", "inkling_text", "recurrent_gemma", "xlstm", "muse_glimmer", "granite"],
+    ["falcon_h1", "hyperclovax", "minicpm3", "inkling_text", "recurrent_gemma", "muse_glimmer", "granite"],
 )
 def test_whole_distributions_are_the_models_own(name, dtype):
     """In bfloat16 up to the rounding of logits, not to the half nat that would hide a multiplier."""
@@ -96,7 +95,9 @@ def test_what_is_no_multiplication_is_refused(change, dtype):
     )
     torch.manual_seed(0)
     model = Odd(config, **change).to(dtype).eval()
-    with pytest.raises(ValueError, match=r"Odd (transforms its logits in a way that is not understood|makes no logits)"):
+    with pytest.raises(
+        ValueError, match=r"Odd (transforms its logits in a way that is not understood|makes no logits)"
+    ):
         LoraEnsemble.attach(model)
 
 
