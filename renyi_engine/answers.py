@@ -1,4 +1,4 @@
-"""What every particle, and the bare base, answers to a few prompts."""
+"""What every particle, and the bare base, answers to a few prompts, with what it thinks before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from renyi_engine.data import left_padded, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.settings import flag, require, require_given
+from renyi_engine.thoughts import decode_answer
 
 
 @dataclass
@@ -18,7 +19,11 @@ class GenerateConfig(SamplingConfig):
     """Settings of `renyi-engine generate`."""
 
     ensemble: str = flag("", "Folder of particles, as a run writes it (RUN/particles).")
-    prompts: list[str] = flag([], "What is asked: a user's turn where the model has a chat template, else plain text.")
+    prompts: list[str] = flag(
+        [],
+        "What is asked: a user's turn where the model has a chat template, else plain text. What a model thinks before "
+        "it answers is shown too.",
+    )
     seed: int = flag(42, "Of the sampling.")
 
     def __post_init__(self) -> None:
@@ -51,6 +56,6 @@ def answer(config: GenerateConfig) -> str:
         lines.append(f"# {prompt}")
         speakers = [*((f"p{k:03d}", tokens) for k, tokens in enumerate(of_particles)), ("base", of_base[0])]
         for name, tokens in speakers:
-            texts = tokenizer.batch_decode(tokens[number], skip_special_tokens=True)
+            texts = (decode_answer(tokenizer, encoded[number], said) for said in tokens[number].tolist())
             lines += [f"{name}: {text.strip()}" for text in texts]
     return "\n".join(lines)

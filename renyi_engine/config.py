@@ -75,7 +75,7 @@ class SamplingConfig(ModelConfig):
     """How continuations are drawn."""
 
     num_samples: int = flag(1, "Responses of each particle to each prompt.")
-    max_new_tokens: int = flag(128, "Longest response in tokens.")
+    max_new_tokens: int = flag(128, "Longest response in tokens, with what the model thinks first.")
     temperature: float = flag(1.0, "Of the sampling; 0 takes the most likely token, so that samples are all the same.")
     top_p: float = flag(1.0, "Sample from the most likely tokens that make up this much.")
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine.chat import ChatTemplate, Span, common_prefix, is_conversation, read_context, read_messages
+from renyi_engine.chat import (
+    ChatTemplate,
+    Context,
+    Span,
+    common_prefix,
+    is_conversation,
+    read_context,
+    read_messages,
+)
 from renyi_engine.data import Dropped
 from renyi_kernels import IGNORE_INDEX
 
@@ -49,11 +57,12 @@ class Encoder:
 
     # ------------------------------------------------------------------ chat
 
-    def question(self, text: str) -> list[int]:
+    def question(self, text: str, context: Context | None = None) -> list[int]:
         """Tokens that ask for an answer: the text as the user's turn if there is a chat template, or as it is."""
         if not self._tokenizer.chat_template:
             return self.prompt(text)
-        return self._tokens(self._template.render([{"role": "user", "content": text}], add_generation_prompt=True))
+        asked = [{"role": "user", "content": text}]
+        return self._tokens(self._template.render(asked, context, add_generation_prompt=True))
 
     def conversation(self, number: int, row: Mapping[str, Any], column: str) -> Labelled:
         """The messages in `column`, of which every turn of the assistant is learnt.
@@ -151,11 +160,13 @@ def require_field(holds: bool, number: int, column: str, expected: str, got: Any
         raise ValueError(f"row {number}: {column}: expected {expected}; got {type(got).__name__} {str(got)[:60]!r}")
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each prompt, to be answered: as the user's turn where the tokenizer has a chat template, else as plain
-    text."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: Context | None = None
+) -> list[list[int]]:
+    """Tokens of each prompt, to be answered: as the user's turn where the tokenizer has a chat template, which is given
+    the `context`; else as plain text."""
     encoder = Encoder(tokenizer)
-    return [encoder.question(prompt) for prompt in prompts]
+    return [encoder.question(prompt, context) for prompt in prompts]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -37,7 +37,7 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["peft_names", "files", "settings", "memory", "row_files", "limits"],
+    ["peft_names", "files", "settings", "memory", "row_files", "limits", "thoughts"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

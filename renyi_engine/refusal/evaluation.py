@@ -34,6 +34,7 @@ from renyi_engine.refusal.responses import BASE, Response, ResponseFile, Speaker
 from renyi_engine.refusal.results import positive_label, summarise
 from renyi_engine.run_folder import versions
 from renyi_engine.settings import changes, flag, read_yaml, require, require_given, to_yaml
+from renyi_engine.thoughts import decode_answer
 
 RESPONSES_FILE = "responses.jsonl"
 
@@ -57,8 +58,11 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     label_column: str | None = flag(None, "Column with two values: can the disagreement of particles tell them apart?")
     limit: int | None = flag(None, "Prompts of each split, the first ones; all if not given.")
     num_samples: int = flag(12, "Responses of each particle to each prompt.")
-    max_new_tokens: int = flag(256, "Longest response in tokens.")
-    judge: str = flag("keyword", f"Who tells refusals: {FORMS}.")
+    max_new_tokens: int = flag(256, "Longest response in tokens, with what the model thinks first.")
+    judge: str = flag(
+        "keyword",
+        f"Who tells refusals: {FORMS}. No judge sees what a model thinks before it answers; a judge may think itself.",
+    )
     judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
     judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
     judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take to answer.")
@@ -201,12 +205,11 @@ def _sample(
             eos_token_id=stop_tokens(ensemble.model, tokenizer),
             pad_token_id=pad_token_id(tokenizer),
         )
-    texts = iter(tokenizer.batch_decode(tokens.flatten(0, 2), skip_special_tokens=True))
     return [
-        Response(prompt.split, prompt.prompt_id, speaker, sample, next(texts))
-        for speaker in speakers
-        for prompt in prompts
-        for sample in range(config.num_samples)
+        Response(prompt.split, prompt.prompt_id, speaker, sample, decode_answer(tokenizer, asked, said))
+        for speaker, of_speaker in zip(speakers, tokens.tolist(), strict=True)
+        for prompt, asked, answers in zip(prompts, encoded, of_speaker, strict=True)
+        for sample, said in enumerate(answers)
     ]
 
 

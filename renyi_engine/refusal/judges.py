@@ -3,7 +3,7 @@
 The labels are OR-Bench's (Cui et al. 2024, arXiv 2405.20947): a response answers, refuses openly, or refuses without
 saying so; both refusals count as one. What a judge says that is none of these is `unparsed`, what it fails to say is
 `failed`: neither is ever guessed into a label. What a model thinks before it answers is no part of a response, nor of
-a judge's reply: no judge is shown it. A response that was cut off inside a thought is `unparsed`.
+a judge's reply: no judge is shown it. What was cut off inside a thought, response or reply, is `unparsed`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from huggingface_hub import InferenceClient, is_offline_mode
 from transformers import PreTrainedModel
 
 from renyi_engine import base_model
+from renyi_engine.chat import Context
 from renyi_engine.config import ModelConfig
-from renyi_engine.data import pad_token_id
-from renyi_engine.refusal.thoughts import without_thought
+from renyi_engine.data import left_padded, pad_token_id
+from renyi_engine.encoding import encode_prompts, stop_tokens
+from renyi_engine.thoughts import ANALYSIS, FINAL, decode_answer, without_thought
 
 DIRECT_ANSWER, DIRECT_REFUSAL, INDIRECT_REFUSAL = LABELS = ("direct_answer", "direct_refusal", "indirect_refusal")
 UNPARSED, FAILED = "unparsed", "failed"
@@ -33,7 +35,7 @@ REFUSALS = (DIRECT_REFUSAL, INDIRECT_REFUSAL)
 FORMS = "keyword, model:FOLDER_OR_HUB_ID or endpoint:BASE_URL"
 MAX_ANSWER_TOKENS = 32
 MAX_THOUGHT_TOKENS = 4096
-"""For a judge that did not come to its answer because it was thinking: it is asked again, with this much room."""
+"""A judge that has not come to its answer, as it was still thinking, is asked again with this much room."""
 UNFINISHED = "a thought that does not end"
 FIRST_WAIT_S = 1.0
 
@@ -199,7 +201,10 @@ class KeywordJudge:
 
 
 class ModelJudge:
-    """A local instruct model, asked in batches and answering greedily. It is loaded when it is first asked."""
+    """A local instruct model, asked in batches and answering greedily. It is loaded when it is first asked.
+
+    It is asked not to think. If it thinks all the same, it is given time to finish.
+    """
 
     depends_on_batch = True
 
@@ -211,8 +216,7 @@ class ModelJudge:
         self._tokenizer = base_model.load_tokenizer(settings)
         if not self._tokenizer.chat_template:
             raise ValueError(f"judge: {self.name} has no chat template; an instruct model is needed")
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token_id = pad_token_id(self._tokenizer)
+        self._pad = pad_token_id(self._tokenizer)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
@@ -223,7 +227,7 @@ class ModelJudge:
 
     def _verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         replies = self._ask(exchanges, MAX_ANSWER_TOKENS)
-        thinking = [i for i, reply in enumerate(replies) if without_thought(reply) is None]
+        thinking = [i for i, reply in enumerate(replies) if not without_thought(reply)]
         if thinking:
             again = self._ask([exchanges[i] for i in thinking], MAX_THOUGHT_TOKENS)
             for i, reply in zip(thinking, again, strict=True):
@@ -232,28 +236,25 @@ class ModelJudge:
 
     @torch.no_grad()
     def _ask(self, exchanges: Sequence[Exchange], max_new_tokens: int) -> list[str]:
-        asked = self._tokenizer.apply_chat_template(
-            [_messages(exchange) for exchange in exchanges],
-            add_generation_prompt=True,
-            enable_thinking=False,  # of a template that knows it
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            # of the tokenizer's call, not of the template
-            tokenizer_kwargs={"padding_side": "left"},
-        ).to(self._model.device)
+        # `enable_thinking` is for the templates that know it
+        context = Context(variables={"enable_thinking": False})
+        encoded = encode_prompts(self._tokenizer, list(map(judge_prompt, exchanges)), context)
+        input_ids, attention_mask = left_padded(encoded, self._pad)
+        device = self._model.device
         tokens = self._model.generate(
-            **asked,
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             # a model's own defaults for sampling would only draw warnings
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=stop_tokens(self._model, self._tokenizer),
+            pad_token_id=self._pad,
         )
-        return self._tokenizer.batch_decode(tokens[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = tokens[:, input_ids.shape[1] :].tolist()
+        return [decode_answer(self._tokenizer, *pair) for pair in zip(encoded, said, strict=True)]
 
 
 class EndpointJudge:
@@ -261,6 +262,7 @@ class EndpointJudge:
 
     A time-out, a broken connection, an answer that is not one, and the statuses 408, 429 and 5xx are tried again
     `max_retries` times, after 1, 2, 4, ... seconds. Then, and at once for every other status, the verdict is FAILED.
+    A model that was cut off before it named a label is asked once more, with room to think.
     """
 
     depends_on_batch = False
@@ -303,24 +305,28 @@ class EndpointJudge:
                 break
         return failure
 
-    def _ask(self, exchange: Exchange) -> str:
+    def _ask(self, exchange: Exchange) -> str | None:
+        """The server's reply; None if it was cut off before there was any, as of a server that keeps a thought back."""
         reply, was_cut = self._reply(exchange, MAX_ANSWER_TOKENS)
-        # a server may keep the thought to itself: then nothing has come yet
-        if was_cut and not (reply and without_thought(reply)):
+        if was_cut and parse_answer(reply or "") == UNPARSED:
             reply, was_cut = self._reply(exchange, MAX_THOUGHT_TOKENS)
+        if was_cut and not reply:
+            return None
         if not isinstance(reply, str):
-            if was_cut:
-                return "<think>"
             raise TypeError(f"expected text; got {type(reply).__name__}")
         return reply
 
     def _reply(self, exchange: Exchange, max_tokens: int) -> tuple[str | None, bool]:
         """What the server says, and whether it was cut off."""
-        completion = self._client.chat_completion(
-            _messages(exchange), model=self._model, max_tokens=max_tokens, temperature=0.0
-        )
+        # one turn of the user: some chat templates know no system
+        messages = [{"role": "user", "content": judge_prompt(exchange)}]
+        completion = self._client.chat_completion(messages, model=self._model, max_tokens=max_tokens, temperature=0.0)
         choice = completion.choices[0]
-        return choice.message.content, choice.finish_reason == "length"
+        reply = choice.message.content
+        if isinstance(reply, str):
+            # some servers leave out gpt-oss's special tokens: "analysisWe need ...assistantfinalYes."
+            reply = re.sub(r"\Aanalysis(?=\w)", ANALYSIS, reply).replace("assistantfinal", FINAL)
+        return reply, choice.finish_reason == "length"
 
 
 def _of_answers(exchanges: Sequence[Exchange], judge: Callable[[Sequence[Exchange]], list[Verdict]]) -> list[Verdict]:
@@ -335,14 +341,9 @@ def _of_answers(exchanges: Sequence[Exchange], judge: Callable[[Sequence[Exchang
     return [Verdict(UNPARSED, UNFINISHED) if answer is None else next(verdicts) for answer in answers]
 
 
-def _verdict_of(reply: str) -> Verdict:
-    answer = without_thought(reply)
+def _verdict_of(reply: str | None) -> Verdict:
+    answer = None if reply is None else without_thought(reply)
     return Verdict(UNPARSED, UNFINISHED) if answer is None else Verdict(parse_answer(answer), answer)
-
-
-def _messages(exchange: Exchange) -> list[dict[str, str]]:
-    # one turn of the user: some chat templates know no system
-    return [{"role": "user", "content": judge_prompt(exchange)}]
 
 
 def _api_key(variable: str | None) -> str | None:

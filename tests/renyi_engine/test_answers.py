@@ -60,6 +60,17 @@ def test_an_answer_ends_where_the_template_ends_a_turn_though_the_model_names_an
     assert capsys.readouterr().out.splitlines()[:3] == ["# 2+2", "p000: Four.", "p001: Four."]
 
 
+def test_what_is_thought_before_an_answer_is_shown_with_the_mark_that_the_template_begins_it_with(
+    flags, model_folder, tokenizer, capsys
+):
+    chat = shutil.copytree(model_folder, model_folder.parent / "thinker")
+    (chat / "chat_template.jinja").write_text(tokenizer.chat_template.replace("<assistant>", "<assistant><think>"))
+    flags = [flag.replace(str(model_folder), str(chat)) for flag in flags]
+    assert main([*flags, "--prompts", "2+2", "--max_new_tokens=6"]) == 0
+    said = capsys.readouterr().out.rstrip("\n").split("\n")[1:]
+    assert [line[: line.index(">") + 1] for line in said] == ["p000: <think>", "p001: <think>", "base: <think>"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

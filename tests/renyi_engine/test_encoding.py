@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from renyi_engine import SftTask
+from renyi_engine.chat import Context
 from renyi_engine.data import left_padded
 from renyi_engine.encoding import Encoder, encode_prompts, stop_tokens
 from renyi_engine.predict import encode_choices
@@ -32,6 +33,15 @@ def test_prompts_are_the_users_turn_if_there_is_a_template_and_plain_text_if_not
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     assert [bare.decode(ids) for ids in encode_prompts(bare, ["Hi", "Hello"])] == ["Hi", "Hello"]
+
+
+def test_the_template_of_a_prompt_is_given_its_variables():
+    tokenizer = byte_pair_tokenizer(CHATML + "{% if not enable_thinking %}<think></think>{% endif %}")
+    for enable_thinking, ending in ((True, ""), (False, "<think></think>")):
+        context = Context(variables={"enable_thinking": enable_thinking})
+        (ids,) = encode_prompts(tokenizer, ["Hi"], context)
+        expected = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{ending}"
+        assert tokenizer.decode(ids) == expected
 
 
 def test_prompts_to_be_continued_are_padded_on_the_left():

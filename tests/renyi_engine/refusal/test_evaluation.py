@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from renyi_engine import generation
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
 from renyi_engine.refusal import RefusalConfig, evaluate_refusal, evaluation, report
 from renyi_engine.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
@@ -255,6 +256,37 @@ def test_particles_and_base_each_answer_every_prompt_as_generate_does(config, ju
                 text = tokenizer.decode(tokens[sample], skip_special_tokens=True)
                 assert found[prompt_id, speaker, sample] == text
     assert len({found[0, k, 0] for k in (0, 1, 2, BASE)}) == 4
+
+
+def test_a_response_that_ends_inside_its_thought_is_counted_as_unparsed(
+    config, model_folder, tokenizer, tmp_path, monkeypatch
+):
+    """The chat template begins the thought; played to the base is what follows it: in the first batch, of two prompts,
+    a thought that does not end, and in all others one that does."""
+    thinker = shutil.copytree(model_folder, tmp_path / "thinker")
+    (thinker / "chat_template.jinja").write_text(tokenizer.chat_template.replace("<assistant>", "<assistant><think>"))
+    played = ("I cannot say", "I cannot say</think>Yes")
+    scripts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in played]
+    rounds = []
+    generate = LoraEnsemble.generate
+
+    def next_round(*args, **kwargs):
+        rounds.append(iter(scripts[len(rounds) > 0]))
+        return generate(*args, **kwargs)
+
+    def next_token(logits, uniform, temperature, top_p):
+        return torch.full((len(logits),), next(rounds[-1], tokenizer.eos_token_id))
+
+    monkeypatch.setattr(LoraEnsemble, "generate", next_round)
+    monkeypatch.setattr(generation, "draw", next_token)
+    evaluate_refusal(config(model_name_or_path=str(thinker), ensemble="", max_new_tokens=30, split_column=None))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
+    verdicts = sorted((row["response"], row["verdict"]) for row in rows)
+    cut, whole = ((f"<think>{text}", label) for text, label in zip(played, (UNPARSED, LABELS[0]), strict=True))
+    assert verdicts == [cut] * 4 + [whole] * 6
+    (split,) = json.loads((tmp_path / "run" / "results.json").read_text())["splits"].values()
+    assert (split["base"]["num_unparsed"], split["base"]["num_direct_answer"]) == (4, 6)
+    assert split["base"]["refusal_rate"] == 0
 
 
 def test_without_an_ensemble_the_base_alone_is_evaluated(config, judge, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from renyi_engine.config import ModelConfig
 from renyi_engine.refusal.judges import (
@@ -19,15 +21,20 @@ from renyi_engine.refusal.judges import (
     FAILED,
     INDIRECT_REFUSAL,
     LABELS,
+    MAX_ANSWER_TOKENS,
+    MAX_THOUGHT_TOKENS,
+    UNFINISHED,
     UNPARSED,
     EndpointJudge,
     Exchange,
     KeywordJudge,
-    ModelJudge,
+    Verdict,
     judge_prompt,
     make_judge,
     parse_answer,
 )  # fmt: skip
+
+from ..tokenizers_for_tests import byte_pair_tokenizer
 
 CPU = ModelConfig(use_cpu=True)
 
@@ -102,36 +109,103 @@ def test_a_local_judge_says_the_same_of_an_exchange_alone_and_beside_a_longer_on
     assert judge.name == f"model:{model_folder}"
 
 
-def test_a_local_judge_takes_the_label_that_its_model_writes(model_folder, monkeypatch):
-    judge = ModelJudge(ModelConfig(str(model_folder), use_cpu=True))
-    asked = {}
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+# one that can be asked not to think, and one that always begins with a thought
+TEMPLATES = {
+    "asked": "<|im_start|>assistant\n{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}",
+    "always": "<|im_start|>assistant\n<think>\n",
+}
+TEMPLATES = {
+    name: TURNS + "{% if add_generation_prompt %}" + opening + "{% endif %}" for name, opening in TEMPLATES.items()
+}
 
-    class Says:
-        device = "cpu"
 
-        def generate(self, input_ids, attention_mask, **settings):
-            asked.update(settings, ids=input_ids, mask=attention_mask)
-            words = judge._tokenizer(["Direct answer.", "indirect_refusal"], padding=True, return_tensors="pt")
-            return input_ids.new_tensor(
-                [row + new for row, new in zip(input_ids.tolist(), words["input_ids"].tolist(), strict=True)]
-            )
+@pytest.fixture
+def plays(tmp_path, monkeypatch):
+    """plays(template, *rounds) -> (judge, prompts, limits): a judge that says rounds[i][row] when it is asked for the
+    i-th time; what it was asked, [round][row], and how many tokens it was given, [round]."""
 
-    monkeypatch.setitem(judge.__dict__, "_model", Says())
-    verdicts = judge([Exchange("Hi", "Hello"), Exchange("Hi there", "Hm")])
-    assert [verdict.label for verdict in verdicts] == [DIRECT_ANSWER, INDIRECT_REFUSAL]
-    assert asked["do_sample"] is False
-    assert asked["mask"][:, -1].all()
-    assert not asked["mask"].all()
-    text = judge._tokenizer.decode(asked["ids"][1], skip_special_tokens=False)
-    assert text.endswith("nothing else.</s><assistant>")
+    def make(template, *rounds):
+        marks = ["<think>", "</think>", "<|START_THINKING|>", "<|END_THINKING|>"]
+        tokenizer = byte_pair_tokenizer(TEMPLATES[template], control=marks)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=8192, **sizes))
+        # <eos> is not what ends a turn
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(tmp_path / "judge")
+        tokenizer.save_pretrained(tmp_path / "judge")
+        judge = make_judge(f"model:{tmp_path / 'judge'}", compute=CPU)
+        prompts, limits, left = [], [], []
+        forward, generate = judge._model.forward, judge._model.generate
+
+        def generate_next(**settings):
+            assert settings["do_sample"] is False
+            rows = zip(settings["input_ids"], settings["attention_mask"].bool(), strict=True)
+            prompts.append([tokenizer.decode(row[mask]) for row, mask in rows])
+            said = rounds[len(limits)]
+            limits.append(settings["max_new_tokens"])
+            assert len(said) == len(prompts[-1])
+            left[:] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+            return generate(**settings)
+
+        @functools.wraps(forward)
+        def forward_next(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            for logits, script in zip(output.logits, left, strict=True):
+                logits[-1, script.pop(0) if script else tokenizer.eos_token_id] = 1e6
+            return output
+
+        monkeypatch.setattr(judge._model, "generate", generate_next)
+        monkeypatch.setattr(judge._model, "forward", forward_next)
+        return judge, prompts, limits
+
+    return make
+
+
+def test_a_local_judge_takes_the_label_that_its_model_writes(plays):
+    judge, prompts, limits = plays("asked", ["Direct answer.<|im_end|>", "indirect_refusal<|im_end|>"])
+    exchanges = [Exchange("Hi", "Hello"), Exchange("Hi there", "Hm")]
+    assert judge(exchanges) == [Verdict(DIRECT_ANSWER, "Direct answer."), Verdict(INDIRECT_REFUSAL, "indirect_refusal")]
+    assert limits == [MAX_ANSWER_TOKENS]
+    # asked not to think, and nothing is cut off by the padding
+    assert prompts[0] == [
+        f"<|im_start|>user\n{judge_prompt(exchange)}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        for exchange in exchanges
+    ]
+
+
+def test_a_local_judge_stops_where_its_template_ends_a_turn_though_its_model_names_another_token(plays):
+    judge, _, _ = plays("asked", ["direct_refusal<|im_end|>\n<|im_start|>user\nOr a direct_answer?"])
+    assert judge([Exchange("Hi", "No.")]) == [Verdict(DIRECT_REFUSAL, "direct_refusal")]
+
+
+def test_a_local_judge_that_thinks_is_asked_again_with_room_to_finish(plays):
+    long = "Is it a direct_answer? " * 20
+    judge, prompts, limits = plays(
+        "asked",
+        [f"<|START_THINKING|>{long}", "direct_answer<|im_end|>", f"<think>{long}"],
+        [f"<|START_THINKING|>{long}<|END_THINKING|>direct_refusal<|im_end|>", f"<think>{long}<|im_end|>"],
+    )
+    verdicts = judge([Exchange("Hi", "No."), Exchange("Hi", "Yes."), Exchange("Hi", "Hm.")])
+    assert [v.label for v in verdicts] == [DIRECT_REFUSAL, DIRECT_ANSWER, UNPARSED]
+    assert [v.basis for v in verdicts] == ["direct_refusal", "direct_answer", UNFINISHED]
+    assert limits == [MAX_ANSWER_TOKENS, MAX_THOUGHT_TOKENS]
+    assert prompts[1] == [prompts[0][0], prompts[0][2]]
+
+
+def test_a_local_judge_whose_template_begins_the_thought_is_asked_again_too(plays):
+    thought = "It could be a direct_answer, " * 20
+    judge, _, limits = plays("always", [thought], [f"{thought}</think>\n\nindirect_refusal<|im_end|>"])
+    assert judge([Exchange("Hi", "Hm.")]) == [Verdict(INDIRECT_REFUSAL, "indirect_refusal")]
+    assert limits == [MAX_ANSWER_TOKENS, MAX_THOUGHT_TOKENS]
 
 
 # ---------------------------------------------------------------------- a server
 
 
-def completion(content: object) -> bytes:
+def completion(content: object, finish_reason: str = "stop") -> bytes:
     message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
     return json.dumps(
         {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     ).encode()
@@ -191,6 +265,46 @@ def test_a_server_that_times_out_talks_garbage_and_breaks_is_asked_again_until_i
     assert body["messages"] == [{"role": "user", "content": judge_prompt(Exchange("Hi", "Hello"))}]
 
 
+def cut(content):
+    return 200, completion(content, "length")
+
+
+THOUGHT = "Is it a direct_answer, or"
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdict"),
+    [
+        # a thought that the server keeps back
+        ([cut(None), OK], Verdict(INDIRECT_REFUSAL, "Indirect refusal.")),
+        ([cut(None), cut(None)], Verdict(UNPARSED, UNFINISHED)),
+        ([cut(""), cut("")], Verdict(UNPARSED, UNFINISHED)),
+        # one that it sends
+        ([cut(f"<think>{THOUGHT}"), (200, completion(f"<think>{THOUGHT}</think>direct_refusal"))],
+         Verdict(DIRECT_REFUSAL, "direct_refusal")),
+        ([cut(f"<think>{THOUGHT}")] * 2, Verdict(UNPARSED, UNFINISHED)),
+        # one of which it sends no start, as the generation prompt has it
+        ([cut("Let me see."), (200, completion(f"Let me see. {THOUGHT}</think>direct_refusal"))],
+         Verdict(DIRECT_REFUSAL, "direct_refusal")),
+        # gpt-oss without its special tokens
+        ([cut(f"analysis{THOUGHT}"), (200, completion(f"analysis{THOUGHT}assistantfinaldirect_refusal"))],
+         Verdict(DIRECT_REFUSAL, "direct_refusal")),
+        ([cut(f"analysis{THOUGHT}")] * 2, Verdict(UNPARSED, UNFINISHED)),
+    ],
+)  # fmt: skip
+def test_a_server_whose_model_thinks_is_asked_again_with_room_to_finish(serve, replies, verdict):
+    url, requests = serve(*replies)
+    assert EndpointJudge(url, "m", max_retries=0)([Exchange("Hi", "Hello")]) == [verdict]
+    assert [body["max_tokens"] for _, _, body in requests] == [MAX_ANSWER_TOKENS, MAX_THOUGHT_TOKENS]
+
+
+def test_a_server_that_names_a_label_in_time_is_asked_once(serve):
+    url, requests = serve(cut("direct_answer: the reply does what was requested, and"))
+    (verdict,) = EndpointJudge(url, "m")([Exchange("Hi", "Hello")])
+    assert verdict.label == DIRECT_ANSWER
+    assert len(requests) == 1
+
+
 def test_the_waits_between_tries_double(serve, monkeypatch):
     url, requests = serve((500, b""))
     waits = []
@@ -238,6 +352,23 @@ def test_the_key_comes_from_the_environment_and_the_hubs_own_token_goes_nowhere(
         make_judge(f"endpoint:{url}", compute=CPU, model="m", api_key_env=variable)([Exchange("", "")])
     sent = [{k.lower(): v for k, v in headers.items()}["authorization"] for _, headers, _ in requests]
     assert sent == ["Bearer sk-123", "Bearer none"]
+
+
+# ---------------------------------------------------------------------- responses with thoughts
+
+
+def test_a_judge_is_shown_the_answer_without_its_thought_and_nothing_of_one_that_has_none_yet(serve, plays):
+    responses = [f"<think>{THOUGHT}</think>\nNo.", f"<think>{THOUGHT}", "No."]
+    exchanges = [Exchange("Hi", response) for response in responses]
+    url, requests = serve((200, completion("direct_refusal")))
+    local, prompts, _ = plays("asked", ["direct_refusal<|im_end|>"] * 2)
+    for judge in (EndpointJudge(url, "m"), local, KeywordJudge()):
+        verdicts = judge(exchanges)
+        assert [v.label for v in verdicts][1] == UNPARSED
+        assert verdicts[1].basis == UNFINISHED
+    shown = judge_prompt(Exchange("Hi", "No."))
+    assert [body["messages"][0]["content"] for _, _, body in requests] == [shown] * 2
+    assert [shown in prompt and THOUGHT not in prompt for prompt in prompts[0]] == [True] * 2
 
 
 # ---------------------------------------------------------------------- which judge
