@@ -110,24 +110,22 @@ def test_a_local_judge_says_the_same_of_an_exchange_alone_and_beside_a_longer_on
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-# one that can be asked not to think, and one that always begins with a thought
-TEMPLATES = {
+# a generation prompt that can be asked not to think, and one that always begins a thought
+OPENINGS = {
     "asked": "<|im_start|>assistant\n{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}",
     "always": "<|im_start|>assistant\n<think>\n",
-}
-TEMPLATES = {
-    name: TURNS + "{% if add_generation_prompt %}" + opening + "{% endif %}" for name, opening in TEMPLATES.items()
 }
 
 
 @pytest.fixture
 def plays(tmp_path, monkeypatch):
-    """plays(template, *rounds) -> (judge, prompts, limits): a judge that says rounds[i][row] when it is asked for the
+    """plays(opening, *rounds) -> (judge, prompts, limits): a judge that says rounds[i][row] when it is asked for the
     i-th time; what it was asked, [round][row], and how many tokens it was given, [round]."""
 
-    def make(template, *rounds):
+    def make(opening, *rounds):
         marks = ["<think>", "</think>", "<|START_THINKING|>", "<|END_THINKING|>"]
-        tokenizer = byte_pair_tokenizer(TEMPLATES[template], control=marks)
+        template = TURNS + "{% if add_generation_prompt %}" + OPENINGS[opening] + "{% endif %}"
+        tokenizer = byte_pair_tokenizer(template, control=marks)
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=8192, **sizes))
         # <eos> is not what ends a turn
