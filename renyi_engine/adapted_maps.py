@@ -39,12 +39,12 @@ class StackedAdapter(nn.Module):
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether the map is a matrix that can be multiplied here: not quantised, its forward not taken over by others."""
+    """Whether the map is a matrix that can be multiplied here: not quantised, and with its own forward."""
     return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear) and is_matrix(linear)
 
 
 def is_matrix(linear: nn.Module) -> bool:
-    """Whether the weight itself is the matrix: some quantised ones are tensors of another class in the same module."""
+    """Whether the weight itself is the matrix: in some quantised maps it is a tensor of another class."""
     weight = cast(Tensor, linear.weight)
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
@@ -73,7 +73,7 @@ class MapGroup:
             del linear.forward
 
     def forget(self) -> None:
-        """Drop outputs that nobody came for: a checkpointed layer is left as soon as its backward has what it needs."""
+        """Drop outputs that no map took: a checkpointed layer is left as soon as its backward has what it needs."""
         self._input, self._waiting = None, {}
 
     def output(self, place: int, x: Tensor, rows: Rows) -> Tensor:
@@ -170,7 +170,7 @@ def by_input(
 ) -> Iterator[MapGroup | OpaqueMap]:
     """Linear maps with their adapters, plain ones that read the same tensor together; mappings go by path.
 
-    shared_input: the one that is still the same for every particle, if there is one.
+    shared_input: the input that is still the same for every particle, if there is one.
     """
     groups: dict[int, dict[str, nn.Module]] = {}
     for path, linear in linears.items():

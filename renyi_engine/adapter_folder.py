@@ -2,7 +2,7 @@
 
     DIR/p000/adapter_config.json, adapter_model.safetensors     what PEFT and vLLM load
     DIR/p001/...
-    DIR/ensemble.json                                           which folders, sha256 of each file, on which base; last
+    DIR/ensemble.json                                           folders, sha256 of files, the base's fingerprint; last
 
 Layout: K particles, I/O in/out features, R rank.
 """
@@ -45,7 +45,7 @@ _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 @dataclass(frozen=True)
 class SavedAdapters:
     """What a folder holds: keyword arguments of EnsembleConfig, (A [K, R, I], B [K, O, R]) by path, the alpha it was
-    trained with, None where that is not recorded, and on which base."""
+    trained with, None where that is not recorded, and the base it was trained on."""
 
     directory: Path
     config: dict[str, Any]

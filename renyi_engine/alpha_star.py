@@ -101,7 +101,7 @@ def alpha_star(config: AlphaStarConfig) -> str:
     report.html go to `config.output_dir`. What was found, in a few lines.
 
     Raises:
-        ValueError: the data, the model or the adapter does not do; or the model cannot be differentiated twice.
+        ValueError: the data, the model or the adapter cannot be used; or the model cannot be differentiated twice.
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", AlphaStarConfig.dataset_split)

@@ -1,4 +1,4 @@
-"""What a model does with its linear maps, its rows and its head: found out by running a few tokens.
+"""What a model does with its linear maps, its rows and its head: found by running a few tokens.
 
 What is not understood is refused here, before anything is trained. Layout: B sequences, T tokens, D hidden size.
 """
@@ -33,7 +33,7 @@ class Architecture:
     Attributes:
         decoder: the part that makes final hidden states of text. head: what makes logits of them.
         inputs: what each linear map was given, by path, in the order of their calls; the very same tensor means that
-            they read the same input. torn: maps that are given something else than rows of whole sequences.
+            they read the same input. torn: maps that are not given rows of whole sequences.
         once: the maps of `inputs` that one run calls once. passed_over: layers that text alone does not go through.
         row_dimensions: by layer, see `trunk.row_dimensions`.
         pads_left: whether a text padded on the left gets the hidden states that it has alone.
@@ -58,16 +58,16 @@ def observe(model: PreTrainedModel) -> Architecture:
     """
     decoder, maps = targets.decoder(model), targets.linear_maps(model)
     _refuse_offloaded(model)
-    short, long = batches(model)
+    two_texts, three_texts = batches(model)
     two, three = _Recording(model, maps), _Recording(model, maps)
     with _in_eval_mode(model), torch.no_grad():
         with understood(model, "run on text alone"):
-            text = decoder(input_ids=long[0][2:], use_cache=False).last_hidden_state[0]
+            text = decoder(input_ids=three_texts[0][2:], use_cache=False).last_hidden_state[0]
             with three:
-                alike = run(decoder, *long)
+                alike = run(decoder, *three_texts)
             with two:
-                run(decoder, *short)
-        head = Head.of(model, decoder, short[0])
+                run(decoder, *two_texts)
+        head = Head.of(model, decoder, two_texts[0])
     if not (close(alike[1, :SHORT], text[:SHORT]) and close(alike[2], text)):
         raise ValueError(
             f"model: {type(model).__name__} is not causal: its first tokens depend on those that stand after them; "
@@ -89,8 +89,8 @@ def observe(model: PreTrainedModel) -> Architecture:
 
 
 def batches(model: PreTrainedModel) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Two and three texts as (input_ids, attention_mask): the short one padded on the left, the same padded on the
-    right, and the long one; the two are the first and the last of them."""
+    """(two texts, three texts), each as (input_ids, attention_mask). The three are the short text padded on the left,
+    the same text padded on the right, and the long text; the two are the first and the last of these."""
     ids = _ordinary_tokens(model, LONG)
     mask = torch.ones(3, LONG, dtype=torch.int64, device=ids.device)
     mask[0, : LONG - SHORT], mask[1, SHORT:] = 0, 0
@@ -121,7 +121,7 @@ def cache_argument(decoder: nn.Module) -> str:
 
 def close(first: Tensor, second: Tensor) -> bool:
     """Whether hidden states ``[..., D]`` are the same up to rounding. In low precision rounding alone can send a token
-    to another expert, so there the token in the middle is asked."""
+    to another expert, so there the median over the tokens counts."""
     distance = (first - second).float().norm(dim=-1) / (second.float().norm(dim=-1) + 1e-6)
     if second.dtype in (torch.float32, torch.float64):
         return bool((distance < 1e-3).all())
@@ -145,11 +145,11 @@ def adaptable(
             chosen[path] = linear
         elif not everything or (_place_in_layer(path) in called and _layer(path) not in found.passed_over):
             reason = (
-                "does not hand it whole sequences, as a mixture of experts does not"
+                "does not give it rows of whole sequences, as in a mixture of experts"
                 if path in found.torn
                 else "does not call it as a linear map, so an adapter there would be silently ignored"
             )
-            raise ValueError(f"target_modules: {path} cannot be adapted, its model {reason}; leave it out")
+            raise ValueError(f"target_modules: {path} cannot be adapted: its model {reason}; leave it out")
     if not chosen:
         raise ValueError(f"target_modules: {target_modules!r} names no linear map that the model calls")
     return chosen
@@ -165,7 +165,7 @@ def _layer(path: str) -> int:
 
 
 class _Recording:
-    """While entered, what every linear map and every decoder layer is given."""
+    """Records, while it is entered, what every linear map and every decoder layer is given."""
 
     def __init__(self, model: PreTrainedModel, maps: Mapping[str, nn.Module]) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -184,7 +184,7 @@ class _Recording:
 
     def _record(self, path: str, linear: nn.Module, args: tuple, output: Any) -> None:
         num_in, num_out = targets.features(linear)
-        # a router may be such a module and do more than multiply
+        # a router may look like a linear map and do more than multiply
         if len(args) == 1 and args[0].shape[-1] == num_in and isinstance(output, Tensor):
             if output.shape != (*args[0].shape[:-1], num_out):
                 return
@@ -193,7 +193,7 @@ class _Recording:
 
 
 def _whole_sequences(two: Tensor, three: Tensor | None) -> bool:
-    """Whether the last row of each is the same text's, with one and two texts before it."""
+    """Whether the rows of the last text are the same in a batch of two texts and in one of three."""
     if three is None or two.shape[0] % 2 or three.shape[0] % 3 or two.shape[0] * 3 != three.shape[0] * 2:
         return False
     return close(three.chunk(3)[-1], two.chunk(2)[-1])
@@ -253,7 +253,7 @@ def _gradient_error(linear: nn.Module, dtype: torch.dtype, device: torch.device)
 
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """As it runs under an ensemble, also while it trains."""
+    """Inside, the model is in evaluation mode, as it is under an ensemble, in training too."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -265,7 +265,7 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside, it is this model's code that fails on text alone."""
+    """Inside, any error becomes a ValueError: this model cannot do `what`."""
     try:
         yield
     except Exception as error:

@@ -73,8 +73,8 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
 
 
 def auto_class(base_config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """Where transformers has no causal language model for a configuration, the one for text and images, which runs on
-    text alone too."""
+    """The class that loads a base: for causal language models, or, where transformers has none for a configuration,
+    for text and images, which runs on text alone too."""
     kind = type(base_config)
     text_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForCausalLM if text_only else AutoModelForImageTextToText

@@ -1,8 +1,9 @@
 """Conversations: what a message may hold, how a tokenizer's chat template writes it, and which part is the answer.
 
 A chat template is a program. It may trim a message, leave the thoughts out of earlier answers, or write the whole
-conversation in another way once one more message follows. So nothing is assumed about it: where an answer begins and
-ends is found by rendering the conversation again with less, or with another answer in its place, and comparing.
+conversation in another way once one more message follows. So nothing is assumed about it. To find where an answer
+begins and ends, the conversation is rendered again, with fewer messages or with another answer in its place, and the
+texts are compared.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from renyi_engine.data import Dropped
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-"""Characters from the first to before the second."""
+"""The number of the first character, and of the one after the last."""
 
 CONTEXT_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns beside the messages that the template may use, as TRL has them."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# answers that stand in for another one; they differ in the first and in the last character
+# answers that are put in the place of another one; they differ in the first and in the last character
 _STAND_INS = ("Q7z", "Jx3")
-# the forms that content can have
+# the same words in each form that content can have: a string, one text part, several text parts
 _TEXT: str = " ".join(_STAND_INS)
 _PART = [{"type": "text", "text": _TEXT}]
 _PARTS = [{"type": "text", "text": word} for word in _STAND_INS]
@@ -48,7 +49,7 @@ class Context:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a field of a row is meant as messages; `read_messages` says whether they are good ones."""
+    """Whether a field of a row is meant as messages; `read_messages` checks each of them."""
     return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
 
 
@@ -108,7 +109,7 @@ def read_context(number: int, row: Mapping[str, Any]) -> Context:
 
 
 def _from_json(number: int, column: str, value: Any) -> Any:
-    """A value that some data sets hold as JSON text."""
+    """The value; parsed, where the data set holds it as JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -147,7 +148,7 @@ class ChatTemplate:
         template marks with `{% generation %}` what an assistant says, those marks are taken instead.
 
         Raises:
-            Dropped: the template does not let a turn be told apart; the reason says why.
+            Dropped: where a turn begins or ends cannot be found; the message says why.
         """
         self._check_tool_calls(messages, context)
         if self._marks_generation(context):
@@ -162,8 +163,8 @@ class ChatTemplate:
         """Prompt and completion as one string, and the completion in it: all that follows the generation prompt.
 
         Raises:
-            Dropped: it does not begin with the assistant's turn, or the template writes the prompt in another way once
-                it follows.
+            Dropped: the completion does not begin with the assistant's turn, or the template writes the prompt in
+                another way once a completion follows.
         """
         if completion[0]["role"] != "assistant":
             raise Dropped("the completion does not begin with the assistant's turn")
@@ -182,7 +183,7 @@ class ChatTemplate:
         raise Dropped(self._why_not(text, asked, without_header))
 
     def end_of_turn(self) -> int | None:
-        """The token that closes an assistant turn, where it is a token of its own: "<|im_end|>" in ChatML."""
+        """The token with which the template closes an assistant turn, such as "<|im_end|>"; None without one."""
         if not self._tokenizer.chat_template:
             return None
         question = {"role": "user", "content": "?"}
@@ -207,8 +208,8 @@ class ChatTemplate:
         marks: bool = False,
         fit: bool = True,
     ) -> tuple[str, list[Span]]:
-        """(text, what the template's generation marks hold). `fit`: bring content to the form that the template
-        takes."""
+        """(text, the spans between the template's generation marks; none without `marks`). `fit`: first bring content
+        into the form that the template takes."""
         template = self._template(context)
         variables = {**self._tokenizer.special_tokens_map, **context.variables}
         try:
@@ -250,7 +251,7 @@ class ChatTemplate:
         return text
 
     def _writes(self, role: str, content: str | list[dict[str, str]]) -> bool:
-        """Whether all words of such a content come out, and nothing of how a list is written in Python or JSON."""
+        """Whether the template writes all words of such a content, and writes no list as Python or JSON would."""
         key = role, str(content)
         if key not in self._written:
             question = {"role": "user", "content": content}
@@ -294,7 +295,7 @@ class ChatTemplate:
         return first if start is None else start, last + self._closing(text[last:], closing)
 
     def _answer(self, text: str, messages: Sequence[Message], turn: int, context: Context) -> Span:
-        """What differs in `text`, the rendering of `messages`, once another answer stands at `turn`."""
+        """The part of `text`, the rendering of `messages`, that changes when another answer stands at `turn`."""
         starts, ends = [], []
         for answer in _STAND_INS:
             stand_in = {"role": messages[turn]["role"], "content": answer}
@@ -309,8 +310,8 @@ class ChatTemplate:
     def _closing(self, rest: str, closing: str) -> int:
         """How many characters of `rest`, which follows an answer, still belong to its turn.
 
-        `closing`: what the template ends the turn with if nothing follows. Some templates then write one more token,
-        or another one, than in the middle of a conversation.
+        `closing`: what the template ends the turn with if nothing follows. Some templates write one token more at the
+        end of a conversation, or another token, than in the middle.
         """
         if rest.startswith(closing):
             return len(closing)
@@ -324,7 +325,7 @@ class ChatTemplate:
         return len("".join(shared))
 
     def _pieces(self, text: str) -> list[str]:
-        """The text, parted into control tokens and what stands between them."""
+        """The text, split into control tokens and what stands between them."""
         return [piece for piece in re.split(f"({self._control_token.pattern})", text) if piece]
 
     @cached_property

@@ -154,8 +154,8 @@ class TrainConfig(AdapterConfig):
     warmup_steps: float = flag(0.0, "Warm-up in steps, or below 1 as a share of all steps.")
     max_grad_norm: float = flag(
         1.0,
-        "Gradient-norm limit of each particle by itself, as if it were trained alone: on K times its gradient of the "
-        "loss, which is a mean over K particles. 0 switches it off.",
+        "Limit of each particle's own gradient norm, as if it were trained alone: of K times its gradient of the loss, "
+        "as the loss is a mean over K particles. 0 switches clipping off.",
     )
     num_train_epochs: float = flag(3.0, "Passes over the data, unless max_steps is given.")
     max_steps: int = flag(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
@@ -188,7 +188,7 @@ class TrainConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         require_given(self, ("model_name_or_path", "dataset_name", "output_dir"))
-        # a truth value in Python, or as it is typed
+        # true and false in Python, and as they are typed
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "true", "yes"):
             self.resume_from_checkpoint = "true" if said in ("true", "yes") else None

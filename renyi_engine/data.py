@@ -22,7 +22,7 @@ from renyi_kernels import IGNORE_INDEX
 T = TypeVar("T")
 
 MOST_TEXT = 120
-"""Characters of an excerpt before what is learnt, and of that."""
+"""Characters that an excerpt shows before what is learnt, and as many from there on."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Example:
 
 
 class Dropped(ValueError):
-    """A row that cannot be trained on; the message is the reason it is counted under."""
+    """A row that cannot be trained on. The message is the reason, under which the row is counted."""
 
 
 def tokenize(
@@ -80,12 +80,12 @@ def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def name_rows(numbers: Sequence[int]) -> str:
-    """The first of the rows' numbers."""
+    """The numbers of the first ten rows, as text."""
     return f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
 
 
 def warn_unread(argument: str, columns: Iterable[str], read: Iterable[str]) -> None:
-    """Name the columns that have no effect, once for a data set: one of them may have been meant to have one."""
+    """Name the columns that are not read, once for a data set: the user may expect one of them to have an effect."""
     unread = [column for column in columns if column not in set(read)]
     if unread:
         warnings.warn(f"{argument}: these columns are not read: {', '.join(unread)}", stacklevel=2)
@@ -117,7 +117,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[s
 
 
 def excerpt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """Its last words before what is learnt, and the beginning of what follows; what is learnt stands in [[ ]]."""
+    """The end of the text before what is learnt, and the beginning of the rest; what is learnt stands in [[ ]]."""
     stretches = marked(tokenizer, example)
     before = "" if stretches[0][1] else stretches.pop(0)[0]
     text = "..." + before[-MOST_TEXT:] if len(before) > MOST_TEXT else before

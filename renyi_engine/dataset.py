@@ -19,7 +19,7 @@ class Dataset:
 
     Attributes:
         dropped: rows by reason.
-        sha256: of what a continuation has to have again, by what it is called: rows, and the tokens made of them.
+        sha256: hashes of what must be the same when a run is resumed, by name: the rows, and the tokens made of them.
     """
 
     train: list[Item]
@@ -29,7 +29,7 @@ class Dataset:
 
     @property
     def description(self) -> list[str]:
-        """What became of the rows that are not whole here, in lines."""
+        """Which rows were dropped and why, and which were cut, in lines."""
         held_out = [f"held out: {line}" for line in describe_rows(self.held_out, {})]
         return describe_rows(self.train, self.dropped) + held_out
 
@@ -48,7 +48,7 @@ def load_dataset(config: TrainConfig, task: Task) -> Dataset:
     held_out: list[Item] = []
     if config.eval_dataset_name:
         splits = load_splits(config.eval_dataset_name, None, "eval_dataset_name")
-    # without held-out data of its own, the default split is taken only if there is one
+    # without eval_dataset_name, the default split is held out only if there is one
     if config.eval_dataset_name or split in splits or split != TrainConfig.dataset_test_split:
         rows_held_out = splits.rows(split, "dataset_test_split", TrainConfig.dataset_test_split)
         held_out, dropped_held_out = read_items(task, rows_held_out, splits.argument)

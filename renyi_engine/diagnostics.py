@@ -78,7 +78,7 @@ def evaluate_nll(config: NllConfig) -> str:
     a few lines.
 
     Raises:
-        ValueError: the data, the model or the ensemble does not do.
+        ValueError: the data, the model or the ensemble cannot be used.
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", NllConfig.dataset_split)

@@ -108,9 +108,9 @@ class DpoTask:
         """The pair of row `number`.
 
         Raises:
-            Dropped, a ValueError: it teaches nothing: both are the same, a score is missing or too near, a completion
-                is empty or cut off whole; or where the completions begin cannot be told. ValueError: a field is missing
-                or not what its column says.
+            Dropped, a ValueError: the pair teaches nothing (both are the same, a score is missing or too near, a
+                completion is empty or cut off whole), or where the completions begin cannot be found. ValueError: a
+                field is missing or not what its column says.
         """
         prompt, chosen, rejected = _with_prompt(number, row)
         if chosen == rejected:
@@ -125,7 +125,7 @@ class DpoTask:
             self._encoder.completed(number, prompt, completion, column, row)
             for column, completion in (("chosen", chosen), ("rejected", rejected))
         ]
-        # as in TRL, both are compared from where the first of them begins, should a token be merged there
+        # where a merged token makes one completion begin earlier, both are learnt from there, as in TRL
         start = min(_first_label(labels) for _, labels in sides)
         if start >= self.max_length:
             raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
@@ -202,12 +202,12 @@ class DpoTask:
 
 
 def _first_label(labels: Sequence[int]) -> int:
-    """Where the completion begins; after the end if nothing of it is there."""
+    """Where the completion begins; after the last token if there is none."""
     return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 def _score(number: int, column: str, value: Any) -> float:
-    """A score of row `number`; a table without types, such as a .csv file, holds numbers as text."""
+    """A score of row `number`; a .csv file holds numbers as text."""
     if value is None or value == "":
         raise Dropped("a score is missing")
     with contextlib.suppress(TypeError, ValueError):

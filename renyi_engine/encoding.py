@@ -1,7 +1,7 @@
 """From the text or chat of a row to tokens: which stand for the prompt, which are learnt.
 
 Every text becomes tokens here: in training, in evaluation, in generation. So a text has one BOS where the tokenizer
-adds one, one EOS at the end of what is learnt, and none at the end of what is to be continued.
+adds one, one EOS at the end if it is learnt, and no EOS if it is to be continued.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Encoder:
         return ids if ids[: len(self._opening)] == self._opening else [*self._opening, *ids]
 
     def text(self, text: str) -> Labelled:
-        """A text of which everything is learnt, its end too."""
+        """A text, all of which is learnt, and so is the EOS at its end."""
         ids = self._ended(self.prompt(text))
         return ids, list(ids)
 
@@ -68,7 +68,8 @@ class Encoder:
         """The messages in `column`, of which every turn of the assistant is learnt.
 
         Raises:
-            ValueError: a message or a column beside it has another form. Dropped: a turn cannot be told apart.
+            ValueError: a message or a column beside it has another form. Dropped: where a turn begins or
+                ends cannot be found.
         """
         messages = read_messages(number, column, row[column])
         if not any(message["role"] == "assistant" for message in messages):
@@ -80,11 +81,11 @@ class Encoder:
         """Prompt and completion, both strings or both lists of messages, of which the completion is learnt.
 
         They become tokens together: where that merges the last token of the prompt with the first of the completion,
-        the merged token is learnt. `column` holds the completion; `row` may hold what the chat template is given.
+        the merged token is learnt. `column` holds the completion; `row` may hold `CONTEXT_COLUMNS`.
 
         Raises:
             ValueError: a field is missing or of another kind than the other. Dropped: where the completion begins
-                cannot be told.
+                cannot be found.
         """
         if isinstance(completion, str):
             require_field(isinstance(prompt, str), number, "prompt", f"a string, as the {column} is", prompt)
@@ -135,7 +136,7 @@ class Encoder:
 
 
 class _Tokenized:
-    """The tokens of a text, nothing added, and where its characters are in them."""
+    """The tokens of a text, without special tokens added, and which of them holds a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
@@ -144,11 +145,11 @@ class _Tokenized:
         self._ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else None
 
     def place(self, character: int) -> int:
-        """The first token that reaches beyond so many characters: a token that lies on both sides counts as beyond."""
+        """The first token that ends after so many characters: a token that lies on both sides counts as after."""
         if character == len(self._text):
             return len(self.ids)
         if self._ends is None:
-            # without offsets: where the tokens part from those of the beginning alone
+            # without offsets: as many tokens as the text has in common with its beginning alone
             return common_prefix(
                 self.ids, self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
             )

@@ -144,9 +144,9 @@ class LoraEnsemble(nn.Module):
         """Put saved adapters on `model`: a folder that `save_pretrained` wrote, a folder of PEFT adapter folders,
         or one PEFT adapter folder (K = 1).
 
-        `model` must be the base that they were trained on, in whatever floating-point type. Where the folder does not
-        say (PEFT writes the base's name alone), or the base is quantised, a doubt is a warning. `check_base` False:
-        nothing is compared.
+        `model` must be the base that they were trained on, in whatever floating-point type. Where that cannot be told
+        for certain (PEFT writes only the base's name, and a base may be quantised), a doubt is a warning. `check_base`
+        False: nothing is compared.
 
         Raises:
             ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen
@@ -251,7 +251,7 @@ class LoraEnsemble(nn.Module):
         if attention_mask is not None:
             attention_mask = attention_mask.to(device, non_blocking=True)
             if not self.pads_left and not attention_mask[:, 0].all():
-                raise ValueError(f"attention_mask: {type(self.model).__name__} is right only with padding on the right")
+                raise ValueError(f"attention_mask: {type(self.model).__name__} needs padding on the right")
             attention_mask = self._for_all(attention_mask)
             positions = architecture.positions(attention_mask)
         with self._one_run():
@@ -290,7 +290,7 @@ class LoraEnsemble(nn.Module):
 
     def label_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability, ``[K, ...]`` fp32 nats, by the model's head, of labels ``[...]`` that all particles share,
-        or ``[K, ...]`` of each its own.
+        or of labels ``[K, ...]`` of its own for each.
 
         hidden: ``[K, ..., D]`` where each label is predicted; -100: no label, 0.0.
         """
@@ -398,6 +398,7 @@ class LoraEnsemble(nn.Module):
         )
         linears = {path: self.model.get_submodule(path) for path in self.paths}
         stacks = dict(zip(self.paths, self._stacks(), strict=True))
+        # a map that one run calls several times is a group of its own: no other map reads this copy of its input
         alone = {path: found.inputs[path].clone() for path in self.paths if path not in found.once}
         inputs = {path: found.inputs[path] for path in self.paths} | alone
         for adapted in by_input(linears, stacks, self.config.scaling, inputs, shared if row_dimensions else None):
@@ -413,7 +414,7 @@ class LoraEnsemble(nn.Module):
 
     @torch.no_grad()
     def _trunk_is_right(self) -> bool:
-        """Whether hidden states are those of K*B rows from the start, with and without padding."""
+        """Whether hidden states are the same as with K*B rows from the start, with and without padding."""
         if self._trunk is None:
             return False
         ids, mask = self._few_rows()
@@ -427,7 +428,7 @@ class LoraEnsemble(nn.Module):
             return False
 
     def _few_rows(self) -> tuple[Tensor, Tensor]:
-        """Short texts, padded as the model can have them."""
+        """Short texts, padded in the ways that are right for the model."""
         ids, mask = architecture.batches(self.model)[1]
         return (ids, mask) if self.pads_left else (ids[1:], mask[1:])
 

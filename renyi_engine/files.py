@@ -56,7 +56,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file in one go: a kill leaves the old one or the new. `metadata`: texts to go with it."""
+    """Replace a safetensors file in one go: a kill leaves the old one or the new. `metadata`: texts for its header."""
     temporary = path.with_name(f".{path.name}.tmp")
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
@@ -65,7 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors writes the metadata in any order: put it into one, so that equal content makes equal files."""
+    """Sort the metadata, which safetensors writes in any order, so that equal content makes equal files."""
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))

@@ -5,7 +5,7 @@
      "weights": {"model.layers.*.self_attn.q_proj.weight": "92ac51e60c1f38d0", ...}}
 
 It is the same on every device, and in every floating-point type that holds the weights exactly. All weights are read,
-where they are. Checksums tell accidents, not forgeries.
+on the device where they are. Checksums show accidents, not forgeries.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     Weights whose names differ only in the number of their layer share a checksum, in one of these forms:
 
         92ac51e60c1f38d0                     bfloat16 holds the weights exactly
-        92ac51e60c1f38d0+07bb30d1a4e2c655    rounded to bfloat16, and what the rounding takes from them
+        92ac51e60c1f38d0+07bb30d1a4e2c655    of the weights rounded to bfloat16, and of what the rounding takes away
         float16:92ac51e60c1f38d0+...         the same, of weights that are in float16
         quantised:4f1d2a90b3c871ee           codes of quantised weights
         unknown                              weights that are not there to be read, as those on the device "meta"
@@ -71,9 +71,9 @@ class Difference:
     Attributes:
         values: of the config, as "rms_norm_eps was 1e-06, is 1e-05". One that only one side has may come with another
             version of transformers, and does not count.
-        weights: names of those that are others.
-        rounded: of those that are the same, but that one side holds in fewer digits.
-        unknown: of those that cannot be compared: quantised on one side, quantised otherwise, or not there.
+        weights: names of those that differ.
+        rounded: names of those that are the same, but that one side holds with fewer digits.
+        unknown: names of those that cannot be compared: quantised on one side, quantised otherwise, or not there.
     """
 
     values: list[str]
@@ -118,8 +118,8 @@ def _sealed(config: Mapping[str, Any], weights: Mapping[str, str]) -> dict[str, 
 
 def _config_values(model: PreTrainedModel) -> dict[str, Any]:
     values = json.loads(json.dumps(model.config.get_text_config().to_dict(), default=str))
-    harmful = {k: v for k, v in values.items() if not any(fnmatchcase(k, pattern) for pattern in _HARMLESS)}
-    return _flat(harmful)
+    relevant = {k: v for k, v in values.items() if not any(fnmatchcase(k, pattern) for pattern in _HARMLESS)}
+    return _flat(relevant)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _sums_of_values(tensor: Tensor) -> tuple[int, int]:
-    """Of the values rounded to bfloat16, and of what the rounding takes: 0 if it takes nothing."""
+    """Of the values rounded to bfloat16, and of what the rounding takes away: 0 if that is nothing."""
     rounded, rests = [], []
     for block in tensor.detach().flatten().split(_BLOCK):
         near = block.to(torch.bfloat16)
@@ -168,13 +168,14 @@ def _sums_of_values(tensor: Tensor) -> tuple[int, int]:
 
 
 def _sum_of_codes(tensor: Tensor) -> Any:
-    if is_traceable_wrapper_subclass(tensor):  # torchao's: what it is made of
+    if is_traceable_wrapper_subclass(tensor):  # a tensor of torchao: of the tensors that it is made of
         return [_sum_of_codes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     return _as_one([_sum(block) for block in tensor.detach().flatten().split(_BLOCK)])
 
 
 def _sum(block: Tensor) -> Tensor:
-    """Of the elements' bits, as whole numbers, each times an odd number for its place: modulo 2^64, so in any order."""
+    """The sum of the elements' bits, read as whole numbers, each times an odd number for its place. It is modulo 2^64,
+    so it is the same in any order of adding."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return (block.view(integers[block.itemsize]) * _multipliers(block.device)[: len(block)]).sum()
 

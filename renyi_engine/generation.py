@@ -36,8 +36,8 @@ def generate(
     """Continuations of every prompt by every particle, in one batch: new tokens ``[K, B, num_samples, L]``, int64.
 
     The prompt is read once for each particle (layers below the first adapter once for all), and what the model keeps of
-    it is then shared out among the samples. Where a model cannot be continued so, every sequence is read again for
-    every token: the same values, slowly, and a warning says so once.
+    it is then shared out among the samples. Where its cache gives other values, every sequence is read again for
+    every token: right, but slow, and a warning says so once.
 
     Args:
         input_ids, attention_mask: ``[B, T]``, padded on the left.
@@ -45,12 +45,12 @@ def generate(
         temperature: 0 takes the most likely token. top_p: draw from the most likely tokens that make up this much.
         seed, prompt_ids: sample s of particle k on prompt b is a function of (seed, k, prompt_ids[b], s), whatever
             stands beside it in the batch, up to rounding. prompt_ids: ``[B]`` whole numbers >= 0; None: 0 to B-1.
-        eos_token_id: tokens that end a continuation; the model's own if None. A continuation keeps its one.
-        pad_token_id: what stands after it; the first of these if None.
+        eos_token_id: tokens that end a continuation; the model's own if None. Each keeps the one that ended it.
+        pad_token_id: what stands after that; the first of `eos_token_id` if None.
 
     Raises:
-        ValueError: an argument does not do, a prompt is padded on the right, nothing says where to stop, or sequences
-            would grow to where the model's positions depend on their neighbours.
+        ValueError: an argument is out of range, a prompt is padded on the right, nothing says where to stop, or
+            sequences would grow to where the model's positions depend on the others in the batch.
     """
     stops = _stop_tokens(ensemble, eos_token_id)
     prompt_ids = range(len(input_ids)) if prompt_ids is None else prompt_ids

@@ -15,7 +15,7 @@ from renyi_engine.adapted_maps import is_matrix
 from renyi_kernels import linear_logprob
 
 EXACT = 1e-5
-"""How far what was found may be from what the model does, relative to the largest value: both are fp32."""
+"""How far the head that was found may be from the model's own, relative to the largest value: both are fp32."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, decoder: nn.Module, input_ids: Tensor) -> Head:
-        """Found by handing known numbers to the model in place of its hidden states, and in place of the product of its
-        head. So nothing is hidden by rounding, whatever the precision of the model.
+        """The model's head. It is found by giving the model known numbers in place of its hidden states, and in place
+        of the product with the head's matrix. So rounding hides nothing, whatever the precision of the model.
 
         Raises:
-            ValueError: there is more than a multiplication before or after the product, and a soft cap after it.
+            ValueError: there is something else than a multiplication before the product, or than a multiplication and a
+                soft cap after it.
         """
         output = model.get_output_embeddings()
         if output is None:
@@ -91,11 +92,11 @@ def _known_numbers(input_ids: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor
     """(hidden states [B, T, D], products [B, T, V]), fp32, for at least two tokens."""
     device = output.weight.device
     place = torch.arange(input_ids.numel() * output.in_features, device=device).view(*input_ids.shape, -1)
-    # powers of two of either sign, which every precision keeps
+    # powers of two of both signs, which every floating-point type holds exactly
     hidden = 2.0 ** (place * 7 % 5 - 2) * (1 - place // 3 % 2 * 2)
-    # near zero the slope shows, far away the soft cap, in between that there is nothing else
+    # one near zero shows the multiplication, one far from zero the soft cap, and the others that there is nothing else
     product = torch.linspace(-64.0, 64.0, output.out_features, device=device).repeat(*input_ids.shape, 1).flip(-1)
-    product[..., 0] = 1.0  # in no order
+    product[..., 0] = 1.0  # so they are not sorted
     product[0, 0], product[0, 1] = 2.0**-10, 2.0**20
     return hidden, product
 
@@ -128,7 +129,7 @@ def _ask(
     finally:
         handle.remove()
         del vars(output)["forward"]
-        if before is not None:  # accelerate has its own there
+        if before is not None:  # accelerate puts a forward of its own there
             vars(output)["forward"] = before
     if len(given) != 1:
         raise _not_understood(model)
@@ -136,7 +137,7 @@ def _ask(
 
 
 def _same(theirs: Tensor, ours: Tensor) -> bool:
-    """Token by token."""
+    """Whether they agree at every token, up to `EXACT`."""
     return bool(((theirs - ours).abs().amax(-1) <= EXACT * ours.abs().amax(-1)).all())
 
 

@@ -1,6 +1,6 @@
 """What a model can read: the tokens that it has embeddings for, and as many of them as it has positions for.
 
-Every command asks here before it runs anything; on a device, one such token too many would only be an index error.
+Every command checks this before it runs anything: later it would be no more than an index error on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def check_fits(
     model: PreTrainedModel, sequences: Iterable[tuple[str, Sequence[int]]], argument: str, new_tokens: int = 0
 ) -> None:
-    """See that `model` can read every sequence, and `new_tokens` more after it.
+    """Check that `model` can read every sequence, and `new_tokens` more after it.
 
     Args:
         model: its weights may be on the meta device.
@@ -49,9 +49,9 @@ def check_tokens(num_embeddings: int, place: str, ids: Sequence[int]) -> None:
 def num_positions(model: PreTrainedModel) -> int | None:
     """Tokens that a model with a table of positions can read at once; None where positions are computed.
 
-    Such are the learned positions of GPT-2 and OPT, the rotations that GPT-J keeps in a table, and the biases of MPT.
+    Such tables are the learned positions of GPT-2 and OPT, the rotations of GPT-J, and the biases of MPT.
     """
-    if model.config.model_type == "mpt":  # it makes its table anew in every forward
+    if model.config.model_type == "mpt":  # it makes a new table in every forward
         return model.config.max_seq_len
     decoder = model.get_decoder() or model.base_model
     sizes = [
@@ -65,7 +65,7 @@ def num_positions(model: PreTrainedModel) -> int | None:
 
 
 def use_a_pad_token_within(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
-    """Give up a pad token without an embedding, as padding is masked and any other token does as well."""
+    """Replace a pad token without an embedding; padding is masked, so any other token will do."""
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= num_embeddings:
         others = (tokenizer.eos_token_id, *tokenizer.all_special_ids, 0)

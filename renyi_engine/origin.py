@@ -1,7 +1,7 @@
-"""On which base adapters were trained: what their folder says of it, held against the model that they are put on.
+"""On which base adapters were trained: what their folder says of it, compared with the model that they are put on.
 
 ensemble.json keeps the base's fingerprint, and so does the metadata of every adapter_model.safetensors, which goes with
-a particle wherever it is copied. A folder that PEFT wrote has no more than the base's name.
+a particle wherever it is copied. A folder that PEFT wrote has only the base's name.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def of_ensemble(path: Path, ensemble: Mapping[str, Any]) -> Origin:
 
 
 def of_particle(config_file: Path, tensors_file: Path) -> Origin:
-    """What the two files of one PEFT folder say, which were read before and are sound."""
+    """What the two files of one PEFT folder say. Both were read before and are valid."""
     text = files.read_metadata(tensors_file).get(KEY)
     try:
         base = None if text is None else json.loads(text)
     except ValueError:
-        base = text  # which is no fingerprint
+        base = text  # refused below: it is no fingerprint
     name = files.read_json(config_file).get("base_model_name_or_path")
     return _origin(config_file.parent, name, base, tensors_file)
 
@@ -60,8 +60,8 @@ def _origin(folder: Path, name: Any, base: Any, source: Path) -> Origin:
 
 
 def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
-    """Warn where it cannot be told whether `model` is the base that the adapters were trained on, and where it is but
-    its config makes something else of the same weights.
+    """Warn where it cannot be told whether `model` is the base that the adapters were trained on, and where its weights
+    are those of the base but its config is another.
 
     Raises:
         ValueError: the model has other weights.
@@ -79,8 +79,8 @@ def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
         if found.weights:
             raise ValueError(
                 f"{there}another base than this model{f' ({own_name})' * bool(own_name)}: the weights of "
-                f"{_some(found.weights)} are others; {remedy}, or adapters of this model as --ensemble (directory); "
-                "LoraEnsemble.from_pretrained(..., check_base=False) takes them as they are"
+                f"{_some(found.weights)} differ; {remedy}, or adapters of this model as --ensemble (directory); "
+                "LoraEnsemble.from_pretrained(..., check_base=False) loads them without this check"
             )
         if found.values:
             _warn(f"{there}this base with another config: {', '.join(found.values)}")

@@ -49,7 +49,7 @@ def load_subject(config: EvalConfig) -> Subject:
     """The base of `config` with the particles of its `ensemble` folder, if it names one.
 
     Raises:
-        ValueError: the model or the folder does not do.
+        ValueError: the model or the folder cannot be used.
     """
     tokenizer = base_model.load_tokenizer(config)
     model = base_model.load_model(config)
@@ -117,11 +117,11 @@ class Choices:
 
 
 def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str]) -> Choices:
-    """Tokens of a prompt and of each completion, parted as lm-eval does it, so that scores can be compared.
+    """Tokens of a prompt and of each completion, split as in lm-eval, so that scores can be compared.
 
     Prompt and completion are encoded as one text, which is cut where the tokens of the prompt alone end; white space
-    at the end of the prompt goes to the completions. What the tokenizer puts before a text is there, once; nothing
-    comes after the completion.
+    at the end of the prompt goes to the completions. What the tokenizer puts before a text is there once; nothing
+    is put after the completion.
 
     Raises:
         ValueError: the prompt is empty, or a completion adds no token to it.
@@ -139,7 +139,7 @@ def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read at once, where its configuration limits them."""
+    """Tokens that the model can read at once, where its table of positions or its configuration limits them."""
     return num_positions(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 

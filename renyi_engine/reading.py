@@ -1,8 +1,8 @@
 """How a model reads what it continues: from a cache, or all of it again for every token.
 
 A reader gives the logits of the first new token and a function that takes the tokens drawn and gives the logits of
-those after them. No cache is believed before it was seen to give what reading all again gives: a model may ignore the
-cache that it is given, want one of a class of its own, or let padding into it.
+those after them. A cache is used only if it gave, in a trial, the same values as reading all again: a model may ignore
+the cache that it is given, need one of a class of its own, or let padding into it.
 
 Layout: K particles, B prompts, T tokens, n samples, S = K*B*n rows, particle-major, V vocabulary.
 """
@@ -45,10 +45,10 @@ def readers(ensemble: LoraEnsemble, lengths: Sequence[int], max_new_tokens: int)
         raise ValueError(
             f"max_new_tokens: a prompt of {max(lengths)} tokens may grow to {max(ends)}, but beyond {limit} the rotary "
             f"positions of {type(ensemble.model).__name__} (rope_type {kind!r}) depend on what else it has read; "
-            "ask for fewer tokens or cut the prompts"
+            "ask for fewer tokens or shorten the prompts"
         )
     cached = from_cache if _cache_agrees(ensemble) else again
-    # Phi-3: positions of one kind up to the limit and of another beyond it, for all of a batch and all that it has read
+    # Phi-3 has positions of one kind up to the limit and of another beyond it; one kind holds for all tokens of a batch
     short = [i for i, end in enumerate(ends) if end <= limit]
     long = [i for i, length in enumerate(lengths) if length > limit]
     crossing = [i for i in range(len(lengths)) if i not in short and i not in long]
@@ -82,7 +82,7 @@ def again(
     ensemble: LoraEnsemble, input_ids: Tensor, attention_mask: Tensor, num_samples: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Every sequence is read from its first token, without padding and without a cache, one prompt after the other:
-    right whatever the model does with either, and as many times slower as a sequence has tokens."""
+    right whatever the model does with either, but slower by a factor of the number of tokens in a sequence."""
     K, n = ensemble.num_running, num_samples
     prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
     logits = [ensemble.logits(ensemble(prompt[None])[:, :, -1]) for prompt in prompts]
@@ -114,20 +114,20 @@ def _cache_agrees(ensemble: LoraEnsemble) -> bool:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-                # a model may take no cache at all, or one of a class of its own; each says so in its own way
+                # a model may take no cache at all, or one of a class of its own; models raise different errors then
                 agrees, problem = False, str(error).splitlines()[0]
         ensemble.reads_from_cache = agrees
         if not agrees:
             warnings.warn(
-                f"{type(ensemble.model).__name__} cannot be continued from a cache ({problem}): every new token reads "
-                "its whole sequence again, which is right but slow",
+                f"{type(ensemble.model).__name__} cannot be continued from a cache ({problem}): for every new "
+                "token the whole sequence is read again, which is right but slow",
                 stacklevel=2,
             )
     return ensemble.reads_from_cache
 
 
 def _try(ensemble: LoraEnsemble, read: Reader) -> Tensor:
-    """Log-probabilities ``[steps, S, V]``. Several tokens are read after the prompt: some go wrong at the second."""
+    """Log-probabilities ``[steps, S, V]`` of several tokens after a prompt: some caches go wrong at the second."""
     device = ensemble.model.get_input_embeddings().weight.device
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 10, 11, 12, 13]], device=device)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)

@@ -1,7 +1,7 @@
-"""One file of rows, read as it stands: JSON, JSON Lines, CSV or parquet, packed or not.
+"""One file of rows, read as it stands: JSON, JSON Lines, CSV or parquet, compressed or not.
 
 A string in the file is a string in the row, whatever it looks like, and a column that one row lacks is not in that row.
-Errors say which line is to blame, as an editor counts them; whose file it is says the caller.
+Errors name the line, counted as an editor counts lines; the caller adds the name of the file.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Row = dict[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _UNPACKERS: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # which `datasets` sees as data in a folder
+_NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # archives that `datasets` takes for data in a folder
 
 
 def read_file(path: Path, kind: str, **options: Any) -> list[Row]:
-    """The rows of one file of a `kind`; options as `datasets` calls them: `field` of JSON, `sep` of CSV.
+    """The rows of one file; kind: see `kind_of`; options, named as in `datasets`: `field` of JSON, `sep` of CSV.
 
     Raises:
         ValueError, in one line: it cannot be read, or what stands in it is broken.
@@ -80,9 +80,9 @@ def from_arrow(table: pyarrow.Table) -> list[Row]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked. What the system or an archive has to complain of is a ValueError."""
+    """The file's bytes, uncompressed. An error of the system, or a broken archive, is a ValueError."""
     if path.suffix in _NOT_UNPACKED:
-        raise ValueError(f"a {path.suffix} archive is not read here; unpack it, or pack the file with gzip")
+        raise ValueError(f"a {path.suffix} archive is not read here; unpack it, or compress the file with gzip")
     try:
         with _UNPACKERS.get(path.suffix, lambda path: path.open("rb"))(path) as file:
             yield file
@@ -159,7 +159,7 @@ def _parsed(text: str, first_line: int) -> Any:
 
 
 def _csv(path: Path, delimiter: str) -> list[Row]:
-    """Every cell is a string. The first line names the columns; one without a name is left out."""
+    """Every cell is a string. The first line names the columns; a column without a name is left out."""
     records = csv_cells(path, delimiter)
     _, header = next(records, (1, []))
     named = {name: index for index, name in enumerate(header) if name}
@@ -181,7 +181,7 @@ def _parquet(path: Path) -> list[Row]:
         try:
             return from_arrow(pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())))
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"no whole parquet file ({one_line(error)})") from None
+            raise ValueError(f"not a whole parquet file ({one_line(error)})") from None
 
 
 def _plain(kind: pyarrow.DataType, value: Any) -> Any:
@@ -199,6 +199,6 @@ def _plain(kind: pyarrow.DataType, value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error, or the one that caused it, says."""
+    """The message of an error, or of the one that caused it, in one line."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__

@@ -1,7 +1,7 @@
-"""The rows of a data set, by split, as its files hold them: nothing is inferred, guessed or cached.
+"""The rows of a data set, by split, as its files hold them: no types are inferred.
 
-A row is a plain dict. Files are read by `row_files`, also those of a folder, of which `datasets` says only which file
-belongs to which split. A hub id is left to `datasets` altogether.
+A row is a plain dict. Files are read by `row_files`; for those of a folder, `datasets` says only which file belongs to
+which split. A data set of the hub is read by `datasets`, with its cache.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, one_line,
 
 # options that a folder's README.md may give to a reader, beside the files themselves
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
-# what TRL and others call the rows of a file; to ask for that split of one is to ask for the file
+# TRL and others call the rows of a file the split train; whoever asks for that split gets the file
 _SPLIT_OF_A_FILE = "train"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set that was read. What has no splits, such as a file, holds its rows under None.
+    """A data set that was read. One without splits, such as a file, holds its rows under None.
 
     Attributes:
         argument: the setting that named it, for errors.
@@ -75,7 +75,7 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
     """Every split of a data set: a local file, a folder, or a hub id.
 
     Raises:
-        ValueError, in one line: it is not there or cannot be read; of a file, with the line that is to blame.
+        ValueError, in one line: it is not there or cannot be read; the message names the line of a file that is broken.
     """
     path = Path(name)
     found: Mapping[str | None, list[Row]]
@@ -98,7 +98,7 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
-    """Every column that some row has, in the order in which they come up."""
+    """Every column that some row has, in the order in which they first appear."""
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
@@ -123,7 +123,7 @@ def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str])
 
 
 def content_hash(rows: Iterable[Row]) -> str:
-    """sha256 of what the rows hold, in their order; the order of columns is nothing."""
+    """sha256 of what the rows hold, in their order; the order of columns does not matter."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
@@ -146,7 +146,7 @@ def _read_folder(path: Path, config_name: str | None) -> dict[str | None, list[R
             loaded = datasets.load_from_disk(str(path))
             by_split = loaded if isinstance(loaded, Mapping) else {None: loaded}
             return {split: _from_dataset(dataset) for split, dataset in by_split.items()}
-    # a cache of its own, which goes with it: the files may be others by the next time
+    # a cache that is deleted at the end: the files may have changed by the next time
     with tempfile.TemporaryDirectory() as scratch, _told_by_datasets():
         folder = str(_plainly_named(path, Path(scratch)))
         builder = datasets.load_dataset_builder(folder, config_name, cache_dir=scratch)
@@ -176,27 +176,27 @@ def _from_hub(name: str, config_name: str | None) -> dict[str | None, list[Row]]
 
 @contextlib.contextmanager
 def _told_by_datasets() -> Iterator[None]:
-    """What `datasets` raises, as a ValueError of one line."""
+    """Inside, what `datasets` raises becomes a ValueError of one line."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         yield
-    except StopIteration:  # what a file without a line makes of a loader
+    except StopIteration:  # raised for a file without a line
         raise ValueError("is empty; at least one row is needed") from None
     except (OSError, yaml.YAMLError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot be read as a data set ({one_line(error)})") from None
 
 
 def _plainly_named(folder: Path, scratch: Path) -> Path:
-    """`folder`, or links to its files where `datasets` would take its name for a pattern: mine[1] also means mine1."""
+    """The folder; or links to its files, if `datasets` would take its name for a pattern: mine[1] would mean mine1."""
     if not glob.has_magic(str(folder.resolve())):
         return folder
     return Path(shutil.copytree(folder.resolve(), scratch / "data", copy_function=os.symlink))
 
 
 def _options(config: Any) -> dict[str, Any]:
-    """What a builder's configuration says beside its name and its files."""
+    """What a builder's configuration sets to other than its default, beside its name and its files."""
     usual = type(config)()
     names = {field.name for field in dataclasses.fields(config)} - {"name", "version", "data_dir", "data_files"}
     values = {name: getattr(config, name) for name in names - {"description"}}
@@ -204,5 +204,5 @@ def _options(config: Any) -> dict[str, Any]:
 
 
 def _from_dataset(dataset: Any) -> list[Row]:
-    # as arrow, in parts: nothing is decoded that nobody reads, such as pictures
+    # as arrow tables of 1000 rows: in that format `datasets` does not decode pictures or sound
     return [row for table in dataset.with_format("arrow").iter(1000) for row in from_arrow(table)]

@@ -85,14 +85,14 @@ class RunFolder:
         settings = {
             "training rows": "dataset_name",
             "held-out rows": "eval_dataset_name" if config.eval_dataset_name else "dataset_test_split",
-            "tokens": "model_name_or_path",  # of the same rows: the tokenizer or its chat template is another
+            "tokens": "model_name_or_path",  # the rows are the same: the tokenizer or its chat template is another
         }
         for what, setting in settings.items():
             then, now = before[what], sha256[what]
             if then != now:
                 raise ValueError(
                     f"{setting}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} "
-                    "now; give what the run was begun with, or begin another in a new output_dir"
+                    "now; give what the run was begun with, or begin another run in a new output_dir"
                 )
 
     def begin(self, config: TrainConfig, step: int) -> None:

@@ -1,8 +1,8 @@
 """Settings: flat dataclasses, read from YAML and flags alike.
 
 Flags are parsed by transformers' HfArgumentParser, so that they look and behave as TRL's do. A YAML file is turned into
-the same flags in front of the command line's own, its values as they are typed: one way in, one kind of error, and what
-is typed last wins.
+the same flags, with its values as they are written, and these are put in front of the flags of the command line. So
+errors are of one kind, and the command line wins.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 _NOTHING = {"false", "no", "off", "none"}
-"""What a file may say, beside null, where a setting need not have a value."""
+"""What a file may say, beside null, for a setting that is to have no value."""
 
 
 def flag(default: Any, help: str) -> Any:
@@ -136,8 +136,8 @@ class _Parser(HfArgumentParser):
 
 
 class _AsTyped(yaml.SafeLoader):
-    """A value of the file is the text that stands there, as on a command line; YAML alone would read no as False, 007
-    as 7 and 12:30 as 750. Only null means that there is none."""
+    """A value of the file is the text that is written there, as on a command line; YAML alone would read no as False,
+    007 as 7 and 12:30 as 750. Only null means that there is no value."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
@@ -153,7 +153,7 @@ class _AsTyped(yaml.SafeLoader):
 
 
 def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path) -> dict[str, list[str]]:
-    """Of every setting in the file that has a value, its flag and what follows."""
+    """For every setting that has a value in the file, its flag and what follows the flag."""
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     flags = {}

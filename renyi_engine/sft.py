@@ -52,8 +52,8 @@ class SftTask:
         """Tokens and labels of row `number`.
 
         Raises:
-            Dropped, a ValueError: no token is left to learn, or what is learnt cannot be told apart. ValueError: a
-                field is missing or not what its column says.
+            Dropped, a ValueError: no token is left to learn, or where it begins or ends cannot be found.
+                ValueError: a field is missing or not what its column says.
         """
         if row.get("messages") is not None:
             input_ids, labels = self._encoder.conversation(number, row, "messages")

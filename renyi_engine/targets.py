@@ -113,7 +113,7 @@ def match_targets(
 
 
 class AdapterTargets(NamedTuple):
-    """The words of an adapter_config.json that make PEFT adapt certain maps and no others."""
+    """The entries of an adapter_config.json that make PEFT adapt certain maps and no others."""
 
     target_modules: list[str]
     layers_to_transform: list[int] | None
@@ -121,7 +121,8 @@ class AdapterTargets(NamedTuple):
 
 
 def describe(model: PreTrainedModel, paths: Sequence[str]) -> AdapterTargets:
-    """Words that match exactly `paths`: by name and layer if possible, else by path, else by the weight's path."""
+    """Entries that match exactly `paths`: by name and layer if possible, else by path. A map whose name PEFT takes for
+    that of fused experts is named by the path of its weight."""
     layers_path, layers = decoder_layers(model)
     parameters = sorted(f"{path}.weight" for path in paths if peft_names.named_as_experts(model, path))
     modules = {path for path in paths if f"{path}.weight" not in parameters}

@@ -82,7 +82,7 @@ def read_items(task: Task, rows: Sequence[Row], argument: str) -> tuple[list[Any
     """(items, dropped) of a data set's rows, as `data.tokenize` gives them.
 
     Raises:
-        ValueError: the columns do not do, a row is broken, or none is left.
+        ValueError: a column is missing, a row is broken, or none is left.
     """
     task.check_columns(columns_of(rows), argument)
     return data.tokenize(rows, task.example, argument)
@@ -94,13 +94,13 @@ def cut_rows(items: Sequence[Item]) -> list[int]:
 
 
 def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -> list[str]:
-    """What became of a data set's rows, in lines: those that were dropped and why, and those that were cut."""
+    """The rows of a data set that were dropped and why, and those that were cut, in lines."""
     cut = cut_rows(items)
     of_cut = [f"{len(cut)} rows cut off at max_length ({data.name_rows(cut)})"] if cut else []
     return data.describe_dropped(dropped) + of_cut
 
 
 def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
-    """ValueError unless `model` can read every sequence of these: see `limits`."""
+    """ValueError unless `model` can read every sequence of these examples: see `limits`."""
     sequences = ((f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences)
     limits.check_fits(model, sequences, "max_length")

@@ -58,10 +58,10 @@ def train_step(
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
-    The gradients are K times those of (19) with its prior. Both are means over the particles: at alpha = 0 each
-    particle finds 1/K of the gradient that it would have alone, at any alpha r_k of it, and the r_k of an example sum
-    to 1. Times K, a particle's norm, its clipping and AdamW's epsilon mean what they mean to one adapter that is
-    trained alone; at alpha = 0 the step is exactly K steps of single adapters.
+    The gradients are K times those of (19) with its prior, as both are means over the particles: of the gradient that
+    it would have alone, a particle gets r_k, which is 1/K at alpha = 0, and the r_k of an example sum to 1. With the
+    factor K, a particle's norm, its clipping and AdamW's epsilon mean the same as for one adapter that is trained
+    alone; at alpha = 0 the step is exactly K steps of single adapters.
 
     No update of a particle whose gradient is not finite; of none if the mean NLL of the mixture, in nats, is above
     `largest_nll`.

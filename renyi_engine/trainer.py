@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
     """Train an ensemble as `config` says; everything it makes is in `config.output_dir`.
 
     Raises:
-        ValueError: a setting, the data, the model or the folder does not do; nothing was trained.
+        ValueError: a setting, the data, the model or the folder cannot be used; nothing was trained.
         TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
         TrainingDiverged: a particle's gradient stayed NaN or infinite, or the loss beyond `spike_threshold`.
         DoesNotFit: memory ended, in a step even with one example at a time; what was trained is saved.

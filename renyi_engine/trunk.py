@@ -1,8 +1,8 @@
 """The shared trunk: layers below the first adapted one run once for all particles.
 
 At the first adapted layer B rows become K*B, particle-major. A layer is given more than hidden states: masks,
-positions, whatever its model invented. Which of a layer's arguments hold rows, and in which dimension, is read off two
-runs with two numbers of rows: what grew with the rows holds rows. Layout: K particles, B sequences, T tokens.
+positions, whatever its model invented. Which of its arguments hold rows, and in which dimension, is found by two runs,
+with 2 rows and with 3: an argument that grew with the rows holds rows. Layout: K particles, B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class SharedTrunk:
             return None
         place, hidden = next((k, tensor) for k, tensor in _tensors(args, kwargs) if k in known and k[0] in HIDDEN)
         dimension, size = known[place]
-        # hidden states have already been brought where this layer is not the first
+        # after the first of these layers, hidden states already have K*B rows
         num_sequences = hidden.shape[dimension] // size // (1 if is_first else self._num_particles)
         bring = partial(self._bring, known, num_sequences, hidden if is_first else None)
         return (
@@ -111,8 +111,8 @@ class SharedTrunk:
         )
 
     def _bring(self, known: RowDimensions, num_sequences: int, trunk_end: Tensor | None, key: Key, value: Any) -> Any:
-        """One of a layer's arguments. A method: a local function that calls itself would keep hidden states, and with
-        them the whole graph, until Python looks for cycles."""
+        """One of a layer's arguments, with K*B rows if it holds B. This is a method because a local function that calls
+        itself would keep hidden states, and with them the whole graph, until Python looks for cycles."""
         if isinstance(value, (tuple, list)):
             return type(value)(
                 self._bring(known, num_sequences, trunk_end, (*key, number), item) for number, item in enumerate(value)

@@ -64,7 +64,7 @@ def evaluate_mmlu(config: MmluConfig) -> str:
     report.html: calibration, uncertainty and responsibilities.
 
     Raises:
-        ValueError: the data, the model or the ensemble does not do, or output_dir holds an evaluation already.
+        ValueError: the data, the model or the ensemble cannot be used, or output_dir holds an evaluation already.
     """
     started = time.time()
     output = Path(config.output_dir)

@@ -139,7 +139,7 @@ def generates(subject: Subject) -> str:
 
 
 def peft_loads(subject: Subject) -> str:
-    """`test_every_class_in_use` holds it of all on which adapters come on."""
+    """`test_every_class_in_use` checks this for every class that is not refused."""
     return "" if subject.ensemble is None else "yes"
 
 
@@ -161,12 +161,18 @@ def page(rows: list[str]) -> str:
         [
             "# Which models it runs on",
             "",
-            f"Every causal language model class of transformers {transformers.__version__}, and every one for text and "
-            "images, which run on text alone. Each was built tiny, with random weights, and held to the model alone: "
-            "log-probabilities, hidden states and gradients of every particle; what is generated has the values of "
-            "decoding without a cache, from the model's cache where that gives them, else slowly, reading all again "
-            "for every token; and PEFT loads what is saved, with the same logits. Made by "
-            "`python -m tests.renyi_engine.every_architecture`; a test holds the list to what it finds.",
+            f"These are all causal language model classes of transformers {transformers.__version__}, and all classes "
+            "for text and images, which are run on text alone. Of each, a tiny model with random weights was tried.",
+            "",
+            "- trains: every particle has the log-probabilities, hidden states and gradients of the model alone with "
+            "that particle's adapter. After `no` stands the message with which the model is refused.",
+            "- generates: the log-probabilities are those of decoding without a cache. `from its cache`: the model's "
+            "own cache gives them. `reading all again`: it does not, so the whole sequence is read again for every new "
+            "token, which is slow.",
+            "- PEFT loads: PEFT loads the saved adapters and gives the same logits.",
+            "",
+            "`python -m tests.renyi_engine.every_architecture` writes this page, and a test compares it with what it "
+            "finds.",
             "",
             _row("model type", "class", *COLUMNS),
             _row("---", "---", *("---" for _ in COLUMNS)),
