@@ -43,7 +43,7 @@ def answer(config: GenerateConfig) -> str:
     encoded = encode_prompts(tokenizer, config.prompts)
     # the last new token is not read
     called = ((f"prompt {number}", ids) for number, ids in enumerate(encoded))
-    limits.check_fits(ensemble.model, called, "max_new_tokens", config.max_new_tokens - 1)
+    limits.check_fits(ensemble.model, called, "max_new_tokens", config.max_new_tokens)
     input_ids, attention_mask = left_padded(encoded, pad)
     draws = {**config.sampling(), "seed": config.seed}
     stops = stop_tokens(ensemble.model, tokenizer)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from renyi_engine import targets
 from renyi_engine.adapted_maps import is_plain
 from renyi_engine.head import Head
+from renyi_engine.memory import is_out_of_memory
 from renyi_engine.trunk import LayerArguments, RowDimensions, row_dimensions
 
 LONG, SHORT = 12, 10
@@ -269,5 +270,7 @@ def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"model: {type(model).__name__} cannot {what} ({type(error).__name__}: {reason})") from error

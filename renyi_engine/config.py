@@ -190,8 +190,8 @@ class TrainConfig(AdapterConfig):
         require_given(self, ("model_name_or_path", "dataset_name", "output_dir"))
         # true and false in Python, and as they are typed
         said = str(self.resume_from_checkpoint).lower()
-        if said in ("none", "false", "no", "true", "yes"):
-            self.resume_from_checkpoint = "true" if said in ("true", "yes") else None
+        if said in ("none", "false", "no", "off", "true", "yes", "on"):
+            self.resume_from_checkpoint = "true" if said in ("true", "yes", "on") else None
         check_alpha(self.alpha)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
         positive = ("alpha_max", "learning_rate", "prior_std", "adam_epsilon", "num_train_epochs")

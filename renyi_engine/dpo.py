@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,7 @@ def _score(number: int, column: str, value: Any) -> float:
     if value is None or value == "":
         raise Dropped("a score is missing")
     with contextlib.suppress(TypeError, ValueError):
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
     raise ValueError(f"row {number}: {column}: expected a number; got {type(value).__name__} {str(value)[:60]!r}")
 

@@ -32,6 +32,7 @@ from renyi_engine import adapter_folder, architecture, generation, origin, seedi
 from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
 from renyi_engine.architecture import Architecture
 from renyi_engine.fingerprint import Fingerprint, fingerprint
+from renyi_engine.memory import is_out_of_memory
 from renyi_engine.objective import sum_tokens
 from renyi_engine.trunk import RowDimensions, SharedTrunk, repeat_rows
 from renyi_kernels import IGNORE_INDEX
@@ -424,7 +425,9 @@ class LoraEnsemble(nn.Module):
         try:
             alike = architecture.close(self(ids, mask), truth)
             return alike and architecture.close(self(ids[-1:]), truth[:, -1:])
-        except Exception:  # whatever a model's own layers do with rows that they did not expect
+        except Exception as error:  # whatever a model's own layers do with rows that they did not expect
+            if is_out_of_memory(error):
+                raise
             return False
 
     def _few_rows(self) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from renyi_engine.adapted_maps import is_matrix
+from renyi_engine.memory import is_out_of_memory
 from renyi_kernels import linear_logprob
 
 EXACT = 1e-5
@@ -121,6 +122,8 @@ def _ask(
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: {type(model).__name__} makes no logits of the hidden states of text alone "

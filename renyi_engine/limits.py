@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from renyi_engine import targets
+
 
 def check_fits(
     model: PreTrainedModel, sequences: Iterable[tuple[str, Sequence[int]]], argument: str, new_tokens: int = 0
@@ -28,10 +30,11 @@ def check_fits(
     num_embeddings, positions = model.get_input_embeddings().weight.shape[0], num_positions(model)
     for place, ids in sequences:
         check_tokens(num_embeddings, place, ids)
-        if positions is not None and len(ids) + new_tokens > positions:
+        # the last of the new tokens is drawn, and never read
+        if positions is not None and len(ids) + max(new_tokens - 1, 0) > positions:
             more = f" and {new_tokens} new ones" if new_tokens else ""
-            most = f" to at most {positions - len(ids)}" if new_tokens else f" to at most {positions}"
-            remedy = f"lower --{argument}{most}" if positions > (len(ids) if new_tokens else 0) else "shorten it"
+            most = positions - len(ids) + 1 if new_tokens else positions
+            remedy = f"lower --{argument} to at most {most}" if most > 0 else "shorten it"
             raise ValueError(
                 f"{argument}: {place} has {len(ids)} tokens{more}, but the model has {positions} positions; {remedy}"
             )
@@ -53,7 +56,7 @@ def num_positions(model: PreTrainedModel) -> int | None:
     """
     if model.config.model_type == "mpt":  # it makes a new table in every forward
         return model.config.max_seq_len
-    decoder = model.get_decoder() or model.base_model
+    decoder = targets.decoder(model)
     sizes = [
         # some tables begin with rows that stand for no position
         module.num_embeddings - getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 # PyTorch's allocators on a GPU and on a CPU, Triton, and cuBLAS: only the first has an exception of its own
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -25,8 +27,9 @@ def must_fit(what: str, remedy: str | None = None) -> Iterator[None]:
         raise DoesNotFit(f"{problem}; {remedy}" if remedy else problem) from None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return any(sign in str(error) for sign in _SIGNS)
+def is_out_of_memory(error: BaseException) -> bool:
+    found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return found or isinstance(error, torch.OutOfMemoryError)
 
 
 def first_line(error: RuntimeError) -> str:

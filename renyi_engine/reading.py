@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from renyi_engine.adapted_maps import Rows
+from renyi_engine.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import LoraEnsemble
@@ -111,9 +112,9 @@ def _cache_agrees(ensemble: LoraEnsemble) -> bool:
                 apart = (whole.exp() * (_try(ensemble, from_cache) - whole).abs()).sum(-1).max().item()
                 agrees = apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW)
                 problem = f"it would be {apart:.2g} nats off"
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                if is_out_of_memory(error):
+                    raise
                 # a model may take no cache at all, or one of a class of its own; models raise different errors then
                 agrees, problem = False, str(error).splitlines()[0]
         ensemble.reads_from_cache = agrees

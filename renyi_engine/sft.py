@@ -57,15 +57,18 @@ class SftTask:
         """
         if row.get("messages") is not None:
             input_ids, labels = self._encoder.conversation(number, row, "messages")
-        elif "completion" in row:
-            if row["completion"] in ("", []):
+        elif row.get("completion") is not None or row.get("prompt") is not None:
+            if row.get("completion") in ("", []):
                 raise Dropped("no token to learn: the completion is empty")
-            input_ids, labels = self._encoder.completed(number, row.get("prompt"), row["completion"], "completion", row)
-        else:
-            require_field(isinstance(row.get("text"), str), number, "text", "a string", row.get("text"))
+            prompt, completion = row.get("prompt"), row.get("completion")
+            input_ids, labels = self._encoder.completed(number, prompt, completion, "completion", row)
+        elif row.get("text") is not None:
+            require_field(isinstance(row["text"], str), number, "text", "a string", row["text"])
             if not row["text"]:
                 raise Dropped("no token to learn: the text is empty")
             input_ids, labels = self._encoder.text(row["text"])
+        else:
+            raise ValueError(f"row {number}: expected {' or '.join(FORMS)}; it has none of them")
         example = Example.cut(number, input_ids, labels, self.max_length)
         if example.num_labels == 0:
             if example.num_cut and any(label != IGNORE_INDEX for label in labels):

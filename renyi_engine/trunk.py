@@ -100,6 +100,8 @@ class SharedTrunk:
     ) -> tuple[tuple, dict] | None:
         if not self._is_shared() or (self._num_particles == 1 and not is_first):
             return None
+        if not known:
+            raise RuntimeError(f"a {type(layer).__name__} ran that text alone did not go through when adapters came on")
         place, hidden = next((k, tensor) for k, tensor in _tensors(args, kwargs) if k in known and k[0] in HIDDEN)
         dimension, size = known[place]
         # after the first of these layers, hidden states already have K*B rows

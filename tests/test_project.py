@@ -35,9 +35,9 @@ LAYERS = [
     ["generation"],
     ["reading"],
     ["architecture", "adapter_folder"],
-    ["head", "trunk", "origin"],
+    ["head", "trunk", "origin", "limits"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["peft_names", "files", "settings", "memory", "row_files", "limits", "thoughts"],
+    ["peft_names", "files", "settings", "memory", "row_files", "thoughts"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],
