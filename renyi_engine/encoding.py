@@ -96,12 +96,15 @@ class Encoder:
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text."""
-        alone, whole = self._tokens("a"), list(self._tokenizer("a")["input_ids"])
+        words = sorted(self._tokenizer.get_vocab().keys() - self._tokenizer.get_added_vocab().keys())
+        text = next(filter(self._tokens, ["a", *words]), "a")  # not every vocabulary has letters
+        alone, whole = self._tokens(text), list(self._tokenizer(text)["input_ids"])
         for start in range(len(whole) - len(alone) + 1):
             if whole[start : start + len(alone)] == alone:
                 return whole[:start], whole[start + len(alone) :]
         raise ValueError(
-            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of 'a' with special tokens and {alone} without; "
+            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of {text!r} with special tokens and {alone} "
+            "without; "
             "expected the same tokens in the middle"
         )
 

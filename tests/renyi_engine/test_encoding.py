@@ -69,6 +69,21 @@ def test_what_is_to_be_continued_has_no_eos(adds):
     assert [tokenizer.decode(ids) for ids in choices.completions] == [" A", " B"]
 
 
+def test_what_a_tokenizer_adds_is_known_though_its_vocabulary_has_no_letter_a():
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5}, []))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    encoder = Encoder(tokenizer)
+    assert encoder.text("GATT")[0] == tokenizer("GATT")["input_ids"] == [0, 4, 2, 5, 5, 1]
+    assert encoder.completed_text("GA", "TT") == ([0, 4, 2, 5, 5, 1], [-100, -100, -100, 5, 5, 1])
+    assert encoder.prompt("GATT") == [0, 4, 2, 5, 5]
+
+
 def test_a_tokenizer_without_eos_ends_a_text_with_what_it_puts_there_itself():
     tokenizer = byte_pair_tokenizer(adds="<bos> $A <eos>", eos=None)
     assert tokenizer.decode(Encoder(tokenizer).text("red")[0]) == "<bos>red<eos>"
