@@ -91,7 +91,7 @@ class Encoder:
 
     def _tokens(self, text: str) -> list[int]:
         """Tokens of the text alone: nothing is added."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _Tokenized(self._tokenizer, text).ids
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
@@ -133,6 +133,8 @@ class _Tokenized:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise Dropped("a text holds half a character, which has no tokens")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
         self.ids: list[int] = list(encoded["input_ids"])
         self._ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from renyi_engine import SftTask
-from renyi_engine.data import left_padded
+from renyi_engine.data import Dropped, left_padded
 from renyi_engine.encoding import Encoder, encode_prompts, stop_tokens
 from renyi_engine.predict import encode_choices
 
@@ -164,3 +164,15 @@ def test_what_training_teaches_an_answer_to_end_with_ends_it_in_generation():
     assert answer == "Four.<|im_end|>\n"
     stops = stop_tokens(tiny_llama(tokenizer, eos_token_id=tokenizer.eos_token_id), tokenizer)
     assert set(stops) & {label for label in example.labels if label != -100}
+
+
+def test_half_a_character_is_refused_and_a_whole_one_is_not():
+    tokenizer = byte_pair_tokenizer()
+    task = SftTask(tokenizer, 64)
+    for row in ({"text": "red \ud83d"}, {"prompt": "red", "completion": "\udcff"}):
+        with pytest.raises(Dropped, match="a text holds half a character, which has no tokens"):
+            task.example(0, row)
+    # what a shell hands over where it cannot decode
+    with pytest.raises(ValueError, match="half a character"):
+        encode_prompts(tokenizer, ["\udcff"])
+    assert tokenizer.decode(task.example(0, {"text": "red \U0001f600"}).input_ids) == "red \U0001f600<eos>"
