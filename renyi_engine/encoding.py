@@ -96,16 +96,17 @@ class Encoder:
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text."""
-        words = sorted(self._tokenizer.get_vocab().keys() - self._tokenizer.get_added_vocab().keys())
-        text = next(filter(self._tokens, ["a", *words]), "a")  # not every vocabulary has letters
+        text = "a"
+        if not self._tokens(text):  # not every vocabulary has letters
+            words = self._tokenizer.get_vocab().keys() - self._tokenizer.get_added_vocab().keys()
+            text = next(filter(self._tokens, sorted(words)), text)
         alone, whole = self._tokens(text), list(self._tokenizer(text)["input_ids"])
         for start in range(len(whole) - len(alone) + 1):
             if whole[start : start + len(alone)] == alone:
                 return whole[:start], whole[start + len(alone) :]
         raise ValueError(
             f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of {text!r} with special tokens and {alone} "
-            "without; "
-            "expected the same tokens in the middle"
+            "without; expected the same tokens in the middle"
         )
 
     @property
