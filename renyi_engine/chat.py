@@ -27,7 +27,7 @@ Span = tuple[int, int]
 
 CONTEXT_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns beside the messages that the template may use, as TRL has them."""
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # answers that are put in the place of another one; they differ in the first and in the last character
 _STAND_INS = ("Q7z", "Jx3")
 # the same words in each form that content can have: a string, one text part, several text parts
@@ -71,6 +71,9 @@ def _read_message(place: str, value: Mapping[str, Any]) -> Message:
     message = {key: item for key, item in value.items() if item is not None}
     if not isinstance(message.get("role"), str):
         raise _unexpected(f"{place}: role", "a string", message.get("role"))
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise _unexpected(f"{place}: tool_calls", "a list of {function: {name, arguments}}", calls)
     content = message.get("content")
     if content is None:
         if not message.get("tool_calls"):
@@ -152,7 +155,10 @@ class ChatTemplate:
         """
         self._check_tool_calls(messages, context)
         if self._marks_generation(context):
-            return self._render(messages, context, marks=True)
+            text, spans = self._render(messages, context, marks=True)
+            if not spans:
+                raise Dropped("the chat template marks nothing in it with {% generation %}")
+            return text, spans
         text = self.render(messages, context)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         return text, [self._turn(text, messages, turn, context, is_last=turn == turns[-1]) for turn in turns]
@@ -354,13 +360,21 @@ class ChatTemplate:
         )
 
     def _check_tool_calls(self, messages: Sequence[Message], context: Context) -> None:
-        calls = [call for message in messages for call in message.get("tool_calls") or ()]
-        functions = [call.get("function", call) if isinstance(call, Mapping) else {} for call in calls]
-        names = [function.get("name") for function in functions if isinstance(function, Mapping)]
-        if not names:
-            return
-        text = self.render(messages, context)
-        if not all(isinstance(name, str) and name in text for name in names):
+        """Dropped unless the template writes each call: under a name that stands nowhere else, that name comes out."""
+        renamed: list[Message] = []
+        names: list[str] = []
+        for message in messages:
+            calls = []
+            for call in message.get("tool_calls") or ():
+                function = call.get("function", call)
+                if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                    raise Dropped("a tool call of the assistant has no name")
+                names.append(f"{function['name']}{_STAND_INS[0]}{len(names)}_")
+                function = {**function, "name": names[-1]}
+                calls.append({**call, "function": function} if "function" in call else function)
+            renamed.append({**message, "tool_calls": calls} if calls else message)
+        text = self.render(renamed, context) if names else ""
+        if not all(name in text for name in names):
             raise Dropped("the chat template does not write the assistant's tool calls")
 
 

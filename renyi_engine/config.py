@@ -51,6 +51,7 @@ class AdapterConfig(ModelConfig):
         self, num_particles: int, seed: int, init: Literal["standard", "spread"] = "standard"
     ) -> EnsembleConfig:
         """So many of these adapters."""
+        require(self, ("lora_r",), "a whole number of at least 1", lambda v: v >= 1)
         names = self.lora_target_modules
         # one name that is no plain name is a regular expression, as in PEFT
         single = (

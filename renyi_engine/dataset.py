@@ -19,7 +19,8 @@ class Dataset:
 
     Attributes:
         dropped: rows by reason.
-        sha256: hashes of what must be the same when a run is resumed, by name: the rows, and the tokens made of them.
+        sha256: hashes of what must be the same when a run is resumed, by name: the rows, and the tokens made of them,
+            or what makes the tokens where the chat template writes the date.
     """
 
     train: list[Item]
@@ -56,13 +57,17 @@ def load_dataset(config: TrainConfig, task: Task) -> Dataset:
     sha256 = {
         "training rows": content_hash(rows),
         "held-out rows": content_hash(rows_held_out),
-        "tokens": _tokens_hash([*examples, *held_out]),
+        "tokens": _tokens_hash(task, [*examples, *held_out]),
     }
     return Dataset(examples, held_out, dropped, sha256)
 
 
-def _tokens_hash(items: Iterable[Item]) -> str:
-    digest = hashlib.sha256()
+def _tokens_hash(task: Task, items: Iterable[Item]) -> str:
+    tokenizer, digest = task.tokenizer, hashlib.sha256()
+    if "strftime_now" in str(tokenizer.chat_template):  # it writes the date: the tokens of tomorrow are others
+        makers = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_vocab()]
+        digest.update(json.dumps(makers, sort_keys=True).encode())
+        return digest.hexdigest()
     for item in items:
         digest.update(json.dumps([[s.input_ids, s.labels] for s in item.sequences]).encode())
     return digest.hexdigest()

@@ -119,7 +119,8 @@ class DpoTask:
         if self.min_score_gap is not None:
             self._require_gap(number, row, self.min_score_gap)
         if not prompt:
-            raise Dropped("the prompt is empty")
+            given = row.get("prompt") in ("", [])
+            raise Dropped("the prompt is empty" + ("" if given else ": chosen and rejected do not begin alike"))
         if not chosen or not rejected:
             raise Dropped("a completion is empty")
         sides = [
@@ -226,8 +227,8 @@ def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Ten
 def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected), all strings or all lists of messages.
 
-    Without a prompt of their kind, the prompt is what chosen and rejected begin with; of strings, a space at the seam
-    goes to the completions. Both keep at least one message or character.
+    Without a prompt, or with a string beside whole conversations, the prompt is what chosen and rejected begin with; of
+    strings, a space at the seam goes to the completions. Both keep at least one message or character.
     """
     sides: dict[str, Any] = {column: row.get(column) for column in ("prompt", "chosen", "rejected")}
     prompt, chosen, rejected = sides.values()
@@ -236,6 +237,8 @@ def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         require_field(known, number, column, "a string or a list of messages", value)
     same_kind = isinstance(chosen, str) == isinstance(rejected, str)
     require_field(same_kind, number, "rejected", f"a {type(chosen).__name__}, as chosen is", rejected)
+    if isinstance(chosen, str):
+        require_field(prompt is None or isinstance(prompt, str), number, "prompt", "a string, as chosen is", prompt)
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
         return prompt, chosen, rejected
     length = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)

@@ -101,18 +101,22 @@ class Encoder:
 
     def _tokens(self, text: str) -> list[int]:
         """Tokens of the text alone: nothing is added."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _Tokenized(self._tokenizer, text).ids
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text."""
-        alone, whole = self._tokens("a"), list(self._tokenizer("a")["input_ids"])
+        text = "a"
+        if not self._tokens(text):  # not every vocabulary has letters
+            words = self._tokenizer.get_vocab().keys() - self._tokenizer.get_added_vocab().keys()
+            text = next(filter(self._tokens, sorted(words)), text)
+        alone, whole = self._tokens(text), list(self._tokenizer(text)["input_ids"])
         for start in range(len(whole) - len(alone) + 1):
             if whole[start : start + len(alone)] == alone:
                 return whole[:start], whole[start + len(alone) :]
         raise ValueError(
-            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of 'a' with special tokens and {alone} without; "
-            "expected the same tokens in the middle"
+            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of {text!r} with special tokens and {alone} "
+            "without; expected the same tokens in the middle"
         )
 
     @property
@@ -140,6 +144,8 @@ class _Tokenized:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise Dropped("a text holds half a character, which has no tokens")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
         self.ids: list[int] = list(encoded["input_ids"])
         self._ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else None

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, one_line, read_file, suffix
 
 # options that a folder's README.md may give to a reader, beside the files themselves
@@ -184,7 +182,9 @@ def _told_by_datasets() -> Iterator[None]:
         yield
     except StopIteration:  # raised for a file without a line
         raise ValueError("is empty; at least one row is needed") from None
-    except (OSError, yaml.YAMLError, datasets.exceptions.DatasetsError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # a reader of its own for every kind of file, each with errors of its own
         raise ValueError(f"cannot be read as a data set ({one_line(error)})") from None
 
 

@@ -27,6 +27,8 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 _NOTHING = {"false", "no", "off", "none"}
 """What a file may say, beside null, for a setting that is to have no value."""
+_LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)\S*(=|$)")
+"""An entry of a list that argparse would take for a flag, and not for a value."""
 
 
 def flag(default: Any, help: str) -> Any:
@@ -164,6 +166,10 @@ def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path
             continue
         takes_list = any(get_origin(hint) is list for hint in (hints[name], *get_args(hints[name])))
         if isinstance(value, list) and takes_list and all(isinstance(item, str) for item in value):
+            for item in filter(_LIKE_A_FLAG.match, value):
+                raise ValueError(
+                    f"{source}: {name}: {item!r} would be taken for a flag; begin it with another character"
+                )
             flags[name] = [f"--{name}", *value]
         elif isinstance(value, str):
             flags[name] = [f"--{name}={value}"]

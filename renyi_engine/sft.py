@@ -71,8 +71,11 @@ class SftTask:
             raise ValueError(f"row {number}: expected {' or '.join(FORMS)}; it has none of them")
         example = Example.cut(number, input_ids, labels, self.max_length)
         if example.num_labels == 0:
-            if example.num_cut and any(label != IGNORE_INDEX for label in labels):
+            learnt = any(label != IGNORE_INDEX for label in labels)
+            if learnt and example.num_cut:
                 raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
+            if learnt:
+                raise Dropped("no token to learn: it is the first of all, and has no prediction")
             raise Dropped("no token to learn: the completion is empty")
         return example
 

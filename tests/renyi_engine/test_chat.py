@@ -262,6 +262,40 @@ def test_tool_calls_are_learnt_and_nothing_is_made_of_missing_content():
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        # shows the tools, whose names are those of the calls, but no call
+        "{{ tools | tojson }}" + CHATML,
+        # writes the first of several calls only
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ],
+)
+def test_a_template_that_leaves_out_a_tool_call_is_refused(template):
+    calls = [{"function": {"name": "clock", "arguments": {"z": z}}} for z in (1, 2)]
+    messages = [ONE[0], {"role": "assistant", "content": "", "tool_calls": calls}, *ONE]
+    with pytest.raises(Dropped, match="the chat template does not write the assistant's tool calls"):
+        SftTask(byte_pair_tokenizer(template), 512).example(0, {"messages": messages, "tools": [CLOCK]})
+
+
+@pytest.mark.parametrize("calls", [5, True, "clock", ["clock"], {"name": "clock"}])
+def test_tool_calls_that_are_no_list_of_calls_are_refused_by_row_and_turn(calls):
+    messages = [ONE[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    with pytest.raises(ValueError, match="row 0: messages: turn 1: tool_calls: expected a list of "):
+        SftTask(byte_pair_tokenizer(TOOLS), 512).example(0, {"messages": messages})
+
+
+def test_marks_that_hold_nothing_are_the_reason():
+    marked = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'narrator' %}{% generation %}x{% endgeneration %}"
+    )
+    template = marked + "{% endif %}<|im_end|>{% endfor %}"
+    with pytest.raises(Dropped, match="the chat template marks nothing in it with "):
+        SftTask(byte_pair_tokenizer(template), 64).example(0, {"messages": ONE})
+
+
+@pytest.mark.parametrize(
     ("context", "complaint"),
     [
         ({"tools": "[{"}, "row 3: tools: a string that is not JSON"),

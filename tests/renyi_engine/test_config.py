@@ -158,7 +158,7 @@ def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
         ("alpha", "-0.1", "alpha: expected a finite number >= 0"),
         ("alpha", "nan", "alpha: expected a finite number >= 0"),
         ("num_particles", "0", "num_particles: expected a whole number of at least 1; got 0"),
-        ("lora_r", "0", "rank: expected a whole number of at least 1; got 0"),
+        ("lora_r", "0", "lora_r: expected a whole number of at least 1; got 0"),
         ("learning_rate", "abc", "learning_rate.*invalid float value: 'abc'"),
         ("learning_rate", "0", "learning_rate: expected a number above 0; got 0"),
         ("max_steps", "0", "max_steps: expected -1, or a whole number of at least 1; got 0"),
@@ -239,6 +239,18 @@ def test_a_file_that_is_no_mapping_or_not_there_is_told_in_one_line(tmp_path):
         parsed("--config", str(path))
     with pytest.raises(ValueError, match="not a readable YAML file"):
         parsed("--config", str(tmp_path / "gone.yaml"))
+
+
+def test_an_entry_of_a_list_is_never_taken_for_a_flag(tmp_path):
+    path = tmp_path / "prompts.yaml"
+    given = "model_name_or_path: m\nensemble: e\nprompts: "
+    path.write_text(given + "['- red = 3?', '-5', '--what is this', a]")
+    config, _ = parse(GenerateConfig, ["--config", str(path)], "renyi-engine generate")
+    assert config.prompts == ["- red = 3?", "-5", "--what is this", "a"]
+    for entry in ("--seed=9", "--seed", "-x", "--", "--seed=9 and more"):
+        path.write_text(given + f"[a, '{entry}']")
+        with pytest.raises(ValueError, match=f"prompts: '{entry}' would be taken for a flag"):
+            parse(GenerateConfig, ["--config", str(path)], "renyi-engine generate")
 
 
 def test_no_value_of_a_file_is_evaluated(tmp_path):

@@ -203,14 +203,20 @@ def test_every_form_of_a_row_gives_prompt_chosen_and_rejected(task, row, expecte
         ({"prompt": "x", "chosen": "y", "rejected": "y"}, "chosen and rejected are the same"),
         ({"chosen": chat(("user", "a")), "rejected": chat(("user", "a"))}, "chosen and rejected are the same"),
         ({"prompt": "x" * 64, "chosen": "y", "rejected": "z"}, "the prompt alone fills max_length"),
-        ({"prompt": "", "chosen": "y", "rejected": "z"}, "the prompt is empty"),
         ({"prompt": "x", "chosen": "", "rejected": "z"}, "a completion is empty"),
         ({"prompt": "x", "chosen": "y", "rejected": "y</s>"}, "chosen and rejected are the same tokens$"),
         (
             {"prompt": "x", "chosen": "y" * 70 + "1", "rejected": "y" * 70 + "2"},
             r"chosen and rejected are the same tokens as far as max_length \(64 tokens\)",
         ),
-        ({"chosen": chat(("user", "a")), "rejected": chat(("user", "b"))}, "the prompt is empty"),
+        ({"prompt": "", "chosen": "y", "rejected": "z"}, "the prompt is empty$"),
+        *(
+            (row, "the prompt is empty: chosen and rejected do not begin alike")
+            for row in (
+                {"chosen": chat(("user", "a")), "rejected": chat(("user", "b"))},
+                {"prompt": "x", "chosen": chat(("assistant", "a")), "rejected": chat(("assistant", "b"))},
+            )
+        ),
         (
             {"chosen": chat(("system", "s"), ("user", "a")), "rejected": chat(("system", "s"), ("user", "b"))},
             "the completion does not begin with the assistant's turn",
@@ -227,6 +233,10 @@ def test_pairs_that_teach_nothing_are_dropped_with_the_reason(task, row, reason)
     [
         ({"prompt": "x", "chosen": None, "rejected": "z"}, "row 7: chosen: expected a string or a list of messages"),
         ({"prompt": "x", "chosen": "y", "rejected": chat(("user", "a"))}, "row 7: rejected: expected a str"),
+        (
+            {"prompt": chat(("user", "a")), "chosen": "Yes, 1", "rejected": "Yes, 2"},
+            "row 7: prompt: expected a string, as chosen is; got list",
+        ),
         ({"prompt": "x", "chosen": "y", "rejected": [1]}, "row 7: rejected: expected a string or a list of messages"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from renyi_engine import SftTask
 from renyi_engine.chat import Context
-from renyi_engine.data import left_padded
+from renyi_engine.data import Dropped, left_padded
 from renyi_engine.encoding import Encoder, encode_prompts, stop_tokens
 from renyi_engine.predict import encode_choices
 
@@ -77,6 +77,21 @@ def test_what_is_to_be_continued_has_no_eos(adds):
     choices = encode_choices(tokenizer, "Answer:", [" A", " B"])
     assert tokenizer.decode(choices.prompt) == ADDED[adds][0] + "Answer:"
     assert [tokenizer.decode(ids) for ids in choices.completions] == [" A", " B"]
+
+
+def test_what_a_tokenizer_adds_is_known_though_its_vocabulary_has_no_letter_a():
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5}, []))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    encoder = Encoder(tokenizer)
+    assert encoder.text("GATT")[0] == tokenizer("GATT")["input_ids"] == [0, 4, 2, 5, 5, 1]
+    assert encoder.completed_text("GA", "TT") == ([0, 4, 2, 5, 5, 1], [-100, -100, -100, 5, 5, 1])
+    assert encoder.prompt("GATT") == [0, 4, 2, 5, 5]
 
 
 def test_a_tokenizer_without_eos_ends_a_text_with_what_it_puts_there_itself():
@@ -159,3 +174,15 @@ def test_what_training_teaches_an_answer_to_end_with_ends_it_in_generation():
     assert answer == "Four.<|im_end|>\n"
     stops = stop_tokens(tiny_llama(tokenizer, eos_token_id=tokenizer.eos_token_id), tokenizer)
     assert set(stops) & {label for label in example.labels if label != -100}
+
+
+def test_half_a_character_is_refused_and_a_whole_one_is_not():
+    tokenizer = byte_pair_tokenizer()
+    task = SftTask(tokenizer, 64)
+    for row in ({"text": "red \ud83d"}, {"prompt": "red", "completion": "\udcff"}):
+        with pytest.raises(Dropped, match="a text holds half a character, which has no tokens"):
+            task.example(0, row)
+    # what a shell hands over where it cannot decode
+    with pytest.raises(ValueError, match="half a character"):
+        encode_prompts(tokenizer, ["\udcff"])
+    assert tokenizer.decode(task.example(0, {"text": "red \U0001f600"}).input_ids) == "red \U0001f600<eos>"

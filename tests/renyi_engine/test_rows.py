@@ -325,6 +325,16 @@ def test_an_archive_that_is_not_unpacked_is_told(write):
     assert "train.jsonl.zst: a .zst archive is not read here; unpack it" in refused(path.parent)
 
 
+@pytest.mark.parametrize(("name", "content"), [("data.zip", b"PK"), ("folder.py", b"print('hello')")])
+def test_a_folder_that_datasets_cannot_read_is_told_in_one_line(tmp_path, name, content):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^dataset_name: \S+/folder: cannot be read as a data set \(.*\)$") as error:
+        load_splits(str(folder), None, "dataset_name")
+    assert "\n" not in str(error.value)
+
+
 def test_an_empty_folder_is_told(tmp_path):
     assert "doesn't contain any data files" in refused(tmp_path)
 

@@ -103,3 +103,13 @@ def test_columns_of_no_known_form_get_a_hint(task):
     task.check_columns(["id", "completion", "prompt"], "dataset_name")
     with pytest.raises(ValueError, match=r"dataset_name: expected the columns .*; is 'promt' meant to be 'prompt'\?"):
         task.check_columns(["promt", "completion"], "dataset_name")
+
+
+def test_a_text_of_one_token_is_dropped_for_what_it_is(tokenizer):
+    import copy
+
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(Dropped, match="no token to learn: it is the first of all, and has no prediction"):
+        SftTask(endless, 64).example(0, {"text": "a"})
+    assert SftTask(endless, 64).example(0, {"text": "ab"}).num_labels == 1

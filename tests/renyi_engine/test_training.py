@@ -494,6 +494,40 @@ def test_resuming_with_another_test_split_names_it(sft_config, jsonl, tmp_path):
         train(replace(config, resume_from_checkpoint="true", max_steps=2))
 
 
+def test_a_run_can_be_resumed_on_the_day_after_though_the_chat_template_writes_the_date(
+    sft_config, model_folder, tokenizer, jsonl, tmp_path, monkeypatch
+):
+    import copy
+    import datetime
+    import shutil
+
+    from transformers.utils import chat_template_utils
+
+    class Clock(datetime.datetime):
+        today = datetime.datetime(2026, 1, 31)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.today
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d.%m.') }}" + tokenizer.chat_template
+    dated.save_pretrained(model)
+    messages = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "rouge"}]
+    rows = jsonl(tmp_path / "chats.jsonl", [{"messages": messages}] * 4)
+    config = sft_config(max_steps=1, model_name_or_path=str(model), dataset_name=str(rows))
+    train(config)
+    Clock.today = datetime.datetime(2026, 2, 1)
+    train(replace(config, resume_from_checkpoint="true", max_steps=2))
+    dated.eos_token = "<unk>"
+    dated.save_pretrained(model)
+    with pytest.raises(ValueError, match=r"^model_name_or_path: the tokens are not those of "):
+        train(replace(config, resume_from_checkpoint="true", max_steps=3))
+
+
 def test_resuming_with_another_tokenizer_under_the_same_name_is_refused(sft_config, model_folder, tokenizer, tmp_path):
     import copy
     import shutil
