@@ -158,7 +158,9 @@ def test_labels_all_masked_give_zero_and_zero_gradients(llama, batch):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_a_row_of_padding_alone_takes_no_part(tiny_model, make_batch, architecture, padding):
-    ensemble = attach(tiny_model(architecture))
+    # other numbers of rows are other sums: in fp32 some gradients then differ by 1e-6. Gemma-2's eager mask is fp32's
+    dtype, rtol, atol = (torch.float32, 1e-4, 1e-6) if architecture == "gemma2" else (torch.float64, 1e-10, 1e-12)
+    ensemble = attach(tiny_model(architecture, dtype=dtype))
     full = make_batch([3, 7, 5], padding=padding)
     full["attention_mask"][0], full["labels"][0] = 0, -100
     logp = ensemble.sequence_logprob(full)
@@ -168,7 +170,7 @@ def test_a_row_of_padding_alone_takes_no_part(tiny_model, make_batch, architectu
     ensemble.zero_grad()
     data_term(ensemble.sequence_logprob({name: value[1:] for name, value in full.items()}), 0.7, 2)[0].backward()
     for name, gradient in gradients(ensemble).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name], gradient, rtol=rtol, atol=atol)
 
 
 def test_the_result_does_not_depend_on_the_padding_side(llama, make_batch):
