@@ -25,6 +25,8 @@ from renyi_engine.objective import data_term, sum_tokens
 from renyi_engine.targets import linear_maps
 from renyi_kernels import renyi_reduce
 
+from . import tiny_models
+
 HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -717,6 +719,20 @@ def test_dropout_of_the_base_stays_off(tiny_model, batch, checkpointing):
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     assert dropouts
     assert not any(module.training for module in dropouts)
+
+
+def test_layers_that_drop_out_by_their_own_flag_are_checkpointed_without(batch):
+    model = tiny_models.tiny_model("opt")
+    assert model.config.dropout > 0
+    ensemble = attach(model)
+    truth = ensemble.sequence_logprob(batch)
+    model.gradient_checkpointing_enable()
+    calls = []
+    model.model.decoder.layers[1].fc1.register_forward_pre_hook(lambda *_: calls.append(1))
+    logp = ensemble.sequence_logprob(batch)
+    logp.sum().backward()
+    assert len(calls) == 2, "checkpointing is not active"
+    torch.testing.assert_close(logp, truth, rtol=0, atol=1e-5)
 
 
 def test_two_steps_of_training_are_bitwise_equal_in_two_runs(tiny_model, make_batch):
