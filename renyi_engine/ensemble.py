@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -113,6 +113,7 @@ class LoraEnsemble(nn.Module):
         self._found = found
         self._trunk: SharedTrunk | None = None
         self._maps: list[MapGroup | OpaqueMap] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # a ModuleDict key may not hold a dot
         self.adapters = nn.ModuleDict(
             {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
@@ -405,6 +406,11 @@ class LoraEnsemble(nn.Module):
         for adapted in by_input(linears, stacks, self.config.scaling, inputs, shared if row_dimensions else None):
             adapted.install(lambda: self.rows)
             self._maps.append(adapted)
+        self._handles = [
+            part.register_forward_pre_hook(partial(_stay_deterministic, layer))
+            for layer in self.layers
+            for part in layer.children()
+        ]
         if row_dimensions is not None:
             self._trunk = SharedTrunk(
                 self.layers[first:],
@@ -438,17 +444,25 @@ class LoraEnsemble(nn.Module):
     def _uninstall(self) -> None:
         if self._trunk is not None:
             self._trunk.remove()
-        for adapted in self._maps:
+        for adapted in [*self._maps, *self._handles]:
             adapted.remove()
         self._trunk = None
         self._maps.clear()
 
     def _set_modes(self) -> None:
         """The frozen base stays deterministic: no dropout, whoever called model.train(). Only gradient checkpointing,
-        which Hugging Face ties to the training flag of the layer, follows the ensemble's own flag."""
+        which Hugging Face ties to the training flag of the layer, follows the ensemble's own flag, and only where there
+        are gradients: a checkpointed layer leaves the cache alone."""
         self.model.eval()
+        learning = self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            layer.training = self.training and getattr(layer, "gradient_checkpointing", False)
+            layer.training = learning and getattr(layer, "gradient_checkpointing", False)
+
+
+def _stay_deterministic(layer: nn.Module, part: nn.Module, args: tuple) -> None:
+    """Once a part of the layer runs, its checkpointing is decided, and its training flag means dropout alone (OPT)."""
+    if layer.training:
+        layer.training = False
 
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:

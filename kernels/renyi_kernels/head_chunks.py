@@ -18,6 +18,8 @@ from renyi_kernels.torch_ops.linear_logprob import logprob_pass as torch_pass
 _MOST_ROWS_ON_CPU = 256
 # without CUDA a low-precision head is widened to fp32, this many vocabulary rows at a time
 _VOCAB_BLOCK = 8192
+# oneDNN on AMX reads a row of a bf16 matrix to the end of a tile, beyond its last column, and NaN times nothing is NaN
+_TILE = 32
 
 
 def pass_of(path: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -63,6 +65,9 @@ def linear_logprob(
         head = (bias, logit_softcap, logit_scale)
         logprob[part], slope = pass_of(path)(products, labels[part], *head, hidden.dtype if need_grad else None)
         if slope is not None:
+            if slope.device.type == "cpu" and slope.dtype != products.dtype:
+                # halves of what is left of fp32 values stand beside the gradient
+                products.view(slope.dtype)[:, V : V + _TILE].zero_()
             gradient[part] = slope @ weight
     return logprob, gradient
 

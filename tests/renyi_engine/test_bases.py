@@ -106,7 +106,7 @@ def test_a_folder_is_loaded_as_what_it_is(tmp_path, name):
 def test_saved_names_match_no_map_of_a_vision_tower(name):
     model = tiny_models.tiny_model(name)
     ensemble = LoraEnsemble.attach(model, EnsembleConfig(2, 2))
-    names, layers = describe(model, ensemble.paths)
+    names, layers, _ = describe(model, ensemble.paths)
     matched = {path for path, _ in model.named_modules() if any(path == n or path.endswith(f".{n}") for n in names)}
     assert layers is None
     assert matched == set(ensemble.paths)

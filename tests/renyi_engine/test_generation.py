@@ -135,6 +135,15 @@ def test_the_model_trains_as_before_after_generating(attached, prompts, make_bat
     assert after.requires_grad
 
 
+def test_checkpointing_while_it_trains_does_not_keep_the_cache_from_it(attached, prompts):
+    """Hugging Face drops the cache of a checkpointed layer without a word."""
+    ensemble = attached()
+    before = ensemble.generate(*prompts, num_samples=3, max_new_tokens=4)
+    ensemble.model.gradient_checkpointing_enable()
+    ensemble.train()
+    assert torch.equal(ensemble.generate(*prompts, num_samples=3, max_new_tokens=4), before)
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_draws_invert_the_distribution_function(data):

@@ -329,6 +329,19 @@ def test_low_precision_errs_at_most_half_again_as_much_as_naive(
     assert error(grad, gold_grad) <= 1.5 * error(naive_grad, gold_grad) + 1e-3 * gold_grad.abs().max()
 
 
+@pytest.mark.parametrize("V", [5, 97, 501, 1025])
+@fast_paths
+def test_a_bf16_gradient_has_nothing_in_it_of_what_stands_beside(case, score, value_and_grads, uneven, backend, V):
+    """Not NaN either, on CPUs whose matrix product reads on beyond the last column."""
+    N = 600 if backend == "torch" else 64
+    hidden, weight, labels, _ = case((N,), 64, V, labelled=1.0)
+    run = lambda dtype: value_and_grads(
+        lambda hidden: score(hidden, weight.to(dtype), labels, backend=backend), [hidden.to(dtype)], uneven((N,))
+    )[1][0]
+    gold = run(torch.float32)
+    torch.testing.assert_close(run(torch.bfloat16).float(), gold, rtol=0, atol=0.05 * float(gold.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize(("backend", "V"), [("torch", 1001), ("torch", 9001), ("triton", 1001)])
 def test_logits_between_16_and_32_are_not_rounded_to_low_precision(case, score, dtype, backend, V):
