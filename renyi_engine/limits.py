@@ -6,7 +6,8 @@ Every command checks this before it runs anything: later it would be no more tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,20 @@ def check_fits(
             )
 
 
+def check_batches(model: PreTrainedModel, lengths: Collection[int], argument: str) -> None:
+    """ValueError if log-likelihoods of sequences of these lengths would depend on which of them share a batch, as they
+    do where rotary positions change with the longest sequence. `argument`: the setting that makes them shorter."""
+    kind, limit = changing_positions(model) or ("", sys.maxsize)
+    beyond = sum(length > limit for length in lengths)
+    # Phi-3's positions are of one kind up to the limit and of another beyond it, for the whole batch
+    if beyond and ("dynamic" in kind or beyond < len(lengths)):
+        raise ValueError(
+            f"{argument}: {beyond} of {len(lengths)} sequences are longer than {limit} tokens, and from there on the "
+            f"rotary positions of {type(model).__name__} (rope_type {kind!r}) depend on the longest sequence of a "
+            f"batch; make all sequences at most {limit} tokens long: lower --{argument}"
+        )
+
+
 def check_tokens(num_embeddings: int, place: str, ids: Sequence[int]) -> None:
     """ValueError unless there is an embedding for each of these tokens."""
     if max(ids, default=0) >= num_embeddings:
@@ -65,6 +80,19 @@ def num_positions(model: PreTrainedModel) -> int | None:
     ]
     sizes += [len(table) for name, table in decoder.named_buffers() if _is_of_positions(name) and len(table) > 1]
     return min(sizes, default=None)
+
+
+def changing_positions(model: PreTrainedModel) -> tuple[str, int] | None:
+    """(rope type, tokens up to which it is plain) of rotary positions that change with a batch's longest sequence."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(by_layer for by_layer in rope.values() if isinstance(by_layer, dict))):
+        kind = one.get("rope_type", "default")
+        if kind == "longrope":
+            return kind, one.get("original_max_position_embeddings", config.max_position_embeddings)
+        if "dynamic" in kind:
+            return kind, config.max_position_embeddings
+    return None
 
 
 def use_a_pad_token_within(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from renyi_engine.config import EvalConfig
 from renyi_engine.data import longest_first
 from renyi_engine.encoding import Encoder
 from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
-from renyi_engine.limits import check_tokens, num_positions
+from renyi_engine.limits import changing_positions, check_tokens, num_positions
 from renyi_kernels import IGNORE_INDEX, renyi_reduce
 
 
@@ -179,22 +180,32 @@ def score_choices(
     if longest == 1:
         labels = torch.tensor([[ids[0] for ids in one.completions] for one in choices])
         prompts = [one.prompt[-context:] for one in choices]
-        return _score_rows(prompts, batch_size, track, lambda b: _last_logprob(ensemble, prompts, labels, b))
+        score = partial(_last_logprob, ensemble, prompts, labels)
+        return _score_rows(ensemble.model, list(map(len, prompts)), batch_size, track, score)
     sequences = [(one.prompt + ids)[-context - 1 :] for one in choices for ids in one.completions]
     num_labels = [len(ids) for one in choices for ids in one.completions]
-    rows = _score_rows(sequences, batch_size, track, lambda b: _suffix_logprob(ensemble, sequences, num_labels, b))
+    # the last token of a sequence is predicted, and never read
+    lengths = [len(ids) - 1 for ids in sequences]
+    score = partial(_suffix_logprob, ensemble, sequences, num_labels)
+    rows = _score_rows(ensemble.model, lengths, batch_size, track, score)
     return rows.view(rows.shape[0], len(choices), -1)
 
 
 def _score_rows(
-    rows: Sequence[list[int]],
+    model: PreTrainedModel,
+    lengths: Sequence[int],
     batch_size: int,
     track: Callable[[Sequence[list[int]]], Iterable[list[int]]],
     score: Callable[[list[int]], Tensor],
 ) -> Tensor:
-    """`score` [K, B, ...] of batches, each given by the indices of its rows, put together in the order of the rows."""
-    order = longest_first(map(len, rows))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    """`score` [K, B, ...] of batches, each given by the indices of its rows, put together in the order of the rows.
+
+    lengths: tokens that the model reads of each row. Rows with positions of another kind are in batches of their own.
+    """
+    _, limit = changing_positions(model) or ("", sys.maxsize)
+    order = longest_first(lengths)
+    kinds = ([i for i in order if lengths[i] > limit], [i for i in order if lengths[i] <= limit])
+    batches = [kind[start : start + batch_size] for kind in kinds for start in range(0, len(kind), batch_size)]
     scores = torch.cat([score(batch).cpu() for batch in track(batches)], dim=1)
     return scores[:, torch.tensor(order).argsort()]
 

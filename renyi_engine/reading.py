@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from renyi_engine.adapted_maps import Rows
+from renyi_engine.limits import changing_positions
 from renyi_engine.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def readers(ensemble: LoraEnsemble, lengths: Sequence[int], max_new_tokens: int)
     """
     # the last token is drawn, never read
     ends = [length + max_new_tokens - 1 for length in lengths]
-    kind, limit = _changing_positions(ensemble.model) or ("", max(ends))
+    kind, limit = changing_positions(ensemble.model) or ("", max(ends))
     if "dynamic" in kind and max(ends) > limit:
         raise ValueError(
             f"max_new_tokens: a prompt of {max(lengths)} tokens may grow to {max(ends)}, but beyond {limit} the rotary "
@@ -135,16 +136,3 @@ def _try(ensemble: LoraEnsemble, read: Reader) -> Tensor:
     logits, next_logits = read(ensemble, ids, mask, 2)
     tokens = torch.arange(len(logits), device=device) % 7 + 3
     return torch.stack([logits, *(next_logits(tokens + step) for step in range(3))]).double().log_softmax(-1)
-
-
-def _changing_positions(model: PreTrainedModel) -> tuple[str, int] | None:
-    """(rope type, tokens up to which it is plain) of rotary positions that change with a batch's longest sequence."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    for one in (rope, *(by_layer for by_layer in rope.values() if isinstance(by_layer, dict))):
-        kind = one.get("rope_type", "default")
-        if kind == "longrope":
-            return kind, one["original_max_position_embeddings"]
-        if "dynamic" in kind:
-            return kind, config.max_position_embeddings
-    return None

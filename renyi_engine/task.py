@@ -101,6 +101,7 @@ def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -
 
 
 def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
-    """ValueError unless `model` can read every sequence of these examples: see `limits`."""
-    sequences = ((f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences)
+    """ValueError unless `model` can read every sequence of these examples, in any batch: see `limits`."""
+    sequences = [(f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences]
     limits.check_fits(model, sequences, "max_length")
+    limits.check_batches(model, [len(ids) for _, ids in sequences], "max_length")

@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from renyi_engine import EnsembleConfig, LoraEnsemble, train
 from renyi_engine.architecture import LONG
 from renyi_engine.cli import EXIT_BAD_INPUT, main
+from renyi_engine.data import Example
 from renyi_engine.limits import num_positions, use_a_pad_token_within
-from renyi_engine.predict import completion_logprob
+from renyi_engine.predict import Choices, completion_logprob, score_choices
+from renyi_engine.task import check_fits
 
 POSITIONS = 48
 COMMON = {
@@ -57,6 +59,44 @@ def test_positions_that_are_computed_have_no_end(architecture):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **COMMON)).eval()
     assert num_positions(model) is None
     assert reads(model, 60)
+
+
+# ---------------------------------------------------------------------- positions that depend on the batch
+
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, **FACTORS}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.fixture
+def phi3(tiny_model):
+    return tiny_model("phi3", rope_parameters=LONG_ROPE, original_max_position_embeddings=16)
+
+
+def test_rows_that_would_change_the_others_of_their_batch_are_refused(phi3, tiny_model, make_batch):
+    ensemble = LoraEnsemble.attach(phi3, EnsembleConfig(2, 2))
+    batch = make_batch([9, 20])
+    alone = {name: value[:1, :9] for name, value in batch.items()}
+    with torch.no_grad():
+        together, apart = ensemble.sequence_logprob(batch)[0, 0], ensemble.sequence_logprob(alone)[0, 0]
+    assert (together - apart).abs() > 0.01, "the model has changed: nothing is wrong with such rows any more"
+    items = lambda *lengths: [Example(i, [5] * n, [5] * n) for i, n in enumerate(lengths)]
+    with pytest.raises(ValueError, match=r"max_length: 1 of 3 sequences are longer than 16 tokens, .*'longrope'"):
+        check_fits(phi3, items(9, 20, 16))
+    check_fits(phi3, items(9, 16))
+    check_fits(phi3, items(17, 20))  # all of one kind
+    dynamic = tiny_model("llama", rope_parameters=DYNAMIC, max_position_embeddings=16)
+    check_fits(dynamic, items(9, 16))
+    with pytest.raises(ValueError, match=r"max_length: 2 of 2 sequences are longer than 16 tokens, .*'dynamic'"):
+        check_fits(dynamic, items(17, 20))
+
+
+def test_choices_of_both_kinds_are_scored_as_each_alone(phi3):
+    ensemble = LoraEnsemble.attach(phi3, EnsembleConfig(2, 2, init="spread"))
+    for completions in ([[7], [8]], [[7, 9], [8, 4]]):
+        choices = [Choices([5 + n % 3] * n, completions) for n in (9, 15, 16, 17, 20)]
+        alone = torch.cat([score_choices(ensemble, [one], batch_size=1) for one in choices], dim=1)
+        torch.testing.assert_close(score_choices(ensemble, choices, batch_size=4), alone, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- every command
