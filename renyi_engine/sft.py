@@ -55,26 +55,26 @@ class SftTask:
             Dropped, a ValueError: no token is left to learn, or where it begins or ends cannot be found.
                 ValueError: a field is missing or not what its column says.
         """
-        if row.get("messages") is not None:
-            input_ids, labels = self._encoder.conversation(number, row, "messages")
-        elif row.get("completion") is not None or row.get("prompt") is not None:
-            if row.get("completion") in ("", []):
+        learnt = _learnt_column(row)
+        if learnt == "messages":
+            input_ids, labels = self._encoder.conversation(number, row, learnt)
+        elif learnt == "completion":
+            if row[learnt] in ("", []):
                 raise Dropped("no token to learn: the completion is empty")
-            prompt, completion = row.get("prompt"), row.get("completion")
-            input_ids, labels = self._encoder.completed(number, prompt, completion, "completion", row)
-        elif row.get("text") is not None:
-            require_field(isinstance(row["text"], str), number, "text", "a string", row["text"])
-            if not row["text"]:
+            input_ids, labels = self._encoder.completed(number, row.get("prompt"), row[learnt], learnt, row)
+        elif learnt == "text":
+            require_field(isinstance(row[learnt], str), number, learnt, "a string", row[learnt])
+            if not row[learnt]:
                 raise Dropped("no token to learn: the text is empty")
-            input_ids, labels = self._encoder.text(row["text"])
+            input_ids, labels = self._encoder.text(row[learnt])
         else:
-            raise ValueError(f"row {number}: expected {' or '.join(FORMS)}; it has none of them")
+            raise ValueError(f"row {number}: expected a value in messages, in prompt and completion, or in text")
         example = Example.cut(number, input_ids, labels, self.max_length)
         if example.num_labels == 0:
-            learnt = any(label != IGNORE_INDEX for label in labels)
-            if learnt and example.num_cut:
+            has_labels = any(label != IGNORE_INDEX for label in labels)
+            if has_labels and example.num_cut:
                 raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
-            if learnt:
+            if has_labels:
                 raise Dropped("no token to learn: it is the first of all, and has no prediction")
             raise Dropped("no token to learn: the completion is empty")
         return example
@@ -92,3 +92,9 @@ class SftTask:
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         return f"mixture NLL {metrics['mixture_nll_nats_per_token']:.3f} nats/token"
+
+
+def _learnt_column(row: Mapping[str, Any]) -> str | None:
+    """The column of the row that is learnt: the first that holds something, else the first that is there."""
+    there = [column for column in ("messages", "completion", "text") if column in row]
+    return next((column for column in there if row[column] is not None), there[0] if there else None)

@@ -75,8 +75,10 @@ def test_rows_with_nothing_to_learn_are_dropped_with_the_reason(task, row, reaso
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": None}, r"row 7: expected messages or prompt \+ completion or text; it has none of them"),
-        ({"messages": None, "source": "x"}, "row 7: expected messages or .*; it has none of them"),
+        ({"text": None}, "row 7: text: expected a string; got NoneType"),
+        ({"messages": None, "source": "x"}, r"row 7: messages: expected a list of \{role, content\}; got NoneType"),
+        ({"prompt": None, "completion": None}, "row 7: completion: expected a string or a list of messages; got None"),
+        ({"source": "x"}, "row 7: expected a value in messages, in prompt and completion, or in text"),
         ({"text": 5}, "row 7: text: expected a string; got int '5'"),
         ({"prompt": None, "completion": "x"}, "row 7: prompt: expected a string"),
         ({"prompt": "x", "completion": 3}, "row 7: completion: expected a string or a list of messages; got int '3'"),
@@ -84,7 +86,7 @@ def test_rows_with_nothing_to_learn_are_dropped_with_the_reason(task, row, reaso
         ({"messages": ["hi"]}, r"row 7: messages: expected a list of \{role, content\}; got list"),
         ({"messages": "hi"}, r"row 7: messages: expected a list of \{role, content\}; got str"),
         ({"messages": [{"role": "user"}]}, "row 7: messages: turn 0: content: expected a string"),
-        ({"prompt": "x"}, "row 7: completion: expected a string or a list of messages; got NoneType"),
+        ({"prompt": "x"}, "row 7: expected a value in messages, in prompt and completion, or in text"),
     ],
 )
 def test_a_field_that_is_not_what_its_column_says_names_its_row(task, row, message):
