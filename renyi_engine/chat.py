@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from renyi_engine.data import Dropped
+from renyi_engine.data import Dropped, unexpected
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -63,24 +63,24 @@ def read_messages(number: int, column: str, value: Any) -> list[Message]:
         ValueError: it is something else; the message names row, column and turn.
     """
     if not is_conversation(value):
-        raise _unexpected(f"row {number}: {column}", "a list of {role, content}", value)
+        raise unexpected(f"row {number}: {column}", "a list of {role, content}", value)
     return [_read_message(f"row {number}: {column}: turn {turn}", message) for turn, message in enumerate(value)]
 
 
 def _read_message(place: str, value: Mapping[str, Any]) -> Message:
     message = {key: item for key, item in value.items() if item is not None}
     if not isinstance(message.get("role"), str):
-        raise _unexpected(f"{place}: role", "a string", message.get("role"))
+        raise unexpected(f"{place}: role", "a string", message.get("role"))
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise _unexpected(f"{place}: tool_calls", "a list of {function: {name, arguments}}", calls)
+        raise unexpected(f"{place}: tool_calls", "a list of {function: {name, arguments}}", calls)
     content = message.get("content")
     if content is None:
         if not message.get("tool_calls"):
-            raise _unexpected(f"{place}: content", "a string, or a list of text parts", content)
+            raise unexpected(f"{place}: content", "a string, or a list of text parts", content)
     elif not isinstance(content, str):
         if not isinstance(content, list) or not all(map(_is_text_part, content)):
-            raise _unexpected(f"{place}: content", "a string, or a list of {'type': 'text', 'text': ...}", content)
+            raise unexpected(f"{place}: content", "a string, or a list of {'type': 'text', 'text': ...}", content)
         message["content"] = [{"type": "text", "text": part["text"]} for part in content]
     return message
 
@@ -99,11 +99,11 @@ def read_context(number: int, row: Mapping[str, Any]) -> Context:
     for column in ("tools", "documents"):
         value = _from_json(number, column, row.get(column))
         if value is not None and not isinstance(value, list):
-            raise _unexpected(f"row {number}: {column}", "a list", value)
+            raise unexpected(f"row {number}: {column}", "a list", value)
         lists[column] = value
     variables = _from_json(number, "chat_template_kwargs", row.get("chat_template_kwargs")) or {}
     if not isinstance(variables, Mapping):
-        raise _unexpected(f"row {number}: chat_template_kwargs", "names and values", variables)
+        raise unexpected(f"row {number}: chat_template_kwargs", "names and values", variables)
     reserved = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
     for name in variables:
         if name in reserved:
@@ -119,10 +119,6 @@ def _from_json(number: int, column: str, value: Any) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"row {number}: {column}: a string that is not JSON ({error})") from None
-
-
-def _unexpected(place: str, expected: str, got: Any) -> ValueError:
-    return ValueError(f"{place}: expected {expected}; got {type(got).__name__} {str(got)[:60]!r}")
 
 
 # ---------------------------------------------------------------------- writing

@@ -84,6 +84,11 @@ def name_rows(numbers: Sequence[int]) -> str:
     return f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
 
 
+def unexpected(place: str, expected: str, got: Any) -> ValueError:
+    """An error for a value in the data that is of another kind than it should be."""
+    return ValueError(f"{place}: expected {expected}; got {type(got).__name__} {str(got)[:60]!r}")
+
+
 def warn_unread(argument: str, columns: Iterable[str], read: Iterable[str]) -> None:
     """Name the columns that are not read, once for a data set: the user may expect one of them to have an effect."""
     unread = [column for column in columns if column not in set(read)]

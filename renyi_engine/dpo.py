@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from renyi_engine import files
 from renyi_engine.chat import CONTEXT_COLUMNS, common_prefix, is_conversation
 from renyi_engine.config import TrainConfig
-from renyi_engine.data import Dropped, Example, collate, longest_first, pad_token_id, warn_unread
+from renyi_engine.data import Dropped, Example, collate, longest_first, pad_token_id, unexpected, warn_unread
 from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.progress import track
@@ -215,7 +215,7 @@ def _score(number: int, column: str, value: Any) -> float:
     with contextlib.suppress(TypeError, ValueError):
         if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
-    raise ValueError(f"row {number}: {column}: expected a number; got {type(value).__name__} {str(value)[:60]!r}")
+    raise unexpected(f"row {number}: {column}", "a number", value)
 
 
 def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from renyi_engine.chat import (
     read_context,
     read_messages,
 )
-from renyi_engine.data import Dropped
+from renyi_engine.data import Dropped, unexpected
 from renyi_kernels import IGNORE_INDEX
 
 Labelled = tuple[list[int], list[int]]
@@ -39,8 +39,7 @@ class Encoder:
 
     def prompt(self, text: str) -> list[int]:
         """Tokens of a text that is to be continued."""
-        ids = self._tokens(text)
-        return ids if ids[: len(self._opening)] == self._opening else [*self._opening, *ids]
+        return self._opened(self._tokens(text))
 
     def text(self, text: str) -> Labelled:
         """A text, all of which is learnt, and so is the EOS at its end."""
@@ -50,7 +49,8 @@ class Encoder:
     def completed_text(self, prompt: str, completion: str) -> Labelled:
         """Prompt and completion as one text, of which the completion and its end are learnt."""
         text = prompt + completion
-        whole, alone = self.prompt(text), _Tokenized(self._tokenizer, text)
+        alone = _Tokenized(self._tokenizer, text)
+        whole = self._opened(alone.ids)
         start = len(whole) - len(alone.ids) + alone.place(len(prompt))
         ids = self._ended(whole)
         return ids, [IGNORE_INDEX] * start + ids[start:]
@@ -119,9 +119,10 @@ class Encoder:
             "without; expected the same tokens in the middle"
         )
 
-    @property
-    def _opening(self) -> list[int]:
-        return self._added[0]
+    def _opened(self, ids: list[int]) -> list[int]:
+        """The tokens, beginning with what the tokenizer puts before a text, once."""
+        opening = self._added[0]
+        return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
         """The tokens, ending in the end-of-sequence token, or where there is none in what the tokenizer adds."""
@@ -164,7 +165,7 @@ class _Tokenized:
 
 def require_field(holds: bool, number: int, column: str, expected: str, got: Any) -> None:
     if not holds:
-        raise ValueError(f"row {number}: {column}: expected {expected}; got {type(got).__name__} {str(got)[:60]!r}")
+        raise unexpected(f"row {number}: {column}", expected, got)
 
 
 def encode_prompts(

@@ -79,9 +79,7 @@ class RunFolder:
             return
         before = files.read_json(self.resume_from / "state.json").get("data_sha256")
         if before is None:
-            raise ValueError(
-                f"resume_from_checkpoint: {self.resume_from} was written by another version of renyi-engine"
-            )
+            raise another_version(self.resume_from)
         settings = {
             "training rows": "dataset_name",
             "held-out rows": "eval_dataset_name" if config.eval_dataset_name else "dataset_test_split",
@@ -132,6 +130,10 @@ class RunFolder:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def another_version(path: Path) -> ValueError:
+    return ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine")
 
 
 def versions() -> dict[str, str]:

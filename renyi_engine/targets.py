@@ -23,7 +23,7 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The part that makes final hidden states of text: the innermost model that holds the input embeddings."""
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # transformers does not know where this class has them: no part holds them
         embeddings = None
     holding = [
         module

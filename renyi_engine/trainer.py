@@ -29,7 +29,7 @@ from renyi_engine.memory import DoesNotFit, must_fit
 from renyi_engine.prior import potential_curvature
 from renyi_engine.progress import TrainingProgress
 from renyi_engine.report import write_report
-from renyi_engine.run_folder import RunFolder, versions
+from renyi_engine.run_folder import RunFolder, another_version, versions
 from renyi_engine.sft import SftConfig, SftTask
 from renyi_engine.signals import StopSignals
 from renyi_engine.state import State, Window
@@ -390,12 +390,12 @@ class _Trainer:
         try:
             self.state = State(**saved | {"window": Window(**saved["window"])})
         except TypeError:
-            raise _another_version(path) from None
+            raise another_version(path) from None
 
     def _require_same_base(self, path: Path, base: Any) -> None:
         """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""
         if not is_fingerprint(base):
-            raise _another_version(path)
+            raise another_version(path)
         found = difference(base, self.ensemble.base_fingerprint)
         weights = found.weights + found.rounded + found.unknown
         for what, names in (("weights", weights), ("config", found.values)):
@@ -404,10 +404,6 @@ class _Trainer:
                     f"resume_from_checkpoint: {path}: the base model's {what} changed: {', '.join(names[:3])}"
                     + f" and {len(names) - 3} more" * (len(names) > 3)
                 )
-
-
-def _another_version(path: Path) -> ValueError:
-    return ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine")
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

@@ -172,11 +172,12 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     _check_lengths(subject, prompts, encoded, config.max_new_tokens)
     order = longest_first(map(len, encoded))
     size = config.per_device_eval_batch_size
+    stops = stop_tokens(subject.ensemble.model, subject.tokenizer)
     for batch in track([order[i : i + size] for i in range(0, len(order), size)], "responses"):
         asked = [prompts[i] for i in batch]
         for speakers in speakers_at_once:
             if missing(speakers, asked):
-                made = _sample(config, subject, speakers, asked, [encoded[i] for i in batch])
+                made = _sample(config, subject, stops, speakers, asked, [encoded[i] for i in batch])
                 responses.write(response for response in made if response.key not in responses.responses)
     return num_particles
 
@@ -189,6 +190,7 @@ def _speakers(num_particles: int) -> list[list[Speaker]]:
 def _sample(
     config: RefusalConfig,
     subject: Subject,
+    stops: Sequence[int],
     speakers: Sequence[Speaker],
     prompts: Sequence[Prompt],
     encoded: Sequence[Sequence[int]],
@@ -202,7 +204,7 @@ def _sample(
             **config.sampling(),
             seed=config.seed,
             prompt_ids=[prompt.prompt_id for prompt in prompts],
-            eos_token_id=stop_tokens(ensemble.model, tokenizer),
+            eos_token_id=stops,
             pad_token_id=pad_token_id(tokenizer),
         )
     return [
