@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,12 +141,17 @@ class DpoTask:
     def prepare(
         self, ensemble: LoraEnsemble, items: Sequence[Pair], folder: Path, batch_size: int, fingerprint: str
     ) -> list[Pair]:
-        """The pairs with their reference log-probabilities, kept in `folder` under a key of base, data and template."""
+        """The pairs with their reference log-probabilities, kept in `folder` under a key of base, data and template.
+
+        A file of them that is damaged is made anew, with a warning.
+        """
         key = _key(items, fingerprint, str(ensemble.model.dtype))
         path = folder / f"reference-{key}.safetensors"
-        if not path.is_file():
-            files.write_tensors(path, {"logp_nats": self._reference(ensemble, items, batch_size)})
-        logp = files.read_tensors(path)["logp_nats"]
+        logp = _read_reference(path, len(items))
+        if logp is None:
+            logp = self._reference(ensemble, items, batch_size)
+            tensors = {"logp_nats": logp}
+            files.write_tensors(path, tensors, files.checksum(tensors))
         return [
             dataclasses.replace(pair, reference=(chosen, rejected))
             for pair, (chosen, rejected) in zip(items, logp.tolist(), strict=True)
@@ -201,6 +207,20 @@ class DpoTask:
             for part in track(parts, "reference log-probabilities of the base"):
                 logp[part] = _completion_logp(ensemble, self.collate([items[i] for i in part]))[0].float().cpu()
         return logp
+
+
+def _read_reference(path: Path, num_pairs: int) -> Tensor | None:
+    """Log-probabilities [N, 2] of the bare base from an earlier run; None if they are not there, or not to be used."""
+    if not path.is_file():
+        return None
+    try:
+        tensors = files.read_tensors(path)
+        if tensors.keys() != {"logp_nats"} or tensors["logp_nats"].shape != (num_pairs, 2):
+            raise ValueError(f"{path}: not the reference log-probabilities of {num_pairs} pairs")
+    except ValueError as error:
+        warnings.warn(f"{error}; the reference log-probabilities are computed again", stacklevel=3)
+        return None
+    return tensors["logp_nats"]
 
 
 def _first_label(labels: Sequence[int]) -> int:

@@ -1,4 +1,8 @@
-"""Reading and writing safely: safetensors and JSON only, nothing is ever unpickled, what is broken is named."""
+"""Reading and writing safely: safetensors and JSON only, nothing is ever unpickled, what is broken is named.
+
+A file is written under a temporary name, `.tmp-NAME-RANDOM`, and renamed when it is whole: whoever reads finds the old
+file or the new one, also after a kill. What a kill leaves behind is removed by the next writer: see `folder_lock`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ import io
 import json
 import math
 import os
+import secrets
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +29,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_CHECKSUM = "sha256"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+TEMPORARY = ".tmp-"
+"""What the name of every file and folder begins with that is not yet whole."""
 
 
 def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, on CPU. `stacked`: the first axis counts particles, and errors name them.
 
     Raises:
-        ValueError, in one line: missing, pickled (unread), not a whole safetensors file, a tensor not finite.
+        ValueError, in one line: missing, pickled (unread), not a whole safetensors file, another `checksum` than the
+            one in its header, a tensor not finite.
     """
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path}: pickled weights are refused unread; convert them to .safetensors first")
@@ -39,14 +49,26 @@ def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            expected = (file.metadata() or {}).get(_CHECKSUM)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if expected is not None and expected != checksum(tensors)[_CHECKSUM]:
+        raise ValueError(f"{path}: sha256 differs from the one in its header; it is damaged")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             first = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             particle = f"particle {first[0]}: " if stacked and first else ""
             raise ValueError(f"{path}: {particle}tensor {name} holds NaN or infinite values")
     return tensors
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The sha256 of names, types, shapes and values, as `metadata` for `write_tensors`; `read_tensors` checks it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {_CHECKSUM: digest.hexdigest()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -56,12 +78,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file in one go: a kill leaves the old one or the new. `metadata`: texts for its header."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a safetensors file in one go. `metadata`: texts for its header."""
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
-    _sort_metadata(temporary)
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        mode = temporary.stat().st_mode
+        save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)  # the library lets only the owner read what it writes
+        _sort_metadata(temporary)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -108,10 +131,28 @@ def finite(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one go: a kill leaves the old text or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace a text file in one go."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for what will become it; nobody can guess it, and so put a link there beforehand."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new empty file, whose mode follows the umask; when the block is done it is on the disk, and becomes `path`."""
+    temporary = temporary_name(path)
+    try:
+        temporary.touch(exist_ok=False)
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def make_folder(path: Path, argument: str) -> Path:

@@ -8,14 +8,17 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from renyi_engine import checkpoint, files
 from renyi_engine.config import CONFIG_FILE, TrainConfig
+from renyi_engine.folder_lock import locked
 from renyi_engine.settings import changes, read_yaml, to_yaml
 
 # what may differ between a run and its continuation: none of it changes how a step is computed, but that a run may be
@@ -28,7 +31,10 @@ _MAY_CHANGE = {
 
 
 class RunFolder:
-    """RUN/config.yaml, run.json, metrics.jsonl, evaluation.json, checkpoint-N/, particles/, report.html."""
+    """RUN/config.yaml, run.json, metrics.jsonl, evaluation.json, checkpoint-N/, particles/, report.html.
+
+    RUN/set-aside-1/ holds the same of what was abandoned, where the run went on from an older checkpoint.
+    """
 
     def __init__(self, path: Path, resume_from: Path | None) -> None:
         self.path = path
@@ -36,48 +42,23 @@ class RunFolder:
         """The checkpoint to continue from; None starts at step 0."""
 
     @classmethod
-    def open(cls, config: TrainConfig) -> RunFolder:
-        """Make or take up the folder `config` names.
+    @contextmanager
+    def open(cls, config: TrainConfig) -> Iterator[RunFolder]:
+        """Make or take up the folder `config` names, which is this process's alone inside the block.
 
         Raises:
-            ValueError: it cannot be written; holds another run; or is to be resumed with settings that differ.
+            ValueError: it cannot be written; another process writes into it; it holds another run; or is to be resumed
+                with settings that differ.
         """
         path = files.make_folder(Path(config.output_dir), "output_dir")
-        wanted = config.resume_from_checkpoint
-        has_run = (path / CONFIG_FILE).exists()
-        if wanted is None:
-            if has_run:
-                raise ValueError(
-                    f"output_dir: {path} already holds a run; choose another, remove it, or continue it with "
-                    "--resume_from_checkpoint true"
-                )
-            return cls(path, None)
-        if not has_run:
-            raise ValueError(
-                f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
-            )
-        if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
-            raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
-        if wanted == "true":
-            found = checkpoint.newest(path)
-            if found is None:
-                warnings.warn(f"{path} holds no checkpoint yet; starting from step 0", stacklevel=2)
-            return cls(path, found)
-        explicit = Path(wanted)
-        if not explicit.is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint: {explicit}: no such folder; 'true' takes the newest of output_dir"
-            )
-        if explicit.resolve().parent != path.resolve():
-            raise ValueError(f"resume_from_checkpoint: {explicit} belongs to another run than output_dir {path}")
-        checkpoint.verify(explicit)
-        return cls(path, explicit)
+        with locked(path, "output_dir"):
+            yield cls(path, _checkpoint_to_resume(config, path))
 
     def check_data(self, config: TrainConfig, sha256: Mapping[str, str]) -> None:
         """ValueError if the run is to be continued with other data than it was begun with: see `Dataset.sha256`."""
         if self.resume_from is None:
             return
-        before = files.read_json(self.resume_from / "state.json").get("data_sha256")
+        before = checkpoint.read_state(self.resume_from).get("data_sha256")
         if before is None:
             raise another_version(self.resume_from)
         settings = {
@@ -94,13 +75,47 @@ class RunFolder:
                 )
 
     def begin(self, config: TrainConfig, step: int) -> None:
-        """Save the settings; forget what was measured after `step`, which will be measured again."""
+        """Save the settings. Set aside what an abandoned branch left after `step`; forget lines of metrics after it,
+        which will be measured again."""
+        self._set_aside(step)
         saved = dataclasses.replace(config, resume_from_checkpoint=None)
         files.write_text(self.path / CONFIG_FILE, to_yaml(saved))
         for path in (self._metrics, self.skips):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                lines = _lines(path)
+                for number, line in enumerate(lines[:-1], start=1):  # the last one may have been cut short by a kill
+                    if _step_of(line) == math.inf:
+                        warnings.warn(f"{path}: line {number} is damaged and is left out", stacklevel=2)
                 files.write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+
+    def _set_aside(self, step: int) -> None:
+        """Where checkpoints are newer than `step`, move them, and what else was made after it, into a run folder of
+        their own. The newest go first: after a kill, what is left still ends at one step."""
+        later = [path for number, path in checkpoint.all_of(self.path) if number > step]
+        if not later:
+            return
+        number = 1
+        while (aside := self.path / f"set-aside-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in (self.path / CONFIG_FILE, self.path / "run.json", self._metrics, self.skips):
+            if path.exists():
+                shutil.copy2(path, aside)
+        made_at_the_end = [self.particles, self.path / "evaluation.json", self.path / "report.html"]
+        for path in [*filter(Path.exists, made_at_the_end), *reversed(later)]:
+            if path.is_symlink():  # a relative link would lead elsewhere from there
+                (aside / path.name).symlink_to(path.resolve())
+                path.unlink()
+            else:
+                path.rename(aside / path.name)
+        names = ", ".join(path.name for path in later)
+        warnings.warn(f"{self.path} goes on from step {step}; what came after it ({names}) is in {aside}", stacklevel=3)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has the line of the evaluation at `step`."""
+        if not self._metrics.exists():
+            return False
+        return any(_step_of(line) == step and '"eval_' in line for line in _lines(self._metrics))
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is not a finite number becomes null."""
@@ -132,6 +147,37 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
 
+def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
+    """The checkpoint of the run in `path` that `config` asks to continue from; None to start at step 0."""
+    wanted = config.resume_from_checkpoint
+    has_run = (path / CONFIG_FILE).exists()
+    if wanted is None:
+        if has_run:
+            raise ValueError(
+                f"output_dir: {path} already holds a run; choose another, remove it, or continue it with "
+                "--resume_from_checkpoint true"
+            )
+        return None
+    if not has_run:
+        raise ValueError(
+            f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
+        )
+    if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
+        raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
+    if wanted == "true":
+        found = checkpoint.newest(path)
+        if found is None:
+            warnings.warn(f"{path} holds no checkpoint yet; starting from step 0", stacklevel=3)
+        return found
+    explicit = Path(wanted)
+    if not explicit.is_dir():
+        raise ValueError(f"resume_from_checkpoint: {explicit}: no such folder; 'true' takes the newest of output_dir")
+    if explicit.absolute().parent.resolve() != path.resolve():
+        raise ValueError(f"resume_from_checkpoint: {explicit} belongs to another run than output_dir {path}")
+    checkpoint.verify(explicit)
+    return explicit
+
+
 def another_version(path: Path) -> ValueError:
     return ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine")
 
@@ -147,8 +193,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+
+
 def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl or skipped.jsonl; infinity if the line is damaged or was cut short."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut short
+        return math.inf

@@ -53,18 +53,18 @@ class TrainResult:
 
 
 class TrainingInterrupted(Exception):
-    """A signal asked to stop; the step was finished and saved."""
+    """A signal asked to stop; the step was finished. `checkpoint` is where a resumed run goes on, None for step 0."""
 
-    def __init__(self, signum: int, step: int, path: Path) -> None:
+    def __init__(self, signum: int, step: int, path: Path | None, saved: str) -> None:
         self.signum, self.step, self.checkpoint = signum, step, path
         super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}, saved as {path}; "
+            f"stopped by {signal.Signals(signum).name} after step {step}, {saved}; "
             "run the same command with --resume_from_checkpoint true to go on"
         )
 
 
 class TrainingDiverged(RuntimeError):
-    """A particle's update was skipped too many times in a row."""
+    """A particle's update was skipped too many times in a row, or the last loss is not finite."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -73,23 +73,24 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: a setting, the data, the model or the folder cannot be used; nothing was trained.
         TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
-        TrainingDiverged: a particle's gradient stayed NaN or infinite, or the loss beyond `spike_threshold`.
+        TrainingDiverged: a particle's gradient stayed NaN or infinite, the loss beyond `spike_threshold`, or the last
+            loss is NaN or infinite; checkpoints of the time before are kept.
         DoesNotFit: memory ended, in a step even with one example at a time; what was trained is saved.
     """
     base_model.load_config(config)
-    run = RunFolder.open(config)
-    task = make_task(config)
-    dataset = load_dataset(config, task)
-    run.check_data(config, dataset.sha256)
-    model = base_model.load_model(config)
-    check_fits(model, [*dataset.train, *dataset.held_out])
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
-    for part in (dataset.train, dataset.held_out):
-        base = ensemble.base_fingerprint["digest"]
-        part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, base)
-    return _Trainer(config, run, task, dataset, ensemble).run_to_the_end()
+    with RunFolder.open(config) as run:
+        task = make_task(config)
+        dataset = load_dataset(config, task)
+        run.check_data(config, dataset.sha256)
+        model = base_model.load_model(config)
+        check_fits(model, [*dataset.train, *dataset.held_out])
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
+        for part in (dataset.train, dataset.held_out):
+            base = ensemble.base_fingerprint["digest"]
+            part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, base)
+        return _Trainer(config, run, task, dataset, ensemble).run_to_the_end()
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -132,6 +133,10 @@ class _Trainer:
         self.learning_rate_factor = _schedule(config, self.optimizer, self.total_steps)
         self.coupling = config.coupling(self.total_steps, self._estimate_alpha_star)
         self.state = State(config.per_device_train_batch_size, skipped=[0] * K, skipped_in_a_row=[0] * K)
+        self.last_checkpoint = run.resume_from
+        self.loss_is_finite = True
+        """Of the last step, over the healthy particles. A checkpoint is only ever made of a step for which it is."""
+        self.save_is_due = False
         if run.resume_from:
             self._restore(run.resume_from)
         self.started = self.window_started = time.monotonic()
@@ -145,9 +150,12 @@ class _Trainer:
             self.progress = progress
             self._announce()
             try:
+                if self._evaluation_is_missing():
+                    self._evaluate()
                 while state.step < self.total_steps:
                     self._one_step()
                     self._after_step(signals)
+                self._require_finite_loss()
                 evaluation = self._evaluate()
             except TrainingInterrupted:
                 raise
@@ -155,7 +163,7 @@ class _Trainer:
                 with contextlib.suppress(OSError):  # the disk may be what failed
                     self._describe("failed")
                 if isinstance(error, DoesNotFit) and state.step:
-                    raise DoesNotFit(f"{error}; what was trained is saved as {self._save()}") from None
+                    raise DoesNotFit(f"{error}; what was trained is {self._save()}") from None
                 raise
             self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
             self._describe("finished")
@@ -173,6 +181,7 @@ class _Trainer:
         labels = sum(example.num_labels for example in examples)
         largest_nll = spike_limit(config.spike_threshold, state.recent_nlls) * labels / len(examples)
         result = self._step_that_fits(examples, alpha, largest_nll)
+        self.loss_is_finite = bool(result.mixture_nll.isfinite().all())
         tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
         state.alpha = alpha
         state.step += 1
@@ -207,14 +216,25 @@ class _Trainer:
         config, state = self.config, self.state
         at_the_end = state.step == self.total_steps
         if signals.received and not at_the_end:
-            path = self._save()
+            saved = self._save()  # at once: whoever sent the signal may not wait for an evaluation
             self._describe("interrupted")
-            raise TrainingInterrupted(signals.received, state.step, path)
+            raise TrainingInterrupted(signals.received, state.step, self.last_checkpoint, saved)
         # before the checkpoint, which vouches for the lines of metrics up to its step
-        if config.eval_steps and state.step % config.eval_steps == 0 and not at_the_end:
+        if self._evaluates_at(state.step):
             self._evaluate()
-        if at_the_end or state.step % config.save_steps == 0:
+        self.save_is_due |= at_the_end or state.step % config.save_steps == 0
+        if self.save_is_due and self.loss_is_finite:
             self._save()
+            self.save_is_due = False
+
+    def _evaluates_at(self, step: int) -> bool:
+        every = self.config.eval_steps
+        return every is not None and step % every == 0 and 0 < step < self.total_steps
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the run was stopped by a signal at a step that evaluates: see `_after_step`."""
+        step, held_out = self.state.step, self.dataset.held_out
+        return bool(held_out) and self._evaluates_at(step) and not self.run.has_evaluation(step)
 
     # ------------------------------------------------------------------ what is measured
 
@@ -375,12 +395,30 @@ class _Trainer:
                 + (" or spike_threshold" if result.spike else "")
             )
 
-    def _save(self) -> Path:
+    def _require_finite_loss(self) -> None:
+        """Particles whose last loss is NaN or infinite are not what anybody wants to use."""
+        if not self.loss_is_finite:
+            raise TrainingDiverged(
+                f"the loss of the last step, {self.state.step}, is not finite, so the particles are not written; "
+                f"{self._describe_last_checkpoint()}; start with a lower learning rate"
+            )
+
+    def _describe_last_checkpoint(self) -> str:
+        if self.last_checkpoint is None:
+            return "there is no checkpoint from before"
+        return f"the last checkpoint whose loss was finite is {self.last_checkpoint}"
+
+    def _save(self) -> str:
+        """Save a checkpoint, unless the last loss is not finite; what was done, for a message."""
+        if not self.loss_is_finite:
+            return f"not saved: the loss is not finite; {self._describe_last_checkpoint()}"
         state = asdict(self.state)
         state |= {"coupling": self.coupling.state(), "base": self.ensemble.base_fingerprint}
         state["data_sha256"] = self.dataset.sha256
         keep = self.config.save_total_limit
-        return checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
+        path = checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
+        self.last_checkpoint = path
+        return f"saved as {path}"
 
     def _restore(self, path: Path) -> None:
         saved = checkpoint.load(path, self.ensemble, self.optimizer)

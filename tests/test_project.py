@@ -36,7 +36,7 @@ LAYERS = [
     ["reading"],
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits"],
-    ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
+    ["folder_lock", "adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
     ["peft_names", "files", "settings", "memory", "row_files", "thoughts"],
 ]
 KERNEL_LAYERS = [

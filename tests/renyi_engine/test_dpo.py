@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import DpoConfig, EnsembleConfig, LoraEnsemble, train, trainer
+from renyi_engine import DpoConfig, EnsembleConfig, LoraEnsemble, files, train, trainer
 from renyi_engine.cli import main
 from renyi_engine.data import Dropped
 from renyi_engine.dpo import DpoTask
@@ -292,6 +292,26 @@ def test_the_reference_is_kept_and_belongs_to_base_data_and_template(task, attac
             prepared(task, ensemble, CHATS, tmp_path)
     finally:
         task.tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "another length", "another name", "empty"])
+def test_a_damaged_reference_is_named_and_computed_again(task, attached, tmp_path, damage):
+    ensemble = attached(2)
+    expected = prepared(task, ensemble, STRINGS, tmp_path)
+    (path,) = tmp_path.glob("reference-*")
+    whole = path.read_bytes()
+    if damage == "flipped":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "cut":
+        path.write_bytes(whole[:-4])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        name, length = ("other", len(STRINGS)) if damage == "another name" else ("logp_nats", len(STRINGS) + 1)
+        files.write_tensors(path, {name: torch.zeros(length, 2)})
+    with pytest.warns(UserWarning, match=rf"{path.name}.*computed again"):
+        assert prepared(task, ensemble, STRINGS, tmp_path) == expected
+    assert prepared(task, ensemble, STRINGS, tmp_path) == expected  # without a warning, which would be an error
 
 
 # ---------------------------------------------------------------------- a run
