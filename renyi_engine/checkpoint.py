@@ -109,11 +109,11 @@ def all_of(run: Path) -> list[tuple[int, Path]]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; of one that is a link, only the link."""
+    """Remove a checkpoint in one go, so that nobody finds half of it; of one that is a link, only the link."""
     if path.is_symlink():
         path.unlink()
     else:
-        shutil.rmtree(path)
+        shutil.rmtree(path.rename(files.temporary_name(path)))
 
 
 def verify(path: Path) -> None:
