@@ -65,7 +65,7 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     )
     judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
     judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
-    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take to answer.")
+    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take for a whole reply.")
     judge_max_retries: int = flag(4, "Tries after the first, at growing distance, before a verdict counts as failed.")
 
     def __post_init__(self) -> None:
