@@ -37,7 +37,7 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "rendering"],
+    ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "rendering", "terminal"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

@@ -56,7 +56,8 @@ def test_a_template_that_wants_all_memory_gets_a_little(name):
 def test_a_conversation_is_rendered_as_transformers_renders_it(marks):
     template = (
         "{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}{{ m.role }}: {% generation %}"
-        "{{ m.content }}{% endgeneration %}{{ [m] | tojson }}{% endfor %}{{ tools | tojson }}{{ documents }}{{ mood }}{{ bos_token }}"
+        "{{ m.content }}{% endgeneration %}{{ [m] | tojson }}{% endfor %}"
+        "{{ tools | tojson }}{{ documents }}{{ mood }}{{ bos_token }}"
     )
     arguments = {
         "conversations": [[*TWO, {"role": "user", "content": "Grüße \u2028 \ud800 \x00 \x1b[0m 😀"}]],
