@@ -89,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-# a spreadsheet takes a cell that begins with one of these for a formula; the last begins a cell that `write_csv` changed
+# a spreadsheet takes a cell that begins with one of these for a formula; the last begins one that `write_csv` changed
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
 
 

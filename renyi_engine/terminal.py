@@ -60,7 +60,7 @@ class _Visible:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        encoding = self._stream.encoding or "utf-8"
+        encoding: str = getattr(self._stream, "encoding", None) or "utf-8"
         self._stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 

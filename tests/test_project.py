@@ -37,6 +37,7 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
+    ["output_folder"],
     ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "rendering", "terminal"],
 ]
 KERNEL_LAYERS = [

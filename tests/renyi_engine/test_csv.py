@@ -29,9 +29,10 @@ def test_a_text_that_a_spreadsheet_would_compute_stands_behind_an_apostrophe(tmp
     assert row == {"number": "-1.5", "text": f"'{text}"}  # a negative number stays one
 
 
-@given(
-    st.lists(st.builds(Row, st.floats(allow_nan=False), st.text(st.characters(exclude_categories=["Cs"]))), min_size=1)
-)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(st.lists(st.builds(Row, st.floats(allow_nan=False), TEXTS), min_size=1))
 def test_what_is_read_is_what_was_written(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     rows += [Row(1.0, text) for text in (*FORMULAS, "'", "''=1", "a=1", "", '"quoted", and more')]

@@ -44,8 +44,17 @@ def test_no_text_steers_and_what_is_written_out_stays_so(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["Grüße, 中文　日本語, Ελληνικά", "שלום \u200f!", "مرحبا \u200e1", "नमस्ते", "می\u200cخواهم", "👩\u200d👩\u200d👧 ❤️ 🇩🇪", "a\tb\nc"]
-)  # fmt: skip
+    "text",
+    [
+        "Grüße, 中文　日本語, Ελληνικά",
+        "שלום \u200f!",
+        "مرحبا \u200e1",
+        "नमस्ते",
+        "می\u200cخواهم",
+        "👩\u200d👩\u200d👧 ❤️ 🇩🇪",
+        "a\tb\nc",
+    ],
+)
 def test_every_language_and_emoji_can_be_read(text):
     assert visible(text) == text
 

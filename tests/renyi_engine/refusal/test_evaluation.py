@@ -225,7 +225,7 @@ def test_a_folder_without_responses_takes_other_settings_and_one_of_another_run_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("learning_rate: 0.1\n")
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds another kind of run; choose another folder"):
+    with pytest.raises(ValueError, match=r"output_dir: .* already holds config.yaml, run.json, .*; choose another"):
         evaluate_refusal(config())
     with pytest.raises(ValueError, match="no such folder"):
         evaluate_refusal(config(output_dir=str(tmp_path / "new"), ensemble=str(tmp_path / "typo")))
