@@ -31,7 +31,7 @@ def test_one_that_holds_something_is_refused_by_name_with_the_ways_out(tmp_path)
         f"output: {tmp_path} already holds a, b, c, d, e and 2 more, which would be lost or mixed up; "
         "choose another --output, or remove them"
     )
-    with pytest.raises(ValueError, match="output_dir: .* cannot be written"):
+    with pytest.raises(ValueError, match=r"output_dir: .* cannot be written"):
         claim(tmp_path / "a")
 
 
