@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from renyi_engine import base_model, files, seeding
+from renyi_engine import base_model, files, output_folder, seeding
 from renyi_engine.config import CONFIG_FILE, AdapterConfig, EvalConfig, ModelConfig
 from renyi_engine.data import Example, excerpt
 from renyi_engine.ensemble import LoraEnsemble
@@ -101,11 +101,12 @@ def alpha_star(config: AlphaStarConfig) -> str:
     report.html go to `config.output_dir`. What was found, in a few lines.
 
     Raises:
-        ValueError: the data, the model or the adapter cannot be used; or the model cannot be differentiated twice.
+        ValueError: the data, the model or the adapter cannot be used; the model cannot be differentiated twice; or
+            output_dir holds something.
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", AlphaStarConfig.dataset_split)
-    folder = files.make_folder(Path(config.output_dir), "output_dir")
+    folder = output_folder.claim(Path(config.output_dir))
     task = SftTask(base_model.load_tokenizer(config), config.max_length)
     examples, dropped = read_items(task, rows, "dataset_name")
     num_rows, of_rows = len(examples), describe_rows(examples, dropped)

@@ -53,9 +53,14 @@ def answer(config: GenerateConfig) -> str:
         of_base = generate()
     lines = []
     for number, prompt in enumerate(config.prompts):
-        lines.append(f"# {prompt}")
+        lines.append(_beside("# ", prompt))
         speakers = [*((f"p{k:03d}", tokens) for k, tokens in enumerate(of_particles)), ("base", of_base[0])]
         for name, tokens in speakers:
             texts = (decode_answer(tokenizer, encoded[number], said) for said in tokens[number].tolist())
-            lines += [f"{name}: {text.strip()}" for text in texts]
+            lines += [_beside(f"{name}: ", text.strip()) for text in texts]
     return "\n".join(lines)
+
+
+def _beside(mark: str, text: str) -> str:
+    """All lines of `text` to the right of `mark`: none of them can be taken for somebody else's."""
+    return mark + text.replace("\n", "\n" + " " * len(mark))

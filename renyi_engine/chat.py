@@ -17,9 +17,9 @@ from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from renyi_engine.data import Dropped, unexpected
+from renyi_engine.rendering import LimitReached, TemplateRefuses, render
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -215,7 +215,7 @@ class ChatTemplate:
         template = self._template(context)
         variables = {**self._tokenizer.special_tokens_map, **context.variables}
         try:
-            [text], spans = render_jinja_template(
+            return render(
                 conversations=[self._fit(messages) if fit else list(messages)],
                 tools=context.tools,
                 documents=context.documents,
@@ -224,10 +224,13 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except Exception as error:  # a template is a program: whatever it raises is about these messages
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise Dropped(f"the chat template refuses the messages ({first_line})") from None
-        return text, [(start, end) for start, end in spans[0]] if marks else []
+        except TemplateRefuses as error:
+            raise Dropped(f"the chat template refuses the messages ({error})") from None
+        except LimitReached as limit:
+            raise ValueError(
+                f"the chat template of {self._tokenizer.name_or_path} cannot write a conversation: it {limit}; use "
+                "another model or template, or leave out a conversation of extraordinary length"
+            ) from None
 
     def _template(self, context: Context) -> str:
         if not self._tokenizer.chat_template:

@@ -27,11 +27,13 @@ from renyi_engine.refusal import RefusalConfig, evaluate_refusal
 from renyi_engine.report import write_report
 from renyi_engine.settings import parse, to_yaml
 from renyi_engine.sft import SftConfig
+from renyi_engine.terminal import only_text
 from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
 
 
+@only_text()
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(

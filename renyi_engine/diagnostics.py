@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renyi_engine import data, files
+from renyi_engine import data, files, output_folder
 from renyi_engine.config import CONFIG_FILE, EvalConfig
 from renyi_engine.eval_pictures import scatter
 from renyi_engine.evaluation import evaluate
@@ -78,11 +78,11 @@ def evaluate_nll(config: NllConfig) -> str:
     a few lines.
 
     Raises:
-        ValueError: the data, the model or the ensemble cannot be used.
+        ValueError: the data, the model or the ensemble cannot be used; or output_dir holds something.
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", NllConfig.dataset_split)
-    folder = files.make_folder(Path(config.output_dir), "output_dir")
+    folder = output_folder.claim(Path(config.output_dir))
     subject = load_subject(config)
     alpha = subject.require_alpha()
     if alpha == 0:

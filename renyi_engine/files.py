@@ -112,13 +112,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+# a spreadsheet takes a cell that begins with one of these for a formula; the last begins one that `write_csv` changed
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
+
+
 def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
-    """A line for each of the rows, all of one class, under the names of its fields."""
+    """A line for each of the rows, all of one class, under the names of its fields.
+
+    An apostrophe stands in front of a text that a spreadsheet would take for a formula, or that begins with one itself.
+    So whoever reads the file takes one apostrophe off every text that begins with one, as `read_csv` does. A number is
+    written as it is.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(rows[0])])
     writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
+    for row in rows:
+        cells = dataclasses.asdict(row).items()
+        writer.writerow({k: f"'{v}" if isinstance(v, str) and v.startswith(_FORMULA) else v for k, v in cells})
     write_text(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The cells of a file of `write_csv`, every one as the text that it was before it was written."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: cell.removeprefix("'") for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
 def finite(value: Any) -> Any:

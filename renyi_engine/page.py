@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from renyi_engine.files import write_text
 from renyi_engine.pictures import particle_colours
+from renyi_engine.terminal import one_line
 
 NUMBERS = re.compile(r"(nan|inf|[\d\s.,%±+−–()\[\]/e-])*")
 
@@ -70,20 +71,15 @@ class Section:
 
 def as_text(table: Table) -> str:
     """The table in the columns of a terminal."""
-    rows = [[printable(cell) for cell in row] for row in (table.header, *table.rows)]
+    rows = [[one_line(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [str.rjust if kind else str.ljust for kind in table.classes]
     lines = [
         "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    title = [printable(table.title)] if table.title else []
+    title = [one_line(table.title)] if table.title else []
     return "\n".join([*title, *lines]) + "\n"
-
-
-def printable(text: str) -> str:
-    """`text` without control characters, which data may hold."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def write_page(

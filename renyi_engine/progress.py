@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from renyi_engine.terminal import visible
+
 T = TypeVar("T")
 
 QUIET_S = 30.0
@@ -23,7 +26,8 @@ QUIET_S = 30.0
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
     """The items one by one, with a bar on a terminal and a line at the start and every half minute elsewhere."""
-    console = Console(stderr=True)
+    console = _console()
+    what = visible(what)
     if console.is_terminal:
         yield from rich.progress.track(items, what, console=console, transient=True)
         return
@@ -37,11 +41,16 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
         yield item
 
 
+def _console() -> Console:
+    """On standard error itself, past `only_text`: a display has to steer the terminal."""
+    return Console(file=getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+
+
 class TrainingProgress:
     """Steps, loss, mixture NLL, ESS, tokens/s and ETA. Warnings are printed above the display, one line each."""
 
     def __init__(self, total_steps: int, done_steps: int, num_particles: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or _console()
         self._num_particles = num_particles
         self._total = total_steps
         self._first = self._done = done_steps
@@ -86,7 +95,7 @@ class TrainingProgress:
         self._print(message)
 
     def _print(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(message), markup=False, highlight=False, soft_wrap=True)
 
     def _eta(self) -> str:
         rate = (time.monotonic() - self._started) / max(self._done - self._first, 1)
@@ -96,7 +105,7 @@ class TrainingProgress:
 def plain_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    return f"warning: {message}\n"
+    return visible(f"warning: {message}\n")
 
 
 def use_plain_warnings() -> None:

@@ -61,11 +61,14 @@ def write_report(
     """Write one HTML page that shows `runs` side by side below `tables`; returns `output`.
 
     Raises:
-        ValueError, in one line: no run, or a folder whose files are missing or broken; `output` is then left as it was.
+        ValueError, in one line: no run; a folder whose files are missing or broken; or `output` is something else than
+            an earlier page. It is then left as it was.
     """
     if not runs:
         raise ValueError("runs: expected at least one run folder; got none")
     read = [_read_run(Path(run)) for run in runs]
+    if output.exists() and not _is_page(output):
+        raise ValueError(f"output: {output} is no HTML page, and would be lost; choose another name, or remove it")
     with pictures.style():
         sections = _sections(read)
     lead = "One training run" if len(read) == 1 else f"{len(read)} training runs, side by side"
@@ -77,6 +80,13 @@ def write_report(
 def responsibilities(logp_nats: Array, alpha: float) -> Array:
     """Shares [K, N] of each example, exactly as training takes them: softmax over particles of alpha * logp (8)."""
     return data_term(torch.from_numpy(logp_nats), alpha, logp_nats.shape[1])[1].responsibilities.numpy()
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(15).lower() == b"<!doctype html>"
 
 
 def _read_run(folder: Path) -> _Run:

@@ -37,7 +37,8 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits"],
     ["folder_lock", "adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["peft_names", "files", "settings", "memory", "row_files", "thoughts"],
+    ["output_folder"],
+    ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "rendering", "terminal"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from renyi_engine import files
+from renyi_engine import files, output_folder
 from renyi_engine.config import EvalConfig
 from renyi_engine.mmlu import lm_eval, report
 from renyi_engine.mmlu import questions as mmlu_questions
@@ -64,15 +64,13 @@ def evaluate_mmlu(config: MmluConfig) -> str:
     report.html: calibration, uncertainty and responsibilities.
 
     Raises:
-        ValueError: the data, the model or the ensemble cannot be used, or output_dir holds an evaluation already.
+        ValueError: the data, the model or the ensemble cannot be used, or output_dir holds something.
     """
     started = time.time()
     output = Path(config.output_dir)
-    if (output / RESULTS).exists():
-        raise ValueError(f"output_dir: {output} already holds an evaluation; choose another folder or remove it")
     questions, sizes = _choose(config)
     prompts = _prompts(config, questions)
-    files.make_folder(output, "output_dir")
+    output_folder.claim(output)
 
     subject = load_subject(config)
     alpha = subject.require_alpha() if subject.num_particles else 0.0

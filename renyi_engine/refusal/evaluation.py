@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from renyi_engine import adapter_folder, files
+from renyi_engine import adapter_folder, files, output_folder
 from renyi_engine.config import CONFIG_FILE, EvalConfig, SamplingConfig
 from renyi_engine.data import left_padded, longest_first, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
@@ -36,7 +36,7 @@ from renyi_engine.run_folder import versions
 from renyi_engine.settings import changes, flag, read_yaml, require, require_given, to_yaml
 from renyi_engine.thoughts import decode_answer
 
-RESPONSES_FILE = "responses.jsonl"
+RESPONSES_FILE, RUN_FILE = "responses.jsonl", "run.json"
 
 # what may differ when an evaluation goes on: none of it changes a response, and verdicts know their judge
 _MAY_CHANGE = {
@@ -65,7 +65,7 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     )
     judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
     judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
-    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take to answer.")
+    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take for a whole reply.")
     judge_max_retries: int = flag(4, "Tries after the first, at growing distance, before a verdict counts as failed.")
 
     def __post_init__(self) -> None:
@@ -119,19 +119,18 @@ def evaluate_refusal(config: RefusalConfig) -> str:
 
 def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> None:
     """Save what is asked; of a folder that holds responses, see that they answer the same."""
-    files.make_folder(folder, "output_dir")
     fingerprint = _fingerprint(config, prompts)
-    if (folder / CONFIG_FILE).exists():
-        before = files.read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-        if not fingerprint.keys() <= before.keys():
-            raise ValueError(f"output_dir: {folder} holds another kind of run; choose another folder")
+    before = files.read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
+    if not isinstance(before, dict) or not fingerprint.keys() <= before.keys():
+        output_folder.claim(folder)  # it is not this command's
+    elif (folder / RESPONSES_FILE).exists():
         before |= read_yaml(folder / CONFIG_FILE)
-        diff = changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE)
-        if diff and (folder / RESPONSES_FILE).exists():
+        if diff := changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE):
             raise ValueError(
                 f"output_dir: the responses in {folder} were made with other settings; choose another:{diff}"
             )
-    files.write_json(folder / "run.json", fingerprint)
+    files.make_folder(folder, "output_dir")
+    files.write_json(folder / RUN_FILE, fingerprint)
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from renyi_engine import eval_pictures
-from renyi_engine.page import Picture, Section, Table, as_text, printable, write_page
+from renyi_engine.page import Picture, Section, Table, as_text, write_page
 from renyi_engine.refusal.results import Results
+from renyi_engine.terminal import one_line
 
 NUM_SHOWN = 20
 """Prompts in the table of most disagreement."""
@@ -151,7 +152,7 @@ def _bars(summary: Mapping[str, Any]) -> list[Picture]:
     return [
         eval_pictures.bars(
             "refusal-rates",
-            [printable(name) for name in columns],
+            [one_line(name) for name in columns],
             values,
             errors,
             rows=["base", "ensemble"][: 2 if summary["num_particles"] else 1],

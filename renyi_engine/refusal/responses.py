@@ -1,7 +1,8 @@
 """What was generated and how it was judged, in a .jsonl that grows line by line and can be taken up again.
 
-A line holds one response. It is written when the response is there, and again when it is judged; of the same response
-the last line counts. `finish` leaves one line each, in order: the same bytes whether or not the work was interrupted.
+A line holds one response and a checksum of what the line says. It is written when the response is there, and again when
+it is judged; of the same response the last line counts. `finish` leaves one line each, in order: the same bytes whether
+or not the work was interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ from renyi_engine import files
 
 BASE = "base"
 """Stands in the place of a particle's number for the frozen base."""
+
+CHECKSUM = "crc32"
+"""Field of a line beside those of the response: of their JSON."""
 
 Speaker = int | str
 """A particle's number, or BASE."""
@@ -51,7 +56,7 @@ class ResponseFile:
         """Read what is there; a last line that a kill cut short is dropped, with a warning, from the file too.
 
         Raises:
-            ValueError: another line is not a response.
+            ValueError: another line is not a response, or not what was written.
         """
         self._path = path
         self.responses: dict[Key, Response] = {}
@@ -63,8 +68,11 @@ class ResponseFile:
         for number, line in enumerate(lines, start=1):
             try:
                 response = _response(json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {number} is not a response ({error}); mend or remove it") from None
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is not a response as it was written ({error}); remove the line, and what "
+                    "it held is made again"
+                ) from None
             self.responses[response.key] = response
 
     def write(self, responses: Iterable[Response]) -> None:
@@ -84,14 +92,22 @@ class ResponseFile:
 
 
 def _line(response: Response) -> str:
-    return json.dumps(dataclasses.asdict(response)) + "\n"
+    fields = dataclasses.asdict(response)
+    return json.dumps(fields | {CHECKSUM: _checksum(fields)}) + "\n"
 
 
 def _response(value: Any) -> Response:
     if not isinstance(value, dict):
         raise ValueError(f"expected an object; got {type(value).__name__}")
+    checksum = value.pop(CHECKSUM, None)
+    if checksum != _checksum(value):
+        raise ValueError(f"its {CHECKSUM} does not belong to it")
     response = Response(**value)
     numbers = [response.prompt_id, response.sample, 0 if response.particle == BASE else response.particle]
     if not isinstance(response.response, str) or not all(isinstance(number, int) for number in numbers):
         raise ValueError("expected a text as response, and whole numbers as prompt_id, sample and particle")
     return response
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fields).encode()):08x}"

@@ -107,8 +107,8 @@ def test_everything_it_writes_says_the_same(command, trained, tmp_path, capsys):
 def test_a_prior_adds_its_curvature(command, tmp_path):
     command()
     without = json.loads((tmp_path / "found" / "results.json").read_text())
-    command("--prior_lambda=30", "--prior_std=2")
-    prior = json.loads((tmp_path / "found" / "results.json").read_text())
+    command("--prior_lambda=30", "--prior_std=2", f"--output_dir={tmp_path / 'prior'}")
+    prior = json.loads((tmp_path / "prior" / "results.json").read_text())
     assert prior["prior_curvature"] == pytest.approx(30 / (10 * 2**2))
     assert prior["spectrum_of_H"][0] >= 30 / 40 - 1e-6
     assert prior["alpha_star"] > without["alpha_star"]

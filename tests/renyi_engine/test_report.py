@@ -320,6 +320,17 @@ def test_a_broken_file_is_refused_in_one_line_and_the_old_report_stays(
     assert output.read_text() == "old"
 
 
+def test_a_report_replaces_an_earlier_one_and_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a")
+    page = write_report([run], tmp_path / "report.html")
+    assert write_report([run], page) == page
+    before = (run / "config.yaml").read_bytes()
+    for output in (run / "config.yaml", run):
+        with pytest.raises(ValueError, match=r"output: .* is no HTML page, and would be lost"):
+            write_report([run], output)
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_no_run_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one run folder"):
         write_report([], tmp_path / "report.html")

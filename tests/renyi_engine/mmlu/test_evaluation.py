@@ -182,7 +182,7 @@ def test_of_the_subjects_only_those_named_are_asked(configure, tmp_path):
 
 
 def test_an_evaluation_is_not_written_over(configure, evaluated):
-    with pytest.raises(ValueError, match=r"output_dir: .* already holds an evaluation; choose another"):
+    with pytest.raises(ValueError, match=r"output_dir: .* already holds .*results.json.*; choose another"):
         evaluate_mmlu(configure(evaluated))
 
 

@@ -185,15 +185,27 @@ def test_failed_verdicts_are_asked_for_again_and_nothing_else_is_changed(
 ):
     _, expected, _ = whole
     judge.depends_on_batch = depends_on_batch
-    path = tmp_path / "whole" / "responses.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[5] |= {"verdict": FAILED, "basis": "TimeoutError"}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = ResponseFile(tmp_path / "whole" / "responses.jsonl")
+    responses = file.in_order()
+    file.write([dataclasses.replace(responses[5], verdict=FAILED, basis="TimeoutError")])
     judge.seen.clear()
     evaluate_refusal(config(output_dir=str(tmp_path / "whole")))
     # a judge whose rounding depends on the batch sees the batch it saw before
-    assert [e.response for e in judge.seen] == [line["response"] for line in lines[4 if depends_on_batch else 5 : 6]]
+    assert [e.response for e in judge.seen] == [r.response for r in responses[4 if depends_on_batch else 5 : 6]]
     assert contents(tmp_path / "whole") == expected
+
+
+def test_a_verdict_that_flipped_on_the_disk_is_named_and_made_again(whole, config, tmp_path):
+    """As a label nobody knows, it would be counted nowhere."""
+    path = tmp_path / "whole" / "responses.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[3] = lines[3].replace('"verdict": "d', '"verdict": "e').replace('"verdict": "i', '"verdict": "h')
+    path.write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"responses\.jsonl: line 4 is not a response as it was written"):
+        evaluate_refusal(config(output_dir=str(tmp_path / "whole")))
+    path.write_text("".join(lines[:3] + lines[4:]))
+    assert evaluate_refusal(config(output_dir=str(tmp_path / "whole"))) == whole[0]
+    assert contents(tmp_path / "whole") == whole[1]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +237,7 @@ def test_a_folder_without_responses_takes_other_settings_and_one_of_another_run_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("learning_rate: 0.1\n")
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds another kind of run; choose another folder"):
+    with pytest.raises(ValueError, match=r"output_dir: .* already holds config.yaml, run.json, .*; choose another"):
         evaluate_refusal(config())
     with pytest.raises(ValueError, match="no such folder"):
         evaluate_refusal(config(output_dir=str(tmp_path / "new"), ensemble=str(tmp_path / "typo")))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gzip
 import json
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from renyi_engine.config import ModelConfig
+from renyi_engine.refusal.endpoint import MAX_REPLY_MIB, Endpoint
 from renyi_engine.refusal.judges import (
     DIRECT_ANSWER,
     DIRECT_REFUSAL,
@@ -42,7 +46,22 @@ CPU = ModelConfig(use_cpu=True)
 
 
 @pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize("form", ["{}", " {}.\n", "**{}**", "Label: `{}`", '"{}"', "It is {}, {}!", "({})"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        " {}.\n",
+        "**{}**",
+        "Label: `{}`",
+        '"{}"',
+        "The label is {}!",
+        "({})",
+        '{"label": "{}"}',
+        "- {}",
+        "The reply obeys and does not refuse.\n\n{}",
+        "It is no {}, is it?\nAnswer: {}",
+    ],
+)
 def test_a_label_is_read_whatever_its_case_spaces_and_punctuation(label, form):
     for spelled in (label, label.upper(), label.replace("_", " ").title(), label.replace("_", "-")):
         assert parse_answer(form.replace("{}", spelled)) == label
@@ -52,9 +71,15 @@ def test_a_label_is_read_whatever_its_case_spaces_and_punctuation(label, form):
     "answer",
     ["", "refusal", "direct", "yes", "direct_answer or direct_refusal", "indirect_refusal\ndirect_refusal",
      "It is not a direct_refusal.", "This isn't a direct_answer", "This isn’t a direct_answer", "redirect_answer",
-     "indirect_answer", "direct_answers", "neither: direct_answer"],
+     "indirect_answer", "direct_answers", "neither: direct_answer",
+     # a label in a sentence, which may say that it does not fit
+     "This cannot be a direct_answer", "Cannot be: direct_answer", "I doubt that it is a direct_answer.",
+     "It is anything but direct_answer", "Hardly direct_answer", "It is direct_answer, direct_answer!",
+     "The reply fails to be a direct_answer", "direct_answer? Far from it.", "direct_answer?", "label != direct_answer",
+     "direct_answer: wrong", "direct_answer would be wrong", "The label direct_answer is out of the question",
+     "direct_answer\nOn second thoughts it refuses.", "If it helped, the label is direct_answer", "~~direct_answer~~"],
 )  # fmt: skip
-def test_an_answer_without_exactly_one_label_is_never_guessed(answer):
+def test_an_answer_that_is_not_a_label_nor_ends_in_one_is_never_guessed(answer):
     assert parse_answer(answer) == UNPARSED
 
 
@@ -212,7 +237,7 @@ def completion(content: object, finish_reason: str = "stop") -> bytes:
 @pytest.fixture
 def serve(monkeypatch):
     """serve(*replies) -> (base_url, requests): replies are (status, body) in turn, the last one for ever; a number is
-    seconds of silence."""
+    seconds of silence, and a function writes the reply itself."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     servers = []
 
@@ -227,6 +252,10 @@ def serve(monkeypatch):
                     requests.append((self.path, dict(self.headers.items()), body))
                 if isinstance(reply, float):
                     time.sleep(reply)
+                    return
+                if callable(reply):
+                    with contextlib.suppress(OSError):  # nobody listens any more
+                        reply(self)
                     return
                 self.send_response(reply[0])
                 self.send_header("content-length", str(len(reply[1])))
@@ -297,7 +326,7 @@ def test_a_server_whose_model_thinks_is_asked_again_with_room_to_finish(serve, r
 
 
 def test_a_server_that_names_a_label_in_time_is_asked_once(serve):
-    url, requests = serve(cut("direct_answer: the reply does what was requested, and"))
+    url, requests = serve(cut("The reply does what was requested.\ndirect_answer"))
     (verdict,) = EndpointJudge(url, "m")([Exchange("Hi", "Hello")])
     assert verdict.label == DIRECT_ANSWER
     assert len(requests) == 1
@@ -348,8 +377,116 @@ def test_the_key_comes_from_the_environment_and_the_hubs_own_token_goes_nowhere(
     url, requests = serve(OK)
     for variable in ("JUDGE_KEY", None):
         make_judge(f"endpoint:{url}", compute=CPU, model="m", api_key_env=variable)([Exchange("", "")])
-    sent = [{k.lower(): v for k, v in headers.items()}["authorization"] for _, headers, _ in requests]
-    assert sent == ["Bearer sk-123", "Bearer none"]
+    sent = [{k.lower(): v for k, v in headers.items()}.get("authorization") for _, headers, _ in requests]
+    assert "hf_private" not in str(requests)
+    assert sent == ["Bearer sk-123", None]
+
+
+# ---------------------------------------------------------------------- a server that means harm
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_so_that_no_other_host_gets_the_prompt_or_the_key(serve, status):
+    elsewhere, asked_there = serve(OK)
+
+    def redirect(handler):
+        handler.send_response(status)
+        handler.send_header("location", f"{elsewhere}/chat/completions")
+        handler.send_header("content-length", "0")
+        handler.end_headers()
+
+    url, requests = serve(redirect)
+    (verdict,) = EndpointJudge(url, "m", api_key="sk-123", first_wait_s=0.001)([Exchange("Hi", "Hello")])
+    assert (verdict.label, verdict.basis) == (FAILED, f"HTTPStatusError {status}")
+    assert len(requests) == 1
+    assert asked_there == []
+
+
+def drip(handler):
+    """The head of a reply at once, then a character of it every 50 ms: no pause is long."""
+    handler.send_response(200)
+    handler.end_headers()
+    for character in OK[1].decode():
+        handler.wfile.write(character.encode())
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def drip_head(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(200):
+        handler.wfile.write(f"x-{number}: 1\r\n".encode())
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("slowly", [drip, drip_head])
+def test_the_time_limit_is_for_the_whole_reply_however_steadily_it_comes(serve, slowly):
+    url, _ = serve(slowly)
+    started = time.monotonic()
+    (verdict,) = EndpointJudge(url, "m", timeout_s=0.4, max_retries=0)([Exchange("Hi", "Hello")])
+    assert (verdict.label, verdict.basis) == (FAILED, "TimeoutError")
+    assert time.monotonic() - started < 2
+
+
+def packed(times):
+    def reply(handler):
+        body = b" " * (MAX_REPLY_MIB + 60) * 2**20
+        for _ in range(times):
+            body = gzip.compress(body)
+        assert len(body) < 2**20
+        handler.send_response(200)
+        handler.send_header("content-encoding", ", ".join(["gzip"] * times))
+        handler.send_header("content-length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return reply
+
+
+def endless(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(1000):
+        handler.wfile.write(b" " * 2**20)
+
+
+@pytest.mark.parametrize("reply", [packed(1), packed(2), endless], ids=["gzip", "gzip twice", "endless"])
+def test_of_a_huge_reply_no_more_than_the_limit_is_kept(serve, reply):
+    url, requests = serve(reply)
+    tracemalloc.start()
+    (verdict,) = EndpointJudge(url, "m", max_retries=0)([Exchange("Hi", "Hello")])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (verdict.label, verdict.basis) == (FAILED, "ReplyTooLarge")
+    assert len(requests) == 1
+    if reply is endless:  # the other two are made in this process, too
+        assert peak < (3 * MAX_REPLY_MIB + 2) * 2**20
+
+
+def test_a_reply_that_is_packed_and_small_is_read(serve):
+    def reply(handler):
+        handler.send_response(200)
+        handler.send_header("content-encoding", "gzip")
+        handler.end_headers()
+        handler.wfile.write(gzip.compress(OK[1]))
+
+    url, _ = serve(reply)
+    assert [verdict.label for verdict in EndpointJudge(url, "m")([Exchange("", "")])] == [INDIRECT_REFUSAL]
+
+
+@pytest.mark.parametrize(
+    ("base", "asked"),
+    [
+        ("http://h", "http://h/v1/chat/completions"),
+        ("http://h:8000/v1/", "http://h:8000/v1/chat/completions"),
+        ("https://h/api/v1?version=2", "https://h/api/v1/chat/completions?version=2"),
+        ("http://h/openai", "http://h/openai/v1/chat/completions"),
+        ("http://h/x/chat/completions", "http://h/x/chat/completions"),
+    ],
+)
+def test_the_address_that_is_asked_follows_from_the_base_url(base, asked):
+    assert str(Endpoint(base, api_key=None, timeout_s=1)._url) == asked
 
 
 # ---------------------------------------------------------------------- responses with thoughts
@@ -374,11 +511,17 @@ def test_a_judge_is_shown_the_answer_without_its_thought_and_nothing_of_one_that
 
 def test_a_judge_that_cannot_be_is_refused_in_one_line(model_folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for spec in ("", "keywords", "model:", "endpoint:", "endpoint:localhost:8000", "gpt"):
         with pytest.raises(ValueError, match="judge: expected keyword, model:FOLDER_OR_HUB_ID or endpoint:BASE_URL"):
             make_judge(spec, compute=CPU, model="m")
     with pytest.raises(ValueError, match="judge_model: needed with an endpoint"):
         make_judge("endpoint:http://localhost/v1", compute=CPU)
+    with pytest.raises(ValueError, match="judge: expected the address of an endpoint"):
+        Endpoint("http://h:port/v1", api_key=None, timeout_s=1)
+    with pytest.raises(ValueError, match="judge: the endpoint's address holds a name or a password") as error:
+        make_judge("endpoint:http://me:sk-123@localhost/v1", compute=CPU, model="m")
+    assert "sk-123" not in str(error.value)  # it would be written into the results
     with pytest.raises(ValueError, match="unset HF_HUB_OFFLINE"):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         make_judge("endpoint:http://localhost/v1", compute=CPU, model="m")

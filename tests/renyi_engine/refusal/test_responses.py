@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import re
 import warnings
+import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi_engine.refusal.responses import BASE, Response, ResponseFile
+from renyi_engine.refusal.responses import BASE, CHECKSUM, Response, ResponseFile
 
 TEXTS = ["", "plain", "two\nlines\r\n", "Grüße \u2028 \U0001f600", '{"a": 1}', "\ud800", "\x1b[31m"]
 RESPONSES = [Response("s", i, k, s, TEXTS[(i + s) % 7]) for i in range(3) for k in (0, 1, 10, BASE) for s in range(2)]
@@ -57,16 +60,49 @@ def test_in_order_is_by_prompt_particle_and_sample_with_the_base_last(tmp_path):
     assert file.in_order() == RESPONSES
 
 
+def summed(line):
+    """The line with the checksum that belongs to it."""
+    fields = json.loads(line)
+    return json.dumps(fields | {CHECKSUM: f"{zlib.crc32(json.dumps(fields).encode()):08x}"})
+
+
 @pytest.mark.parametrize(
-    "line", ["", "[]", "nonsense", '{"split": "s"}',
-             '{"split":"s","prompt_id":0,"particle":"p","sample":0,"response":""}',
-             '{"split":"s","prompt_id":0,"particle":[1],"sample":0,"response":""}',
-             '{"split":"s","prompt_id":"0","particle":1,"sample":0,"response":""}',
-             '{"split":"s","prompt_id":0,"particle":1,"sample":0,"response":null}'],
+    "line",
+    [
+        "", "[]", "nonsense", '{"split": "s"}', "[" * 100_000, summed('{"split": "s"}'),
+        summed('{"split":"s","prompt_id":0,"particle":"p","sample":0,"response":""}'),
+        summed('{"split":"s","prompt_id":0,"particle":[1],"sample":0,"response":""}'),
+        summed('{"split":"s","prompt_id":"0","particle":1,"sample":0,"response":""}'),
+        summed('{"split":"s","prompt_id":0,"particle":1,"sample":0,"response":null}'),
+        # a response in all but the checksum
+        '{"split":"s","prompt_id":0,"particle":1,"sample":0,"response":"","judge":null,"verdict":null,"basis":null}',
+    ],
 )  # fmt: skip
 def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "responses.jsonl"
     ResponseFile(path).write(RESPONSES[:2])
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=r"responses\.jsonl: line 3 is not a response .*mend or remove it"):
+    with pytest.raises(ValueError, match=r"responses\.jsonl: line 3 is not a response .*; remove the line"):
         ResponseFile(path)
+
+
+def test_every_single_bit_that_flips_is_noticed(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    judged = Response("s", 1, 0, 2, "I cannot.", judge="keyword", verdict="direct_refusal", basis="i cannot")
+    ResponseFile(path).write([RESPONSES[0], judged, RESPONSES[1]])
+    whole = path.read_bytes()
+    expected = ResponseFile(path).responses
+    first, second, _ = whole.splitlines(keepends=True)
+    refusals = []
+    for bit in range(8 * len(first), 8 * (len(first) + len(second))):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = ResponseFile(path).responses
+        except ValueError as error:
+            refusals.append(str(error))
+        else:  # white space of another kind between two fields
+            assert found == expected
+    assert all(re.search("line [23] is not a response as it was written", refusal) for refusal in refusals)
+    assert len(refusals) > 0.95 * 8 * len(second)

@@ -1,0 +1,141 @@
+"""A chat template is a program that came with a model: it runs in a process of its own, where time and memory end.
+
+transformers renders in a sandbox that keeps a template from files and modules, but lets it loop for ever, or double a
+text until the machine has no memory left. So this file is also a program: a worker that renders one conversation after
+the other, and that the kernel ends when one of them takes too long. It is started once, at the first conversation, and
+needs transformers and jinja, but not torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from functools import cache
+from typing import IO, Any
+
+TIME_LIMIT_S = 5
+"""Processor time of one conversation, which takes some milliseconds."""
+MAX_MEMORY_MIB = 1024
+"""What the worker may ask for beyond what it needs to start."""
+
+# not by its path alone: a program's folder is where it looks for modules first, and this one holds a package's files
+_START = "import runpy, sys; sys.path[:] = filter(None, sys.path); runpy.run_path(sys.argv[1], run_name='__main__')"
+
+
+class TemplateRefuses(Exception):
+    """The template, or the sandbox around it, raised an error about the messages; the text is its first line."""
+
+
+class LimitReached(Exception):
+    """The template did not end within the time and the memory that it is given; the text says what it did instead."""
+
+
+def render(**arguments: Any) -> tuple[str, list[tuple[int, int]]]:
+    """(text, where the template's generation marks are): `render_jinja_template` of transformers on one conversation.
+
+    Args:
+        arguments: of that function; what JSON does not know is given to the template as text.
+
+    Raises:
+        TemplateRefuses, LimitReached.
+    """
+    reply = _worker(os.getpid()).ask({"time_limit_s": TIME_LIMIT_S, "arguments": arguments})
+    if "limit" in reply:
+        raise LimitReached(reply["limit"])
+    if "error" in reply:
+        raise TemplateRefuses(reply["error"])
+    return reply["text"], [(start, end) for start, end in reply["spans"]]
+
+
+@cache
+def _worker(process_id: int) -> _Worker:
+    """That of this process. A fork has one of its own: with one between them, they would read each other's replies."""
+    return _Worker()
+
+
+class _Worker:
+    """The process, started when it is first asked, and again after it was ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        atexit.register(self._stop)
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        with self._lock:
+            try:
+                return self._ask(request)
+            except BaseException:
+                self._stop()  # a reply that is still to come would be taken for the next one's
+                raise
+
+    def _ask(self, request: Any) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(request, default=str) + "\n")
+        process.stdin.flush()
+        if reply := process.stdout.readline():
+            return json.loads(reply)
+        code = process.wait()
+        if code == -signal.SIGPROF:
+            return {"limit": f"takes more than {TIME_LIMIT_S} s"}
+        if code < 0:
+            return {"limit": f"ends its process ({signal.strsignal(-code)})"}
+        raise RuntimeError(f"the process that renders chat templates ended with code {code}")
+
+    def _start(self) -> subprocess.Popen[str]:
+        # in a session of its own: Ctrl-C is for the process that can save something
+        return subprocess.Popen(
+            [sys.executable, "-c", _START, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="ascii",
+            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+            start_new_session=True,
+        )
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+# ---------------------------------------------------------------------- the worker
+
+
+def _work(requests: IO[str], replies: IO[str]) -> None:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with open("/proc/self/statm") as file:
+        most = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY_MIB * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for line in requests:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["time_limit_s"])
+        try:
+            [text], spans = render_jinja_template(**request["arguments"])
+            reply = json.dumps({"text": text, "spans": spans[0] if spans else []})
+        except MemoryError:
+            reply = json.dumps({"limit": f"takes more than {MAX_MEMORY_MIB} MiB"})
+        except Exception as error:  # whatever it raises is about these messages
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            reply = json.dumps({"error": first_line[:500]})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(reply + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _work(sys.stdin, sys.stdout)
