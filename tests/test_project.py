@@ -35,7 +35,7 @@ LAYERS = [
     ["generation"],
     ["reading"],
     ["architecture", "adapter_folder"],
-    ["head", "trunk", "origin", "limits"],
+    ["head", "trunk", "origin", "limits", "runs"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
     ["peft_names", "files", "settings", "memory", "row_files", "thoughts"],
 ]
