@@ -72,6 +72,11 @@ class EnsembleConfig:
                 raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
+        if not isinstance(self.target_modules, str):
+            if not all(isinstance(name, str) for name in self.target_modules):
+                raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
+        elif not targets.is_all_linear(self.target_modules):
+            targets.check_pattern(self.target_modules)
         if self.init not in ("standard", "spread"):
             raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
         if not 0 <= self.seed < 2**32:
@@ -156,14 +161,17 @@ class LoraEnsemble(nn.Module):
         False: nothing is compared.
 
         Raises:
-            ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen
-                or not finite; a file does not match its checksum; weights are pickled (they are not opened); the model
-                has other weights than the base.
+            ValueError: the folder is not such a folder, or not whole (see `adapter_folder`); adapters differ in kind;
+                tensors are missing, extra, misshapen or not finite; a file does not match its checksum; weights are
+                pickled (they are not opened); the model has other weights than the base.
         """
         with _claimed(model):
             saved = adapter_folder.read(Path(directory))
-            config = EnsembleConfig(**saved.config)
-            maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
+            try:
+                config = EnsembleConfig(**saved.config)
+                maps = targets.match_targets(model, config.target_modules, config.layers_to_transform, each=False)
+            except ValueError as error:
+                raise ValueError(f"{directory}: {error}") from None
             found = architecture.observe(model)
             maps = architecture.adaptable(found, maps, config.target_modules)
             adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import regex
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from renyi_engine import peft_names
 
 ALL_LINEAR = "all-linear"
+_LONGEST_PATTERN = 10_000
+_PATIENCE_S = 2.0
+"""What a regular expression may take for all paths of a model: some take years for one, and an adapter folder that
+somebody else wrote may hold such a one."""
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -72,16 +78,22 @@ def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def match_targets(
-    model: PreTrainedModel, target_modules: str | Sequence[str], layers_to_transform: Sequence[int] | None
+    model: PreTrainedModel,
+    target_modules: str | Sequence[str],
+    layers_to_transform: Sequence[int] | None,
+    *,
+    each: bool = True,
 ) -> dict[str, nn.Module]:
     """The linear maps to adapt, by path, in the model's order.
 
     `target_modules`: "all-linear" (those that PEFT can load), a regular expression that matches the whole path, or a
     list of names, each a path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
+    `each` False: as in PEFT, names and layers of a list that match nothing are passed over, if others match.
 
     Raises:
-        ValueError: nothing matches (the message lists what could have), a layer number does not exist, or PEFT could
-            not load an adapter of a map that is named.
+        ValueError: nothing matches (the message lists what could have), or one of several names matches no map of the
+            model; a layer number does not exist, or nothing in that layer matches; a regular expression takes too long;
+            or PEFT could not load an adapter of a map that is named.
     """
     layers_path, layers = decoder_layers(model)
     if layers_to_transform is not None:
@@ -89,19 +101,30 @@ def match_targets(
         if stray or not layers_to_transform:
             raise ValueError(f"layers_to_transform: expected layers from 0 to {len(layers) - 1}; got {stray or 'none'}")
     candidates = linear_maps(model)
+    matches = _matcher(target_modules)
     matched = {}
     for path, module in candidates.items():
         # as in PEFT, a map named by its whole path is taken whatever layers_to_transform says
         by_path = not isinstance(target_modules, str) and path in target_modules
         in_layers = layers_to_transform is None or layer_index(path, layers_path) in layers_to_transform
-        if by_path or (in_layers and _name_matches(path, target_modules)):
+        if by_path or (in_layers and matches(path)):
             matched[path] = module
-    if not matched:
+    names = [] if isinstance(target_modules, str) else list(target_modules)
+    useless = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in candidates)]
+    if not matched or (each and useless):
+        wrong = " and ".join(map(repr, useless)) or repr(target_modules)
         endings = sorted({ending(path) for path in candidates})
+        where = "" if useless or layers_to_transform is None else f" in layers {sorted(set(layers_to_transform))}"
         raise ValueError(
-            f"target_modules: {target_modules!r} matches no linear map of {type(model).__name__}; "
-            f"it could be {ALL_LINEAR!r}, a regular expression for whole paths such as "
+            f"target_modules: {wrong} matches no linear map of {type(model).__name__}{where}; "
+            f"it could be {ALL_LINEAR!r} alone, one regular expression alone for whole paths such as "
             f"{next(iter(candidates), layers_path)!r}, or a list out of {endings}"
+        )
+    empty = set(layers_to_transform or ()) - {layer_index(path, layers_path) for path in matched}
+    if each and empty:
+        raise ValueError(
+            f"layers_to_transform: target_modules match no linear map in layers {sorted(empty)}; leave these out, or "
+            "name maps that they have"
         )
     unloadable = peft_names.refused(model, matched)
     if unloadable and not is_all_linear(target_modules):
@@ -110,6 +133,22 @@ def match_targets(
             f"{type(model).__name__}; leave it out"
         )
     return {path: module for path, module in matched.items() if path not in unloadable}
+
+
+def check_pattern(pattern: str) -> None:
+    """ValueError, which names target_modules, unless this is a regular expression (or "all-linear")."""
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"target_modules: a regular expression of {len(pattern)} characters; expected at most {_LONGEST_PATTERN}"
+        )
+    try:
+        re.compile(pattern)  # PEFT's, which has to be able to load the adapters
+        regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"target_modules: {pattern[:80]!r} is not a regular expression ({error}); to name linear maps, write their "
+            "names alone, such as q_proj v_proj"
+        ) from None
 
 
 class AdapterTargets(NamedTuple):
@@ -148,9 +187,22 @@ def ending(path: str) -> str:
     return path.rsplit(".", 1)[-1]
 
 
-def _name_matches(path: str, target_modules: str | Sequence[str]) -> bool:
+def _matcher(target_modules: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether target_modules match a path."""
     if is_all_linear(target_modules):
-        return True
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, path) is not None
-    return any(path.endswith(f".{name}") for name in target_modules)
+        return lambda path: True
+    if not isinstance(target_modules, str):
+        return lambda path: any(path.endswith(f".{name}") for name in target_modules)
+    check_pattern(target_modules)
+    pattern, end = regex.compile(target_modules), time.monotonic() + _PATIENCE_S
+
+    def matches(path: str) -> bool:
+        try:
+            return pattern.fullmatch(path, timeout=max(end - time.monotonic(), 1e-3)) is not None
+        except TimeoutError:
+            raise ValueError(
+                f"target_modules: the regular expression {target_modules[:80]!r} takes more than {_PATIENCE_S:g} s to "
+                "match the names of linear maps; write a simpler one, or a list of names"
+            ) from None
+
+    return matches
