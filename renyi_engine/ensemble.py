@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine import adapter_folder, architecture, generation, origin, seeding, targets
+from renyi_engine import adapter_folder, architecture, generation, origin, patterns, seeding, targets
 from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
 from renyi_engine.architecture import Architecture
 from renyi_engine.fingerprint import Fingerprint, fingerprint
@@ -72,11 +72,10 @@ class EnsembleConfig:
                 raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
-        if not isinstance(self.target_modules, str):
-            if not all(isinstance(name, str) for name in self.target_modules):
-                raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
-        elif not targets.is_all_linear(self.target_modules):
-            targets.check_pattern(self.target_modules)
+        if isinstance(self.target_modules, str):
+            patterns.check(self.target_modules)
+        elif not all(isinstance(name, str) for name in self.target_modules):
+            raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
         if self.init not in ("standard", "spread"):
             raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
         if not 0 <= self.seed < 2**32:

@@ -6,23 +6,16 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import regex
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from renyi_engine import peft_names
+from renyi_engine import patterns, peft_names
 
 ALL_LINEAR = "all-linear"
-_LONGEST_PATTERN = 10_000
-_PATIENCE_S = 2.0
-"""What a regular expression may take for all paths of a model: some take years for one, and an adapter folder that
-somebody else wrote may hold such a one."""
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -135,22 +128,6 @@ def match_targets(
     return {path: module for path, module in matched.items() if path not in unloadable}
 
 
-def check_pattern(pattern: str) -> None:
-    """ValueError, which names target_modules, unless this is a regular expression (or "all-linear")."""
-    if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(
-            f"target_modules: a regular expression of {len(pattern)} characters; expected at most {_LONGEST_PATTERN}"
-        )
-    try:
-        re.compile(pattern)  # PEFT's, which has to be able to load the adapters
-        regex.compile(pattern)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"target_modules: {pattern[:80]!r} is not a regular expression ({error}); to name linear maps, write their "
-            "names alone, such as q_proj v_proj"
-        ) from None
-
-
 class AdapterTargets(NamedTuple):
     """The entries of an adapter_config.json that make PEFT adapt certain maps and no others."""
 
@@ -193,16 +170,4 @@ def _matcher(target_modules: str | Sequence[str]) -> Callable[[str], bool]:
         return lambda path: True
     if not isinstance(target_modules, str):
         return lambda path: any(path.endswith(f".{name}") for name in target_modules)
-    check_pattern(target_modules)
-    pattern, end = regex.compile(target_modules), time.monotonic() + _PATIENCE_S
-
-    def matches(path: str) -> bool:
-        try:
-            return pattern.fullmatch(path, timeout=max(end - time.monotonic(), 1e-3)) is not None
-        except TimeoutError:
-            raise ValueError(
-                f"target_modules: the regular expression {target_modules[:80]!r} takes more than {_PATIENCE_S:g} s to "
-                "match the names of linear maps; write a simpler one, or a list of names"
-            ) from None
-
-    return matches
+    return patterns.matcher(target_modules)

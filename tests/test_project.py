@@ -37,7 +37,7 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits", "runs"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["peft_names", "files", "settings", "memory", "row_files", "thoughts"],
+    ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],
