@@ -4,14 +4,23 @@
     DIR/p001/...
     DIR/ensemble.json                                           folders, sha256 of files, the base's fingerprint; last
 
+What is lost is seen. ensemble.json lists every particle, and is sealed itself. Without it, folders named p000, p001
+and so on are the particles of one ensemble, all of them: each one's file says which of how many it is. Adapter folders
+of other names are a plain set, of which nobody can say whether it is whole.
+
 Layout: K particles, I/O in/out features, R rank.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +32,7 @@ from torch import Tensor
 from renyi_engine import files, origin
 from renyi_engine.fingerprint import Fingerprint
 from renyi_engine.origin import Origin
+from renyi_kernels.renyi_reduce import check_alpha
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import EnsembleConfig
@@ -30,6 +40,12 @@ if TYPE_CHECKING:
 ENSEMBLE_FILE = "ensemble.json"
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+PLACE = "particle"
+"""Where a particle's safetensors file says in its metadata which one of how many it is, as "2/8" for p002 of 8."""
+_FORMAT = 2
+"""Of ensemble.json; 1 had no digest."""
+_PARTICLE = re.compile(r"p\d{3,}")
+_TEMPORARY = ".particles-"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # what PEFT can do to an adapter that a stacked plain LoRA cannot represent
@@ -39,6 +55,7 @@ _UNSUPPORTED = (
     "use_qalora",
 )  # fmt: skip
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -67,9 +84,19 @@ def write(
     fan_in_fan_out: bool,
     alpha: float | None,
 ) -> None:
-    """Write one PEFT folder a particle, then ensemble.json. Particles of an ensemble saved here before are replaced."""
+    """Write one PEFT folder a particle, then ensemble.json. Particles of an ensemble saved here before are replaced,
+    once the new ones are on the disk.
+
+    Raises:
+        ValueError: something is in the way that is no particle written here before; nothing was touched then.
+    """
+    if alpha is not None:
+        check_alpha(alpha)
+    names = [_name(k) for k in range(config.num_particles)]
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_previous(directory)
+    previous = _previous(directory, names)
+    for leftover in directory.glob(f"{_TEMPORARY}*"):  # of a process that was killed here
+        _remove_temporary(leftover)
     adapter_config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -92,35 +119,50 @@ def write(
     }
     if target_parameters:
         adapter_config["target_parameters"] = list(target_parameters)
-    names = [f"p{k:03d}" for k in range(config.num_particles)]
-    checksums = {}
-    for k, name in enumerate(names):
-        folder = directory / name
-        folder.mkdir(exist_ok=True)
-        tensors = {}
-        for path, (A, B) in adapters.items():
-            tensors[f"{_PREFIX}{path}.lora_A.weight"] = A[k]
-            tensors[f"{_PREFIX}{path}.lora_B.weight"] = B[k]
-        files.write_tensors(folder / TENSORS_FILE, tensors, origin.metadata(base))
-        files.write_json(folder / CONFIG_FILE, adapter_config)
-        for file in (TENSORS_FILE, CONFIG_FILE):
-            checksums[f"{name}/{file}"] = files.sha256_of(folder / file)
-    ensemble = {
-        "format": 1,
-        "particles": names,
-        "alpha": alpha,
-        "seed": config.seed,
-        "init": config.init,
-        "base_model_name_or_path": base_model,
-        origin.KEY: base,
-        "sha256": checksums,
-    }
-    files.write_json(directory / ENSEMBLE_FILE, ensemble)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
+    try:
+        checksums = {}
+        for k, name in enumerate(names):
+            folder = temporary / name
+            folder.mkdir()
+            tensors = {}
+            for path, (A, B) in adapters.items():
+                tensors[f"{_PREFIX}{path}.lora_A.weight"] = A[k]
+                tensors[f"{_PREFIX}{path}.lora_B.weight"] = B[k]
+            place = {PLACE: f"{k}/{len(names)}"}
+            files.write_tensors(folder / TENSORS_FILE, tensors, place | origin.metadata(base))
+            files.write_json(folder / CONFIG_FILE, adapter_config)
+            for file in (TENSORS_FILE, CONFIG_FILE):
+                checksums[f"{name}/{file}"] = files.sha256_of(folder / file)
+        ensemble = {
+            "format": _FORMAT,
+            "particles": names,
+            "alpha": alpha,
+            "seed": config.seed,
+            "init": config.init,
+            "base_model_name_or_path": base_model,
+            origin.KEY: base,
+            "sha256": checksums,
+        }
+        (directory / ENSEMBLE_FILE).unlink(missing_ok=True)
+        _remove(previous)
+        for name in names:
+            (temporary / name).rename(directory / name)
+        files.write_json(directory / ENSEMBLE_FILE, ensemble | {"digest": _digest(ensemble)})
+    finally:
+        _remove_temporary(temporary)
 
 
 def read(directory: Path) -> SavedAdapters:
     """Read and stack the adapters of `directory`; `LoraEnsemble.from_pretrained` says what it may be."""
     folders, ensemble = _list(directory)
+    if ensemble is None and folders == [directory]:
+        others = _adapters_in(directory)
+        if others:
+            warnings.warn(
+                f"{directory}: the adapter of this folder itself is loaded, alone; those in {_some(others)} are not",
+                stacklevel=3,
+            )
     seeds, alpha = {}, None
     if ensemble is not None:
         origins = [origin.of_ensemble(directory / ENSEMBLE_FILE, ensemble)]
@@ -149,6 +191,7 @@ def read(directory: Path) -> SavedAdapters:
             sides.append(torch.stack(parts))
         stacked[path] = (sides[0], sides[1])
     if ensemble is None:
+        _check_places(directory, folders)
         origins = [origin.of_particle(folder / CONFIG_FILE, folder / TENSORS_FILE) for folder in folders]
     config = {"num_particles": len(folders), **configs[0], **seeds}
     return SavedAdapters(directory, config, stacked, alpha, origins)
@@ -180,26 +223,86 @@ def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
     """The folder of each particle, and ensemble.json where there is one."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder")
-    if (directory / ENSEMBLE_FILE).is_file():
-        ensemble = _read_ensemble(directory / ENSEMBLE_FILE)
+    if os.path.lexists(directory / ENSEMBLE_FILE):
+        ensemble = _read_ensemble(files.inside(directory, ENSEMBLE_FILE))
+        unlisted = [n for n in _adapters_in(directory) if _PARTICLE.fullmatch(n) and n not in ensemble["particles"]]
+        if unlisted:
+            raise ValueError(
+                f"{directory}: {_some(unlisted)} is a particle that {ENSEMBLE_FILE} does not list; move it out of this "
+                "folder, if it belongs to another ensemble"
+            )
         return [files.inside(directory, name) for name in ensemble["particles"]], ensemble
     if (directory / CONFIG_FILE).is_file():
         return [directory], None
-    names = sorted(child.name for child in directory.iterdir() if (child / CONFIG_FILE).is_file())
+    names = _adapters_in(directory)
     if not names:
         raise ValueError(f"{directory}: neither {ENSEMBLE_FILE} nor {CONFIG_FILE} here or one folder below")
+    particles = sorted(child.name for child in directory.iterdir() if _PARTICLE.fullmatch(child.name))
+    expected = [_name(k) for k in range(len(particles))]
+    if particles and not names == particles == expected:
+        missing, others = sorted(set(expected) - set(names)), sorted(set(names) - set(particles))
+        raise ValueError(
+            f"{directory}: not the particles of one ensemble:"
+            + f" {_some(missing)} missing;" * bool(missing)
+            + f" {_some(others)} beside them;" * bool(others)
+            + " to load these adapters as they are, give their folders other names than p000, p001, ..."
+        )
     return [files.inside(directory, name) for name in names], None
 
 
+def _name(k: int) -> str:
+    return f"p{k:03d}"
+
+
+def _adapters_in(directory: Path) -> list[str]:
+    """Folders one below that hold an adapter, or a part of one."""
+    return sorted(
+        child.name
+        for child in directory.iterdir()
+        if child.is_dir()
+        and any(os.path.lexists(child / file) for file in (CONFIG_FILE, TENSORS_FILE, "adapter_model.bin"))
+    )
+
+
+def _check_places(directory: Path, folders: Sequence[Path]) -> None:
+    """Without ensemble.json, particles say themselves how many there were. One that is loaded alone, by its own folder,
+    may be any of them; so may adapters whose folders have other names."""
+    if folders == [directory] or not _PARTICLE.fullmatch(folders[0].name):
+        return
+    for k, folder in enumerate(folders):
+        place, expected = files.read_metadata(folder / TENSORS_FILE).get(PLACE), f"{k}/{len(folders)}"
+        if place is not None and place != expected:
+            raise ValueError(
+                f"{folder}: its file says that it is particle {place}, but it stands here as {expected}: particles, or "
+                f"{ENSEMBLE_FILE}, were lost; to load these adapters as they are, give their folders other names than "
+                "p000, p001, ..."
+            )
+    warnings.warn(
+        f"{directory}: there is no {ENSEMBLE_FILE}, so damage to the particles' files cannot be seen, and the alpha of "
+        "their training is not known",
+        stacklevel=4,
+    )
+
+
 def _read_ensemble(path: Path) -> dict[str, Any]:
-    """ensemble.json, held to its form: distinct particles, and a checksum for exactly their files."""
+    """ensemble.json, held to its form: sealed, distinct particles, and a checksum for exactly their files."""
     ensemble = files.read_json(path)
-    kinds = {"particles": list, "sha256": dict, "seed": int, "init": str}
+    kinds = {"format": int, "particles": list, "sha256": dict, "seed": int, "init": str}
     if not isinstance(ensemble, dict) or any(not isinstance(ensemble.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(
             f"{path}: expected {', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())}; it has another form"
         )
-    names = ensemble["particles"]
+    if ensemble["format"] not in (1, _FORMAT):
+        raise ValueError(f"{path}: format {ensemble['format']}; this version reads formats 1 and {_FORMAT}")
+    digest = ensemble.pop("digest", None)
+    if ensemble["format"] == _FORMAT and digest != _digest(ensemble):
+        raise ValueError(
+            f"{path}: its digest differs from its content: damaged, or changed on purpose (then remove {path.name}; "
+            "--alpha says what it said of alpha)"
+        )
+    alpha, names = ensemble.get("alpha"), ensemble["particles"]
+    if alpha is not None and not (type(alpha) in (int, float) and math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"{path}: alpha: expected a finite number of at least 0, or null; got {alpha!r}")
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise ValueError(f"{path}: particles: expected distinct folder names; got {names}")
     for name in names:
@@ -209,6 +312,10 @@ def _read_ensemble(path: Path) -> dict[str, Any]:
     if different:
         raise ValueError(f"{path}: sha256: expected one for each file of each particle; missing or extra: {different}")
     return ensemble
+
+
+def _digest(ensemble: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(ensemble, sort_keys=True).encode()).hexdigest()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -238,18 +345,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config.get("target_modules") or [],
         config.get("lora_alpha", 8),
     )
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
-        raise ValueError(f"{path}: lora_alpha: expected a number; got {lora_alpha!r}")
+    use_rslora = config.get("use_rslora", False)
+    if type(config["r"]) is not int or config["r"] < 1:
+        raise ValueError(f"{path}: r: expected a whole number of at least 1; got {config['r']!r}")
+    if type(lora_alpha) not in (int, float) or not (math.isfinite(lora_alpha) and lora_alpha > 0):
+        raise ValueError(f"{path}: lora_alpha: expected a number above 0; got {lora_alpha!r}")
+    if not isinstance(use_rslora, bool):
+        raise ValueError(f"{path}: use_rslora: expected true or false; got {use_rslora!r}")
     if not isinstance(targets, (str, list)) or not all(isinstance(name, str) for name in targets):
         raise ValueError(f"{path}: target_modules: expected names or one regular expression; got {targets!r}")
+    layers = [layers] if type(layers) is int else layers
+    if layers is not None and not (isinstance(layers, list) and all(type(number) is int for number in layers)):
+        raise ValueError(f"{path}: layers_to_transform: expected numbers of layers, or null; got {layers!r}")
     if parameters:
         targets = [*targets, *(name.removesuffix(".weight") for name in parameters)]
     return {
         "rank": config["r"],
         "lora_alpha": lora_alpha,
-        "use_rslora": config.get("use_rslora", False),
+        "use_rslora": use_rslora,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "layers_to_transform": [layers] if isinstance(layers, int) else layers,
+        "layers_to_transform": layers,
     }
 
 
@@ -274,6 +389,11 @@ def _read_particle(folder: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
         if not match or tensor.dim() != 2:
             raise ValueError(
                 f"{folder / TENSORS_FILE}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear map"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{folder / TENSORS_FILE}: {key} is of type {_word(tensor.dtype)}; expected one of "
+                f"{', '.join(map(_word, _DTYPES))}: save it in one of these first"
             )
         sides.setdefault(match["path"], {})[match["side"]] = tensor
     halves = [f"{path}.lora_{side}" for path, pair in sides.items() for side in "AB" if side not in pair]
@@ -305,12 +425,68 @@ def _verify(directory: Path, checksums: Mapping[str, str]) -> None:
             )
 
 
-def _remove_previous(directory: Path) -> None:
-    if (directory / ENSEMBLE_FILE).is_file():
-        names = files.read_json(directory / ENSEMBLE_FILE)["particles"]
-        (directory / ENSEMBLE_FILE).unlink()
-        for name in names:
-            shutil.rmtree(files.inside(directory, name), ignore_errors=True)
+# ---------------------------------------------------------------------- what may be replaced
+
+
+def _previous(directory: Path, names: Sequence[str]) -> list[Path]:
+    """The particles in `directory` that a new ensemble of these `names` replaces: those of the ensemble that was saved
+    there before, and what a save left that was cut short.
+
+    Raises:
+        ValueError: one of them was not written by this program, or particles are there that belong to no ensemble.
+    """
+    way_out = "save to another folder, or move it away first"
+    listed: list[str] = []
+    if os.path.lexists(directory / ENSEMBLE_FILE):
+        try:
+            listed = [str(name) for name in files.read_json(directory / ENSEMBLE_FILE)["particles"]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{directory / ENSEMBLE_FILE}: it is damaged, and not replaced; {way_out}") from None
+        for name in listed:
+            files.inside(directory, name)
+    stray = [n for n in _adapters_in(directory) if _PARTICLE.fullmatch(n) and n not in (*listed, *names)]
+    if stray:
+        raise ValueError(f"{directory / stray[0]}: a particle that {ENSEMBLE_FILE} does not list; {way_out}")
+    found = [directory / name for name in dict.fromkeys((*listed, *names)) if os.path.lexists(directory / name)]
+    for folder in found:
+        if not _is_own(folder):
+            raise ValueError(f"{folder}: not a particle that this program wrote, so it is not replaced; {way_out}")
+    return found
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether this is a particle as `write` leaves it, even if it is killed, with nothing else in it."""
+    if folder.is_symlink() or not folder.is_dir() or not _PARTICLE.fullmatch(folder.name):
+        return False
+    paths = list(folder.iterdir())
+    if not all(path.is_file() and path.name.lstrip(".").startswith((CONFIG_FILE, TENSORS_FILE)) for path in paths):
+        return False
+    names = {path.name for path in paths if not path.name.startswith(".")}  # the others were being written
+    if not names:
+        return True
+    if not {TENSORS_FILE} <= names <= {CONFIG_FILE, TENSORS_FILE}:
+        return False
+    try:
+        metadata = files.read_metadata(folder / TENSORS_FILE)
+    except Exception:  # safetensors has errors of its own for what is no such file
+        return False
+    return PLACE in metadata or origin.KEY in metadata
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """Those that are particles that this program wrote; the tensors last, which tell that they are."""
+    for folder in filter(_is_own, folders):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == TENSORS_FILE):
+            path.unlink()
+        folder.rmdir()
+
+
+def _remove_temporary(temporary: Path) -> None:
+    """A folder in which particles were written, unless something else is in it."""
+    if not temporary.is_symlink() and temporary.is_dir():
+        _remove(list(temporary.iterdir()))
+        if not any(temporary.iterdir()):
+            temporary.rmdir()
 
 
 def _peft_version() -> str | None:
@@ -322,3 +498,7 @@ def _peft_version() -> str | None:
 
 def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -17,23 +17,24 @@ Where a model's layers cannot be brought from B to K*B rows, all K*B run from th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine import adapter_folder, architecture, generation, origin, seeding, targets
+from renyi_engine import adapter_folder, architecture, generation, origin, patterns, seeding, targets
 from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
 from renyi_engine.architecture import Architecture
 from renyi_engine.fingerprint import Fingerprint, fingerprint
 from renyi_engine.memory import is_out_of_memory
 from renyi_engine.objective import sum_tokens
+from renyi_engine.runs import Runs
 from renyi_engine.trunk import RowDimensions, SharedTrunk, repeat_rows
 from renyi_kernels import IGNORE_INDEX
 
@@ -71,6 +72,10 @@ class EnsembleConfig:
                 raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
+        if isinstance(self.target_modules, str):
+            patterns.check(self.target_modules)
+        elif not all(isinstance(name, str) for name in self.target_modules):
+            raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
         if self.init not in ("standard", "spread"):
             raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
         if not 0 <= self.seed < 2**32:
@@ -86,6 +91,10 @@ class LoraEnsemble(nn.Module):
 
     While attached, the model itself runs the ensemble on particle-major rows; inside `disable_adapters()` it is the
     bare base. `detach()` gives it back as it was.
+
+    Threads may share an ensemble. Forwards, those of the model itself too, run one after the other; what they are runs
+    of belongs to the thread, or the asyncio task, that starts them. Parameters are shared: a forward beside another
+    thread's optimizer step may read some of them before it and some after it. `copy.deepcopy` copies the model too.
 
     >>> ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=8))
     >>> logp = ensemble.sequence_logprob(batch)             # [K, B]
@@ -109,11 +118,11 @@ class LoraEnsemble(nn.Module):
         self._model = (model,)  # in a tuple: the base is no submodule of the ensemble
         self._was_training = [module for module in model.modules() if module.training]
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
-        self.rows = Rows.SHARED
+        self._runs = Runs()
         self._found = found
         self._trunk: SharedTrunk | None = None
         self._maps: list[MapGroup | OpaqueMap] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | _Takeover] = []
         # a ModuleDict key may not hold a dot
         self.adapters = nn.ModuleDict(
             {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
@@ -133,12 +142,12 @@ class LoraEnsemble(nn.Module):
                 something that cannot be run for several particles at once.
         """
         config = config or EnsembleConfig()
-        _refuse_adapted(model)
-        maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
-        found = architecture.observe(model)
-        maps = architecture.adaptable(found, maps, config.target_modules)
-        ensemble = cls(model, config, initial_adapters(maps, config), found)
-        ensemble._install()
+        with _claimed(model):
+            maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
+            found = architecture.observe(model)
+            maps = architecture.adaptable(found, maps, config.target_modules)
+            ensemble = cls(model, config, initial_adapters(maps, config), found)
+            ensemble._install()
         return ensemble
 
     @classmethod
@@ -151,27 +160,30 @@ class LoraEnsemble(nn.Module):
         False: nothing is compared.
 
         Raises:
-            ValueError: the folder is not such a folder; adapters differ in kind; tensors are missing, extra, misshapen
-                or not finite; a file does not match its checksum; weights are pickled (they are not opened); the model
-                has other weights than the base.
+            ValueError: the folder is not such a folder, or not whole (see `adapter_folder`); adapters differ in kind;
+                tensors are missing, extra, misshapen or not finite; a file does not match its checksum; weights are
+                pickled (they are not opened); the model has other weights than the base.
         """
-        _refuse_adapted(model)
-        saved = adapter_folder.read(Path(directory))
-        config = EnsembleConfig(**saved.config)
-        maps = targets.match_targets(model, config.target_modules, config.layers_to_transform)
-        found = architecture.observe(model)
-        maps = architecture.adaptable(found, maps, config.target_modules)
-        adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
-        if check_base:
-            origin.check(saved.origins, model)
-        adapters = {}
-        for path, linear in maps.items():
-            A, B = saved.adapters[path]
-            device = next(linear.parameters()).device
-            adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
-        ensemble = cls(model, config, adapters, found)
-        ensemble.alpha = saved.alpha
-        ensemble._install()
+        with _claimed(model):
+            saved = adapter_folder.read(Path(directory))
+            try:
+                config = EnsembleConfig(**saved.config)
+                maps = targets.match_targets(model, config.target_modules, config.layers_to_transform, each=False)
+            except ValueError as error:
+                raise ValueError(f"{directory}: {error}") from None
+            found = architecture.observe(model)
+            maps = architecture.adaptable(found, maps, config.target_modules)
+            adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
+            if check_base:
+                origin.check(saved.origins, model)
+            adapters = {}
+            for path, linear in maps.items():
+                A, B = saved.adapters[path]
+                device = next(linear.parameters()).device
+                adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
+            ensemble = cls(model, config, adapters, found)
+            ensemble.alpha = saved.alpha
+            ensemble._install()
         return ensemble
 
     def save_pretrained(self, directory: str | Path, *, alpha: float | None = None) -> None:
@@ -193,15 +205,16 @@ class LoraEnsemble(nn.Module):
     def detach(self) -> PreTrainedModel:
         """Take every hook off and give the model back, bit for bit as it was, its flags too."""
         model = self.model
-        if not self._maps:  # already given back
-            return model
-        self._uninstall()
-        for parameter in self._was_trainable:
-            parameter.requires_grad_(True)
-        model.eval()
-        for module in self._was_training:
-            module.training = True
-        del model._renyi_ensemble
+        with self._runs.run(self.rows):  # not while another thread's forward runs
+            if not self._maps:  # already given back
+                return model
+            self._uninstall()
+            for parameter in self._was_trainable:
+                parameter.requires_grad_(True)
+            model.eval()
+            for module in self._was_training:
+                module.training = True
+            vars(model).pop("_renyi_ensemble", None)
         return model
 
     # ------------------------------------------------------------------ running
@@ -240,7 +253,7 @@ class LoraEnsemble(nn.Module):
                 model's device or on the CPU.
         """
         if not self._maps:
-            raise RuntimeError("this ensemble was detached from its model; attach or load it again")
+            raise _detached()
         fits = attention_mask is None or attention_mask.shape == input_ids.shape
         if input_ids.dim() != 2 or input_ids.numel() == 0 or not fits:
             raise ValueError(
@@ -256,10 +269,9 @@ class LoraEnsemble(nn.Module):
                 raise ValueError(f"attention_mask: {type(self.model).__name__} needs padding on the right")
             attention_mask = self._for_all(attention_mask)
             positions = architecture.positions(attention_mask)
-        with self._one_run():
-            hidden: Tensor = self._found.decoder(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
+        hidden: Tensor = self._found.decoder(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
         return hidden.view(self.num_running, -1, *hidden.shape[1:])
 
     def _for_all(self, rows: Tensor) -> Tensor:
@@ -313,14 +325,13 @@ class LoraEnsemble(nn.Module):
         if argument == "cache_params":
             # Mamba: there is no attention to what was read, and its mask is that of the tokens read now
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        with self._one_run():
-            hidden = self._found.decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                use_cache=True,
-                **{argument: cache},
-            ).last_hidden_state
+        hidden = self._found.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=True,
+            **{argument: cache},
+        ).last_hidden_state
         return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -333,20 +344,19 @@ class LoraEnsemble(nn.Module):
         """Layers from the first that run on B rows while particles share their input: the trunk."""
         return 0 if self._trunk is None else self.first_layer
 
-    @contextmanager
-    def disable_adapters(self) -> Iterator[None]:
-        """Inside, the model is the bare base, and the ensemble is that one particle: ``[1, B, ...]``."""
-        with self.running(Rows.BASE):
-            yield
+    @property
+    def rows(self) -> Rows:
+        """What the rows of a forward are that this thread or task starts."""
+        return self._runs.asked
 
-    @contextmanager
-    def running(self, rows: Rows) -> Iterator[None]:
-        """Inside, the rows of a forward are these."""
-        before, self.rows = self.rows, rows
-        try:
-            yield
-        finally:
-            self.rows = before
+    def disable_adapters(self) -> AbstractContextManager[None]:
+        """Inside, the model is the bare base, and the ensemble is that one particle: ``[1, B, ...]``. This holds for
+        the thread, or the asyncio task, that is inside, and for no other."""
+        return self.running(Rows.BASE)
+
+    def running(self, rows: Rows) -> AbstractContextManager[None]:
+        """Inside, the rows of a forward are these, in this thread or task."""
+        return self._runs.asking(rows)
 
     @property
     def num_running(self) -> int:
@@ -354,13 +364,16 @@ class LoraEnsemble(nn.Module):
         return 1 if self.rows is Rows.BASE else self.config.num_particles
 
     @contextmanager
-    def _one_run(self) -> Iterator[None]:
-        """Around one forward of the model."""
-        self._set_modes()
-        try:
-            yield
-        finally:
-            self.forget()
+    def _run(self, rows: Rows) -> Iterator[None]:
+        """Around one forward of the decoder, or of a layer that runs again for its backward."""
+        with self._runs.run(rows) as outermost:
+            if not self._maps:
+                raise _detached()
+            try:
+                yield
+            finally:
+                if outermost:
+                    self.forget()
 
     def forget(self) -> None:
         """Drop what a forward, or a checkpointed backward, left behind when it was cut short."""
@@ -373,7 +386,6 @@ class LoraEnsemble(nn.Module):
 
     def _install(self) -> None:
         model = self.model
-        model._renyi_ensemble = True
         model.requires_grad_(False)
         try:
             with architecture.understood(model, "run particles as rows of one batch"):
@@ -404,19 +416,22 @@ class LoraEnsemble(nn.Module):
         alone = {path: found.inputs[path].clone() for path in self.paths if path not in found.once}
         inputs = {path: found.inputs[path] for path in self.paths} | alone
         for adapted in by_input(linears, stacks, self.config.scaling, inputs, shared if row_dimensions else None):
-            adapted.install(lambda: self.rows)
+            adapted.install(self._runs.rows)
             self._maps.append(adapted)
         self._handles = [
-            part.register_forward_pre_hook(partial(_stay_deterministic, layer))
-            for layer in self.layers
-            for part in layer.children()
+            _Takeover(found.decoder, "forward", self._decode),
+            *(
+                part.register_forward_pre_hook(partial(_stay_deterministic, layer))
+                for layer in self.layers
+                for part in layer.children()
+            ),
         ]
         if row_dimensions is not None:
             self._trunk = SharedTrunk(
                 self.layers[first:],
                 row_dimensions[first:],
                 self.config.num_particles,
-                lambda: self.rows is Rows.SHARED,
+                self._runs.rows,
             )
 
     @torch.no_grad()
@@ -448,6 +463,7 @@ class LoraEnsemble(nn.Module):
             adapted.remove()
         self._trunk = None
         self._maps.clear()
+        self._handles.clear()
 
     def _set_modes(self) -> None:
         """The frozen base stays deterministic: no dropout, whoever called model.train(). Only gradient checkpointing,
@@ -457,6 +473,43 @@ class LoraEnsemble(nn.Module):
         learning = self.training and torch.is_grad_enabled()
         for layer in self.layers:
             layer.training = learning and getattr(layer, "gradient_checkpointing", False)
+            if layer.training and not isinstance(layer._gradient_checkpointing_func, _Takeover):
+                self._handles.append(_Takeover(layer, "_gradient_checkpointing_func", self._checkpoint))
+
+    def _decode(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the decoder's `forward`, whoever calls it."""
+        with self._run(self.rows):
+            self._set_modes()
+            return forward(*args, **kwargs)
+
+    def _checkpoint(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+        """In place of the function by which Hugging Face checkpoints a layer: the backward runs the layer again, often
+        in a thread of autograd's, and the rows are to be those of its first run."""
+        return checkpoint(partial(self._run_layer, self._runs.rows(), layer), *args)
+
+    def _run_layer(self, rows: Rows, layer: Callable[..., Any], *args: Any) -> Any:
+        with self._run(rows):
+            return layer(*args)
+
+
+class _Takeover:
+    """Stands in for a function of a module, until `remove`: `instead(function, ...)` runs in its place."""
+
+    def __init__(self, module: nn.Module, name: str, instead: Callable[..., Any]) -> None:
+        self._module, self._name, self._instead = module, name, instead
+        self._before = vars(module).get(name)
+        self.__wrapped__ = getattr(module, name)  # for those who ask for the signature
+        vars(module)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instead(self.__wrapped__, *args, **kwargs)
+
+    def remove(self) -> None:
+        own = vars(self._module)
+        if own.get(self._name) is self:
+            del own[self._name]
+            if self._before is not None:
+                own[self._name] = self._before
 
 
 def _stay_deterministic(layer: nn.Module, part: nn.Module, args: tuple) -> None:
@@ -483,13 +536,25 @@ def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> d
     return adapters
 
 
-def _refuse_adapted(model: PreTrainedModel) -> None:
+def _detached() -> RuntimeError:
+    return RuntimeError("this ensemble was detached from its model; attach or load it again")
+
+
+@contextmanager
+def _claimed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, an ensemble is put on the model, which no other ensemble can be put on from now on; unless it fails."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers PreTrainedModel; got {type(model).__name__}; "
             "of a PEFT model, pass model.unload() or its base model"
         )
-    if getattr(model, "_renyi_ensemble", False):
-        raise ValueError("model: it already carries an ensemble; call detach() on that one first")
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_A" in name for name, _ in model.named_modules()):
         raise ValueError("model: it already carries PEFT adapters; pass the bare base model")
+    mine = object()
+    if vars(model).setdefault("_renyi_ensemble", mine) is not mine:  # of two threads, one is the first
+        raise ValueError("model: it already carries an ensemble; call detach() on that one first")
+    try:
+        yield
+    except BaseException:
+        vars(model).pop("_renyi_ensemble", None)
+        raise

@@ -6,7 +6,6 @@ parameter [K, ...]. Values are in nats and leave out the constants of the Gaussi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -41,9 +40,12 @@ def prior_term(
 
 
 def potential(stacked: list[Tensor], std: float) -> Tensor:
-    """(1/K) sum_k ||phi_k||^2 / (2 sigma_0^2): Option B of 4.1. `stacked`: the particles' parameters, each [K, P_i]."""
-    squares = torch.stack([p.square().sum() for p in stacked]).sum()
-    return squares / (2.0 * std**2 * stacked[0].shape[0])
+    """(1/K) sum_k ||phi_k||^2 / (2 sigma_0^2): Option B of 4.1. `stacked`: the particles' parameters, each [K, P_i].
+
+    A sick particle, one whose ||phi_k||^2 is not finite, is left out of the sum; K stays what it is.
+    """
+    norms = _squared_norms(stacked)
+    return norms.where(_sound(norms), 0.0).sum() / (2.0 * std**2 * len(norms))
 
 
 def potential_curvature(weight: float, num_examples: int, std: float) -> float:
@@ -57,28 +59,53 @@ def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> T
     kappa_h(d) = exp(-||d||^2 / (2 h^2)). The median heuristic (bandwidth None) is SVGD's, held constant to the
     derivative: 2 h^2 = median_{j<k} ||phi_j - phi_k||^2 / log(K + 1). One particle has nothing to keep away from: the
     term is then `potential`.
+
+    A sick particle, one whose ||phi_k||^2 is not finite, has no term of its own, and the others need not keep away from
+    it: both sums and the median go over the K' sound particles, with 1/K' before the sum over j, and log(K' + 1). Only
+    the 1/K before the sum over k stays. So K times the term, which training takes, has for each sound particle the
+    gradient that it would have without the sick ones.
     """
-    num_particles = stacked[0].shape[0]
-    squared = squared_distances(stacked)
+    norms = _squared_norms(stacked)
+    sound = _sound(norms.detach())
+    num_sound = sound.sum()
+    # in place of a sick particle, the sound one that is nearest to zero
+    nearest = norms.detach().where(sound, torch.inf).argmin().view(1)
+    squared = squared_distances([p.where(sound[:, None], p.detach().index_select(0, nearest)) for p in stacked])
     if bandwidth is not None:
         h2 = torch.as_tensor(bandwidth**2, dtype=squared.dtype, device=squared.device)
     else:
-        h2 = _median_bandwidth_squared(squared.detach())
-    log_density = torch.logsumexp(-squared / (2.0 * h2), dim=1) - math.log(num_particles)
-    return log_density.mean() + potential(stacked, std)
+        h2 = _median_bandwidth_squared(squared.detach(), sound)
+    log_kernel = (-squared / (2.0 * h2)).masked_fill(~sound, -torch.inf)
+    log_density = torch.logsumexp(log_kernel, dim=1) - num_sound.log()
+    return log_density.where(sound, 0.0).sum() / len(norms) + potential(stacked, std)
 
 
 def squared_distances(stacked: list[Tensor]) -> Tensor:
-    """||phi_k - phi_j||^2, [K, K]. Particles are centred: the Gram matrix must not cancel where they are close."""
-    gram = torch.stack([(c := p - p.mean(dim=0)) @ c.mT for p in stacked]).sum(dim=0)
+    """||phi_k - phi_j||^2, [K, K]. They are measured from the particle that is nearest to zero: the Gram matrix must
+    not cancel where particles are close, nor lose them where one is far away."""
+    origin = _squared_norms(stacked).argmin().view(1)
+    gram = torch.stack([(c := p - p.detach().index_select(0, origin)) @ c.mT for p in stacked]).sum(dim=0)
     norms = gram.diagonal()
     return (norms[:, None] + norms[None, :] - 2.0 * gram).clamp(min=0.0)
 
 
-def _median_bandwidth_squared(squared: Tensor) -> Tensor:
-    num_particles = squared.shape[0]
+def _squared_norms(stacked: list[Tensor]) -> Tensor:
+    """||phi_k||^2, [K]."""
+    return torch.stack([p.square().sum(dim=1) for p in stacked]).sum(dim=0)
+
+
+def _sound(norms: Tensor) -> Tensor:
+    """Which particles, of these squared norms, are finite, and so are their squared distances from each other."""
+    return norms < torch.finfo(norms.dtype).max / 16
+
+
+def _median_bandwidth_squared(squared: Tensor, sound: Tensor) -> Tensor:
+    """Of the pairs of sound particles; 1 where there are none."""
+    num_particles = len(sound)
     if num_particles == 1:
         return squared.new_ones(())
-    pairs = squared[tuple(torch.triu_indices(num_particles, num_particles, offset=1, device=squared.device))]
+    distances = squared.masked_fill(~(sound[:, None] & sound), torch.nan)
+    pairs = distances[tuple(torch.triu_indices(num_particles, num_particles, offset=1, device=squared.device))]
     tiny = torch.finfo(squared.dtype).tiny  # particles that coincide exactly
-    return (pairs.median() / (2.0 * math.log(num_particles + 1))).clamp(min=tiny)
+    h2 = pairs.nanmedian() / (2.0 * (sound.sum() + 1).log())
+    return h2.clamp(min=tiny).where(sound.sum() > 1, 1.0)

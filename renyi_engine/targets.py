@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from renyi_engine import peft_names
+from renyi_engine import patterns, peft_names
 
 ALL_LINEAR = "all-linear"
 
@@ -72,16 +71,22 @@ def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def match_targets(
-    model: PreTrainedModel, target_modules: str | Sequence[str], layers_to_transform: Sequence[int] | None
+    model: PreTrainedModel,
+    target_modules: str | Sequence[str],
+    layers_to_transform: Sequence[int] | None,
+    *,
+    each: bool = True,
 ) -> dict[str, nn.Module]:
     """The linear maps to adapt, by path, in the model's order.
 
     `target_modules`: "all-linear" (those that PEFT can load), a regular expression that matches the whole path, or a
     list of names, each a path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
+    `each` False: as in PEFT, names and layers of a list that match nothing are passed over, if others match.
 
     Raises:
-        ValueError: nothing matches (the message lists what could have), a layer number does not exist, or PEFT could
-            not load an adapter of a map that is named.
+        ValueError: nothing matches (the message lists what could have), or one of several names matches no map of the
+            model; a layer number does not exist, or nothing in that layer matches; a regular expression takes too long;
+            or PEFT could not load an adapter of a map that is named.
     """
     layers_path, layers = decoder_layers(model)
     if layers_to_transform is not None:
@@ -89,19 +94,30 @@ def match_targets(
         if stray or not layers_to_transform:
             raise ValueError(f"layers_to_transform: expected layers from 0 to {len(layers) - 1}; got {stray or 'none'}")
     candidates = linear_maps(model)
+    matches = _matcher(target_modules)
     matched = {}
     for path, module in candidates.items():
         # as in PEFT, a map named by its whole path is taken whatever layers_to_transform says
         by_path = not isinstance(target_modules, str) and path in target_modules
         in_layers = layers_to_transform is None or layer_index(path, layers_path) in layers_to_transform
-        if by_path or (in_layers and _name_matches(path, target_modules)):
+        if by_path or (in_layers and matches(path)):
             matched[path] = module
-    if not matched:
+    names = [] if isinstance(target_modules, str) else list(target_modules)
+    useless = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in candidates)]
+    if not matched or (each and useless):
+        wrong = " and ".join(map(repr, useless)) or repr(target_modules)
         endings = sorted({ending(path) for path in candidates})
+        where = "" if useless or layers_to_transform is None else f" in layers {sorted(set(layers_to_transform))}"
         raise ValueError(
-            f"target_modules: {target_modules!r} matches no linear map of {type(model).__name__}; "
-            f"it could be {ALL_LINEAR!r}, a regular expression for whole paths such as "
+            f"target_modules: {wrong} matches no linear map of {type(model).__name__}{where}; "
+            f"it could be {ALL_LINEAR!r} alone, one regular expression alone for whole paths such as "
             f"{next(iter(candidates), layers_path)!r}, or a list out of {endings}"
+        )
+    empty = set(layers_to_transform or ()) - {layer_index(path, layers_path) for path in matched}
+    if each and empty:
+        raise ValueError(
+            f"layers_to_transform: target_modules match no linear map in layers {sorted(empty)}; leave these out, or "
+            "name maps that they have"
         )
     unloadable = peft_names.refused(model, matched)
     if unloadable and not is_all_linear(target_modules):
@@ -148,9 +164,10 @@ def ending(path: str) -> str:
     return path.rsplit(".", 1)[-1]
 
 
-def _name_matches(path: str, target_modules: str | Sequence[str]) -> bool:
+def _matcher(target_modules: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether target_modules match a path."""
     if is_all_linear(target_modules):
-        return True
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, path) is not None
-    return any(path.endswith(f".{name}") for name in target_modules)
+        return lambda path: True
+    if not isinstance(target_modules, str):
+        return lambda path: any(path.endswith(f".{name}") for name in target_modules)
+    return patterns.matcher(target_modules)

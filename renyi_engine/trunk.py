@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from renyi_engine.adapted_maps import Rows
+
 Key = tuple[int | str, ...]
 """Which of a layer's arguments: its place or name, then places inside tuples; the number of its dimensions last."""
 
@@ -78,10 +80,11 @@ class SharedTrunk:
         layers: Sequence[nn.Module],
         rows: Sequence[RowDimensions],
         num_particles: int,
-        is_shared: Callable[[], bool],
+        running: Callable[[], Rows],
     ) -> None:
-        """layers: from the first adapted one on; rows: `row_dimensions` of them."""
-        self._num_particles, self._is_shared = num_particles, is_shared
+        """layers: from the first adapted one on; rows: `row_dimensions` of them; running: what the rows of the forward
+        are that is running."""
+        self._num_particles, self._running = num_particles, running
         self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles = [
             layer.register_forward_pre_hook(partial(self._enter, place == 0, known), with_kwargs=True)
@@ -98,7 +101,7 @@ class SharedTrunk:
     def _enter(
         self, is_first: bool, known: RowDimensions, layer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        if not self._is_shared() or (self._num_particles == 1 and not is_first):
+        if self._running() is not Rows.SHARED or (self._num_particles == 1 and not is_first):
             return None
         if not known:
             raise RuntimeError(f"a {type(layer).__name__} ran that text alone did not go through when adapters came on")

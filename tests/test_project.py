@@ -35,10 +35,10 @@ LAYERS = [
     ["generation"],
     ["reading"],
     ["architecture", "adapter_folder"],
-    ["head", "trunk", "origin", "limits"],
+    ["head", "trunk", "origin", "limits", "runs"],
     ["folder_lock", "adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
     ["output_folder"],
-    ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "rendering", "terminal"],
+    ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts", "rendering", "terminal"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

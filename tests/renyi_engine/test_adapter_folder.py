@@ -5,6 +5,8 @@ Layout: K particles.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +14,7 @@ import re
 import shutil
 import struct
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -19,8 +22,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_engine.adapter_folder import CONFIG_FILE, ENSEMBLE_FILE, TENSORS_FILE, num_particles, read
+from renyi_engine import EnsembleConfig, LoraEnsemble, adapter_folder, files
+from renyi_engine.adapter_folder import (
+    CONFIG_FILE,
+    ENSEMBLE_FILE,
+    TENSORS_FILE,
+    _read_ensemble,
+    num_particles,
+    read,
+)
 from renyi_engine.files import inside, sha256_of
 from renyi_engine.fingerprint import fingerprint
 
@@ -78,8 +88,12 @@ def write_peft(model, folder, names=("a", "b", "c"), *, seed=0, **config):
 
 
 def edit_json(path, **changes):
+    """Set entries; ensemble.json is sealed again, so that the seal is not what refuses."""
     content = json.loads(path.read_text())
     content.update(changes)
+    if path.name == ENSEMBLE_FILE:
+        content.pop("digest", None)
+        content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(content))
 
 
@@ -294,7 +308,8 @@ def test_the_folder_is_the_one_that_peft_and_vllm_expect(saved, tiny_model):
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 6, None)
     with safe_open(saved / "p001" / TENSORS_FILE, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "base": json.dumps(fingerprint(tiny_model("llama")))}
+        base = json.dumps(fingerprint(tiny_model("llama")))
+        assert file.metadata() == {"format": "pt", "particle": "1/3", "base": base}
         assert file.get_slice(Q0_A).get_shape() == [3, 32]
         assert len(file.keys()) == 2 * 21
     ensemble = json.loads((saved / ENSEMBLE_FILE).read_text())
@@ -513,36 +528,259 @@ def test_an_adapter_config_with_wrong_values_is_refused(saved, llama, key, value
     refused(llama, saved)
 
 
+@pytest.mark.parametrize("pattern", ["(", r"(\w|\w\w|[\w.])+[!?]", "x" * 20_000], ids=["broken", "endless", "long"])
+def test_a_regular_expression_of_a_folder_neither_hangs_nor_breaks_the_process(saved, llama, pattern):
+    for k in range(K):
+        edit_json(saved / f"p{k:03d}" / CONFIG_FILE, target_modules=pattern)
+    renew_checksums(saved)
+    refused(llama, saved, saved, "target_modules: ")
+
+
+def test_names_of_a_peft_folder_that_match_nothing_are_passed_over_as_peft_does(tiny_model, batch, tmp_path):
+    """The tensors say what is adapted: none of them may be missing, none too many."""
+    write_peft(tiny_model("llama"), tmp_path, target_modules=["q_proj", "v_proj", "query"])
+    assert len(LoraEnsemble.from_pretrained(tiny_model("llama"), tmp_path).paths) == 6
+
+
+@pytest.mark.parametrize("alpha", [-1, float("nan"), float("inf"), "0.8", True, [0.8]])
+def test_an_alpha_that_is_none_is_refused(saved, llama, tiny_model, alpha):
+    edit_json(saved / ENSEMBLE_FILE, alpha=alpha)
+    refused(llama, saved, saved / ENSEMBLE_FILE, "alpha")
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("nan")])
+def test_an_alpha_that_is_none_is_not_saved(saved, tiny_model, alpha):
+    before = contents(saved)
+    with pytest.raises(ValueError, match="alpha"):
+        attach(tiny_model("llama")).save_pretrained(saved, alpha=alpha)
+    assert contents(saved) == before
+
+
+def test_an_edited_list_is_refused_with_the_way_out(saved, llama):
+    path = saved / ENSEMBLE_FILE
+    path.write_text(path.read_text().replace('"alpha": 0.7', '"alpha": 0.8'))
+    refused(llama, saved, path, "digest", "--alpha")
+
+
+def test_an_ensemble_of_the_earlier_format_loads(saved, tiny_model):
+    content = json.loads((saved / ENSEMBLE_FILE).read_text())
+    del content["digest"]
+    (saved / ENSEMBLE_FILE).write_text(json.dumps(content | {"format": 1}))
+    assert LoraEnsemble.from_pretrained(tiny_model("llama"), saved).alpha == 0.7
+    (saved / ENSEMBLE_FILE).write_text(json.dumps(content | {"format": 3}))
+    refused(tiny_model("llama"), saved, "format 3")
+
+
+@pytest.mark.parametrize("file", [TENSORS_FILE, CONFIG_FILE])
+def test_a_particle_that_is_not_listed_is_not_left_out_unnoticed(saved, llama, file):
+    (saved / "p003").mkdir()
+    shutil.copy(saved / "p000" / file, saved / "p003" / file)
+    refused(llama, saved, "p003", ENSEMBLE_FILE)
+
+
+# ---------------------------------------------------------------------- particles whose ensemble.json is lost
+
+
+@pytest.fixture
+def bare(saved):
+    (saved / ENSEMBLE_FILE).unlink()
+    return saved
+
+
+def test_particles_without_their_list_load_whole_with_a_warning(bare, tiny_model):
+    with pytest.warns(UserWarning, match=f"there is no {ENSEMBLE_FILE}"):
+        ensemble = LoraEnsemble.from_pretrained(tiny_model("llama"), bare)
+    assert (ensemble.config.num_particles, ensemble.alpha) == (K, None)
+
+
+@pytest.mark.parametrize("lost", ["p000", "p001", "p002"])
+@pytest.mark.parametrize("how", ["folder", "config", "both files"])
+def test_a_lost_particle_is_seen_without_the_list_too(bare, llama, lost, how):
+    if how == "folder":
+        shutil.rmtree(bare / lost)
+    else:
+        (bare / lost / CONFIG_FILE).unlink()
+        if how == "both files":
+            (bare / lost / TENSORS_FILE).unlink()
+    refused(llama, bare, bare)
+
+
+def test_particles_in_another_order_are_seen(bare, llama):
+    (bare / "p000").rename(bare / "p009")
+    (bare / "p001").rename(bare / "p000")
+    (bare / "p009").rename(bare / "p001")
+    refused(llama, bare, bare / "p000", "particle 1/3")
+
+
+def test_an_adapter_of_another_name_beside_particles_is_refused(bare, llama):
+    shutil.copytree(bare / "p001", bare / "mine")
+    refused(llama, bare, "mine beside them")
+
+
+def test_particles_under_other_names_are_a_plain_set(bare, tiny_model):
+    (bare / "p001").rename(bare / "b")
+    (bare / "p000").rename(bare / "a")
+    shutil.rmtree(bare / "p002")
+    assert LoraEnsemble.from_pretrained(tiny_model("llama"), bare).config.num_particles == 2
+
+
+def test_a_list_that_is_a_dangling_link_is_not_taken_for_no_list(bare, llama):
+    (bare / ENSEMBLE_FILE).symlink_to(bare / "gone")
+    refused(llama, bare, ENSEMBLE_FILE)
+
+
+def test_adapters_below_one_that_is_loaded_are_mentioned(tiny_model, tmp_path):
+    """PEFT saves its adapter "default" into the folder itself, and others into folders below."""
+    write_peft(tiny_model("llama"), tmp_path, names=("default", "b"))
+    with pytest.warns(UserWarning, match="those in b are not"):
+        assert LoraEnsemble.from_pretrained(tiny_model("llama"), tmp_path).config.num_particles == 1
+
+
+# ---------------------------------------------------------------------- types of numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64], ids=str)
+def test_numbers_of_another_kind_are_refused_by_their_type(saved, llama, dtype):
+    tensor = load_file(saved / "p001" / TENSORS_FILE)[Q0_A]
+    edit_tensors(saved / "p001", **{Q0_A: tensor.to(dtype)})
+    refused(llama, saved, saved / "p001", Q0_A, str(dtype).removeprefix("torch."), "bfloat16")
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_numbers_that_float32_does_not_have_are_refused(saved, llama, value):
+    tensor = load_file(saved / "p001" / TENSORS_FILE)[Q0_A].double()
+    tensor[0, 0] = value
+    edit_tensors(saved / "p001", **{Q0_A: tensor})
+    refused(llama, saved, saved / "p001", Q0_A, "float32")
+
+
+# ---------------------------------------------------------------------- what is replaced
+
+
+def tree(directory):
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "kind", ["another name", "more in it", "a folder in it", "no particle", "adapter of peft", "a link", "a file"]
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_saving_never_removes_what_is_no_particle_written_here(saved, tiny_model, kind, listed):
+    """Whether ensemble.json lists it, or it stands under the name of a particle to be written."""
+    precious = saved / ("precious" if kind == "another name" else "p001")
+    if kind == "another name":
+        (saved / "p001").rename(precious)
+    elif kind == "more in it":
+        (precious / "thesis.txt").write_text("years of work")
+    elif kind == "a folder in it":
+        (precious / "thesis").mkdir()
+    elif kind == "a link":
+        precious.rename(saved / "real")
+        precious.symlink_to(saved / "real")
+    else:
+        shutil.rmtree(precious)
+        if kind == "a file":
+            precious.write_text("years of work")
+        elif kind == "adapter of peft":
+            write_peft(tiny_model("llama"), precious, names=("default",))
+            (precious / "README.md").unlink()
+        else:
+            precious.mkdir()
+            (precious / CONFIG_FILE).write_text("{}")
+    if listed:
+        edit_json(saved / ENSEMBLE_FILE, particles=["p000", precious.name, "p002"])
+    else:
+        (saved / ENSEMBLE_FILE).unlink()
+        if kind == "another name":
+            precious = precious.rename(saved / "p003")
+    before = tree(saved)
+    with pytest.raises(ValueError, match=precious.name) as refusal:
+        attach(tiny_model("llama")).save_pretrained(saved)
+    assert "save to another folder" in str(refusal.value)
+    assert tree(saved) == before
+
+
+def test_a_save_that_fails_leaves_the_ensemble_that_was_there(saved, tiny_model, monkeypatch):
+    before = tree(saved)
+    ensemble = attach(tiny_model("llama"), 2)
+    monkeypatch.setattr(files, "sha256_of", fails_the_third_time(files.sha256_of))
+    with pytest.raises(OSError, match="No space left"):
+        ensemble.save_pretrained(saved)
+    assert tree(saved) == before
+
+
+def fails_the_third_time(function):
+    calls = []
+
+    def call(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_save_that_was_killed_can_be_done_again(saved, tiny_model, monkeypatch, renamed):
+    """Between the removal of the old particles and the new list."""
+    ensemble = attach(tiny_model("llama"), 3)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, target, rename=Path.rename, calls=[]):  # noqa: B006
+        if len(calls) == renamed:
+            raise Killed
+        calls.append(1)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", kill)
+        patch.setattr(adapter_folder, "_remove_temporary", lambda path: None)
+        ensemble.save_pretrained(saved)
+    assert list(saved.glob(".particles-*"))
+    ensemble.save_pretrained(saved, alpha=0.7)
+    assert sorted(path.name for path in saved.iterdir()) == [ENSEMBLE_FILE, "p000", "p001", "p002"]
+    assert LoraEnsemble.from_pretrained(tiny_model("llama"), saved).alpha == 0.7
+
+
+def test_a_folder_that_only_looks_like_a_leftover_stays(saved, tiny_model):
+    for name in ("p000", "notes"):
+        (saved / ".particles-x" / name).mkdir(parents=True)
+        (saved / ".particles-x" / name / "thesis.txt").write_text("years of work")
+    before = tree(saved / ".particles-x")
+    attach(tiny_model("llama")).save_pretrained(saved)
+    assert tree(saved / ".particles-x") == before
+
+
 def test_a_particle_listed_twice_is_refused(saved, llama):
     """One flipped bit makes p000 of p001."""
     edit_json(saved / ENSEMBLE_FILE, particles=["p000", "p000", "p002"])
     refused(llama, saved, "p000")
 
 
-def test_a_flipped_bit_in_the_list_of_files_never_changes_what_is_loaded(saved):
-    sound = read(saved).adapters
-    content = (saved / ENSEMBLE_FILE).read_bytes()
-    refusals = 0
-    for position in range(len(content)):
+def test_a_flipped_bit_in_the_list_of_files_is_refused_or_changes_nothing(saved):
+    """Nothing: where white space becomes other white space."""
+    path = saved / ENSEMBLE_FILE
+    content = path.read_bytes()
+    sound = json.loads(content)
+    for position in range(0, len(content), 3):
         damaged = bytearray(content)
-        damaged[position] ^= 1
-        (saved / ENSEMBLE_FILE).write_bytes(damaged)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
         try:
-            adapters = read(saved).adapters
+            _read_ensemble(path)
         except ValueError:
-            refusals += 1
             continue
-        for path, pair in sound.items():
-            for ours, theirs in zip(adapters[path], pair, strict=True):
-                assert torch.equal(ours, theirs), f"byte {position}: {bytes(damaged[max(0, position - 9) :][:20])}"
-    assert refusals > len(content) / 2
+        assert json.loads(damaged) == sound, f"byte {position}: {bytes(damaged[max(0, position - 9) :][:20])}"
 
 
 def test_a_particle_without_a_checksum_is_refused(saved, llama):
     """A list that leaves a file out would let a damaged one through."""
-    ensemble = json.loads((saved / ENSEMBLE_FILE).read_text())
-    del ensemble["sha256"][f"p001/{TENSORS_FILE}"]
-    (saved / ENSEMBLE_FILE).write_text(json.dumps(ensemble))
+    checksums = json.loads((saved / ENSEMBLE_FILE).read_text())["sha256"]
+    del checksums[f"p001/{TENSORS_FILE}"]
+    edit_json(saved / ENSEMBLE_FILE, sha256=checksums)
     refused(llama, saved, f"p001/{TENSORS_FILE}")
 
 
@@ -595,10 +833,9 @@ def test_a_particle_name_that_is_no_plain_name_is_refused(saved, llama, name):
 
 @pytest.mark.parametrize("name", ["../x/adapter_config.json", "/etc/passwd", "p000/../../x", "p000/a/b", "p000"])
 def test_a_checksum_of_a_file_elsewhere_is_refused(saved, llama, name):
-    ensemble = json.loads((saved / ENSEMBLE_FILE).read_text())
-    ensemble["sha256"][name] = "0" * 64
-    (saved / ENSEMBLE_FILE).write_text(json.dumps(ensemble))
-    refused(llama, saved)
+    checksums = json.loads((saved / ENSEMBLE_FILE).read_text())["sha256"]
+    edit_json(saved / ENSEMBLE_FILE, sha256=checksums | {name: "0" * 64})
+    refused(llama, saved, name)
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -86,3 +86,68 @@ def test_the_term_is_scaled_by_lambda_over_n(name, function):
 def test_no_prior_is_zero_without_a_graph():
     stacked = [p.requires_grad_() for p in particles(2)]
     assert not prior_term("none", stacked, weight=1.0, num_examples=1, std=1.0, bandwidth=None).requires_grad
+
+
+# ---------------------------------------------------------------------- a sick particle
+
+SICK = {
+    "NaN": lambda p: p.view(-1)[3:4].fill_(torch.nan),
+    "infinite": lambda p: p.fill_(torch.inf),
+    "one infinite value": lambda p: p.view(-1)[0:1].fill_(-torch.inf),
+    "its square is infinite": lambda p: p.fill_(1e19),
+    "the square of its distance is infinite": lambda p: p.fill_(4e18),
+}
+
+
+@pytest.mark.parametrize("kind", SICK)
+@pytest.mark.parametrize("sick", [[1], [0, 3]], ids=str)
+@pytest.mark.parametrize(("name", "bandwidth"), [("potential", None), ("smoothed_kl", None), ("smoothed_kl", 0.7)])
+def test_a_sick_particle_leaves_the_others_the_update_that_they_have_without_it(kind, sick, name, bandwidth):
+    """The gradients of K times the term, as training takes them."""
+    everyone = [7.0 + p.float() for p in particles(5, scale=0.3)]
+    sound = [k for k in range(5) if k not in sick]
+
+    def gradients(stacked):
+        leaves = [p.clone().requires_grad_() for p in stacked]
+        term = prior_term(name, leaves, weight=1.0, num_examples=1, std=0.8, bandwidth=bandwidth)
+        assert term.isfinite()
+        return torch.autograd.grad(len(stacked[0]) * term, leaves)
+
+    expected = gradients([p[sound] for p in everyone])
+    for k in sick:
+        for p in everyone:
+            SICK[kind](p[k])
+    for found, truth in zip(gradients(everyone), expected, strict=True):
+        torch.testing.assert_close(found[sound], truth, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_wrong_with_a_sick_particle_does_not_reach_a_bit_of_the_others():
+    everyone = [p.float() for p in particles(4, scale=0.3)]
+
+    def gradients(value):
+        leaves = [p.clone() for p in everyone]
+        for p in leaves:
+            p[2] = value
+            p.requires_grad_()
+        return [
+            g[[0, 1, 3]] for g in torch.autograd.grad(smoothed_kl([p.flatten(1) for p in leaves], 0.8, None), leaves)
+        ]
+
+    first = gradients(torch.nan)
+    for value in (torch.inf, 1e20, -1e30):
+        assert all(map(torch.equal, gradients(value), first))
+
+
+def test_one_sound_particle_among_sick_ones_has_nothing_to_keep_away_from():
+    stacked = [p.flatten(1) for p in particles(3)]
+    for p in stacked:
+        p[:2] = torch.nan
+    torch.testing.assert_close(smoothed_kl(stacked, 0.6, None), potential(stacked, 0.6))
+
+
+def test_a_particle_that_is_far_away_leaves_the_others_their_distances():
+    stacked = [p.flatten(1).float() for p in particles(4, scale=0.3)]
+    truth = squared_distances([p[:3].double() for p in stacked])
+    for p in stacked:
+        p[3] = 1e12
+    torch.testing.assert_close(squared_distances(stacked)[:3, :3].double(), truth, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 
 import peft
@@ -55,7 +56,7 @@ def test_all_linear_is_what_peft_takes_it_to_be(tiny_model, architecture):
     ],
 )
 def test_a_list_of_names_matches_what_peft_matches(tiny_model, architecture, target_modules, layers):
-    matched = match_targets(tiny_model(architecture), target_modules, layers)
+    matched = match_targets(tiny_model(architecture), target_modules, layers, each=False)
     assert set(matched) == peft_matches(tiny_model(architecture), target_modules, layers)
 
 
@@ -101,6 +102,41 @@ def test_what_matches_nothing_is_refused_with_the_names_that_could_match(tiny_mo
         match_targets(tiny_model("llama"), target_modules, None)
     assert all(name in str(refusal.value) for name in LLAMA_MAPS)
     assert "all-linear" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "misspelt", ["proj", "q_porj", "all-linear", r".*v_proj", "model.layers.3.self_attn.q_proj", ""]
+)
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_one_of_several_names_that_matches_nothing_is_refused_by_name(tiny_model, misspelt, layers):
+    with pytest.raises(ValueError, match="target_modules") as refusal:
+        LoraEnsemble.attach(
+            tiny_model("llama"),
+            EnsembleConfig(2, 2, target_modules=["q_proj", misspelt, "v_proj"], layers_to_transform=layers),
+        )
+    assert f"target_modules: {misspelt!r} matches no linear map" in str(refusal.value)
+
+
+@pytest.mark.parametrize("names", [["model.layers.0.self_attn.q_proj"], r"model\.layers\.0\..*proj"])
+def test_a_layer_in_which_nothing_matches_is_refused_by_number(tiny_model, names):
+    with pytest.raises(ValueError, match=r"layers_to_transform: .* no linear map in layers \[2\]"):
+        match_targets(tiny_model("llama"), names, [0, 2])
+
+
+@pytest.mark.parametrize("pattern", ["(", "*q_proj", "[", "(" * 2000 + ")" * 2000, "a" * 20_000])
+def test_what_is_no_regular_expression_is_refused_before_there_is_a_model(pattern):
+    with pytest.raises(ValueError, match="target_modules: ") as refusal:
+        EnsembleConfig(target_modules=pattern)
+    assert len(str(refusal.value)) < 500
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_regular_expression_that_would_take_years_is_refused(tiny_model):
+    """Python's own takes twice as long for every two letters more, and cannot be stopped."""
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="takes more than"):
+        match_targets(tiny_model("llama"), r"(\w|\w\w|[\w.])+[!?]", None)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("layers", "named"), [([3], "3"), ([0, 7, 5], "[5, 7]"), ([-1], "-1"), ([], "none")])

@@ -1,0 +1,62 @@
+"""What the rows of a forward are: it belongs to the call, and no other thread's forward comes between.
+
+Hooks and adapted maps keep what they need in the model, which is one for all threads. So one forward runs at a time,
+and another thread's waits. A layer that gradient checkpointing runs again is a run as well, with the rows of the first;
+autograd may run it in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+from renyi_engine.adapted_maps import Rows
+
+_asked: ContextVar[Mapping[object, Rows]] = ContextVar("renyi_engine_rows", default=MappingProxyType({}))
+"""What this thread, or asyncio task, asks for, by the key of the model's `Runs`."""
+
+
+class Runs:
+    """The forwards of one model. A deep copy is for a copy of the model: nothing is running there yet."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.RLock()
+        self._rows: Rows | None = None
+        self._key = object()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runs:
+        return Runs()
+
+    @property
+    def asked(self) -> Rows:
+        """The rows of the forwards that this thread or task starts."""
+        return _asked.get().get(self._key, Rows.SHARED)
+
+    @contextmanager
+    def asking(self, rows: Rows) -> Iterator[None]:
+        """Inside, the forwards that this thread or task starts have these rows; those of others are as they were."""
+        before = _asked.get()
+        _asked.set({**before, self._key: rows})
+        try:
+            yield
+        finally:
+            _asked.set(before)
+
+    def rows(self) -> Rows:
+        """Those of the forward that is running."""
+        return self._rows or self.asked
+
+    @contextmanager
+    def run(self, rows: Rows) -> Iterator[bool]:
+        """Around one forward, or a part of one that runs again; other threads wait. Gives whether it is the outermost
+        of the runs that this thread is in."""
+        with self._one_at_a_time:
+            before, self._rows = self._rows, rows
+            try:
+                yield before is None
+            finally:
+                self._rows = before
