@@ -1,8 +1,9 @@
 """Settings: flat dataclasses, read from YAML and flags alike.
 
-Flags are parsed by transformers' HfArgumentParser, so that they look and behave as TRL's do. A YAML file is turned into
-the same flags, with its values as they are written, and these are put in front of the flags of the command line. So
-errors are of one kind, and the command line wins.
+Each field of a dataclass becomes a flag of the standard library's argparse, which looks and behaves as TRL's do. (The
+parser that TRL uses comes with transformers, whose import takes seconds.) A YAML file is turned into the same flags,
+with its values as they are written, and these are put in front of the flags of the command line. So errors are of one
+kind, and the command line wins.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -108,7 +109,8 @@ def parse(
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
     """
-    parser = _Parser(cls, prog=prog, allow_abbrev=False)
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    _add_flags(parser, cls)
     parser.add_argument("--config", type=Path, help="A YAML file of these same names; flags override it.")
     parser.add_argument("--print_config", action="store_true", help="Print the resolved settings as YAML and stop.")
     if dry_run:
@@ -132,9 +134,43 @@ def parse(
         return cls(**{name: getattr(options, name) for name in known}), options
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are a ValueError of one line."""
+
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _add_flags(parser: argparse.ArgumentParser, cls: type[DataclassInstance]) -> None:
+    """A flag for every setting: --lora_r, and --lora-r as well."""
+    hints = get_type_hints(cls)
+    for setting in dataclasses.fields(cls):
+        made = setting.default_factory
+        default = setting.default if made is dataclasses.MISSING else made()
+        how: dict[str, Any] = {"default": default, "help": setting.metadata.get("help")}
+        hint = _without_none(hints[setting.name])
+        if get_origin(hint) is Literal:
+            how["choices"] = get_args(hint)
+        elif hint is bool:  # --group_by_length alone says yes
+            how |= {"type": _truth, "nargs": "?", "const": True}
+        elif get_origin(hint) is list:
+            how |= {"type": get_args(hint)[0], "nargs": "+"}
+        else:
+            how["type"] = hint
+        parser.add_argument(*dict.fromkeys((f"--{setting.name}", f"--{setting.name.replace('_', '-')}")), **how)
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of a setting that may have no value: int of int | None."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) else hint
+
+
+def _truth(text: str) -> bool:
+    for value, words in ((True, ("true", "yes", "on", "y", "t", "1")), (False, ("false", "no", "off", "n", "f", "0"))):
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"expected true or false; got {text!r}")
 
 
 class _AsTyped(yaml.SafeLoader):

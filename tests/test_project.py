@@ -21,7 +21,7 @@ LAYERS = [
     ["trainer", "answers"],
     ["mmlu", "refusal", "diagnostics", "alpha_star"],
     ["theory", "state", "train_step"],
-    ["evaluation", "report", "eval_pictures", "run_folder", "signals"],
+    ["evaluation", "report", "eval_pictures", "run_folder"],
     ["page"],
     ["pictures"],
     ["sft", "dpo", "predict", "dataset"],
@@ -29,6 +29,7 @@ LAYERS = [
     ["encoding"],
     ["chat"],
     ["data", "base_model", "checkpoint", "progress", "calibration", "uncertainty"],
+    ["eval_config"],
     ["config"],
     ["prior", "particle_optim", "alpha", "watchdog"],
     ["ensemble"],
@@ -37,7 +38,7 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["peft_names", "files", "settings", "memory", "row_files", "thoughts"],
+    ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "signals", "ensemble_config"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],
