@@ -25,6 +25,8 @@ from renyi_engine.memory import is_out_of_memory
 
 ARGUMENT = "model_name_or_path"
 """The setting that names a base, for errors."""
+MOST_REASON = 500
+"""Characters of what a library says."""
 
 
 def device_for(config: ModelConfig) -> torch.device:
@@ -115,7 +117,7 @@ def _loading(what: str, config: ModelConfig, argument: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = " ".join(str(error).split())[:MOST_REASON]
         if not isinstance(error, (OSError, ValueError, ImportError)):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(

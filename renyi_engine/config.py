@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from renyi_engine.alpha import AlphaStarController, Coupling, EssController, Schedule, ScheduleName, parse_controller
 from renyi_engine.ensemble_config import ALL_LINEAR, EnsembleConfig
@@ -22,6 +22,14 @@ FINITE_ALPHA = "a finite number >= 0 (0 trains the particles independently)"
 @dataclass
 class ModelConfig:
     """The frozen base."""
+
+    setting_of: ClassVar[Mapping[str, str]] = {
+        "model": "model_name_or_path",
+        "tokenizer": "model_name_or_path",
+        "rank": "lora_r",
+        "target_modules": "lora_target_modules",
+    }
+    """What errors of `LoraEnsemble` and of whatever else takes no settings are about."""
 
     model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")

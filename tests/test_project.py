@@ -39,6 +39,7 @@ LAYERS = [
     ["head", "trunk", "origin", "limits"],
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
     ["peft_names", "files", "settings", "memory", "row_files", "thoughts", "signals", "ensemble_config"],
+    ["typos"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],
