@@ -24,18 +24,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from renyi_engine import files, origin
+from renyi_engine.ensemble_config import EnsembleConfig
 from renyi_engine.fingerprint import Fingerprint
 from renyi_engine.origin import Origin
 from renyi_kernels.renyi_reduce import check_alpha
-
-if TYPE_CHECKING:
-    from renyi_engine.ensemble import EnsembleConfig
 
 ENSEMBLE_FILE = "ensemble.json"
 CONFIG_FILE = "adapter_config.json"

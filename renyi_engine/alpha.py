@@ -1,7 +1,7 @@
 """What alpha is at each step: a schedule of the step alone, or a controller that follows the particles.
 
 The alpha of a step is known before its first micro-batch is run, so that all of them are reduced alike: a controller
-learns from the steps before.
+learns from the steps before. Settings are checked here before torch is imported: only what computes imports it.
 
 Layout: K particles, N examples.
 """
@@ -12,13 +12,10 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from renyi_engine.objective import data_term
-from renyi_kernels import use_backend
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ScheduleName = Literal["constant", "linear", "cosine"]
 
@@ -100,6 +97,8 @@ class EssController(Coupling):
         return self.alpha
 
     def observe(self, logp: Tensor) -> None:
+        import torch
+
         self._pool.append(logp.detach().cpu().double())
         low, high = max(self.alpha / MAX_FALL, MIN_ALPHA), min(self.alpha * MAX_RISE, self.alpha_max)
         self.alpha = alpha_of_ess(torch.cat(list(self._pool), dim=1), self.ess, low, high)
@@ -108,6 +107,8 @@ class EssController(Coupling):
         return {"alpha": self.alpha, "logp_nats_of_steps": [logp.tolist() for logp in self._pool]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        import torch
+
         self.alpha = state["alpha"]
         self._pool.extend(torch.tensor(logp, dtype=torch.float64) for logp in state["logp_nats_of_steps"])
 
@@ -163,6 +164,9 @@ def alpha_rule(alpha: float, schedule: str, alpha_0: float, controller: str | No
 
 def mean_ess(logp: Tensor, alpha: float) -> float:
     """Mean effective sample size over the examples of logp [K, N], in particles, as training counts it."""
+    from renyi_engine.objective import data_term
+    from renyi_kernels import use_backend
+
     with use_backend("torch"):  # in fp64 on the CPU, whatever path the training takes
         return data_term(logp.double(), alpha, logp.shape[1])[1].ess.mean().item()
 

@@ -5,27 +5,27 @@ Layout: N examples, P parameters of the adapter, m dimensions of the subspace.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from renyi_engine import base_model, files, output_folder, seeding
-from renyi_engine.config import CONFIG_FILE, AdapterConfig, EvalConfig, ModelConfig
+from renyi_engine.config import CONFIG_FILE
 from renyi_engine.data import Example, excerpt
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.eval_config import AlphaStarConfig
 from renyi_engine.eval_pictures import lines
 from renyi_engine.page import Section, Table, as_text, write_page
 from renyi_engine.prior import potential_curvature
 from renyi_engine.rows import load_splits
-from renyi_engine.settings import flag, require, require_given, to_yaml
+from renyi_engine.settings import to_yaml
 from renyi_engine.sft import SftTask
 from renyi_engine.task import check_fits, describe_rows, read_items
-from renyi_engine.theory.adapter import CurvatureName, particle, project_adapter
+from renyi_engine.theory.adapter import particle, project_adapter
 from renyi_engine.theory.stability import CriticalAlpha, Projection, parts_of
 
 DIRECTION_FILE = "direction.safetensors"
@@ -33,49 +33,6 @@ SHOWN = 25
 """Examples in the report; the table on disk has all."""
 INTERVAL = (0.025, 0.975)
 WHAT_H_IS = {"hessian": "the whole Hessian", "gauss_newton": "the Gauss-Newton part of the Hessian"}
-
-
-@dataclass
-class AlphaStarConfig(AdapterConfig, EvalConfig):
-    """Settings of `renyi-engine alpha-star`; the data set has a form that supervised fine-tuning takes."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.")
-    ensemble: str = flag("", "Folder of particles, or one PEFT adapter; a fresh adapter (B = 0) if not given.")
-    particle: int = flag(0, "Which particle of the ensemble, counted from 0.")
-    alpha: float | None = flag(
-        None, "alpha of the spectrum shown; that of the ensemble's training, or 1 if that was 0."
-    )
-    per_device_eval_batch_size: int = flag(8, "Examples of a batch, each with a copy of the adapter.")
-    dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
-    dataset_config: str | None = flag(None, "Configuration of a hub data set.")
-    dataset_split: str = flag("train", "Its split.")
-    max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
-    max_examples: int = flag(128, "Examples looked at, drawn at random if there are more.")
-    subspace_dims: int = flag(16, "m: one half leading directions of G, one half what lowers the ratio most.")
-    curvature: CurvatureName = flag(
-        "gauss_newton", "H without the network's own curvature, or all of it: 'hessian', as in the paper."
-    )
-    num_resamples: int = flag(200, "Resamples of the examples for the interval.")
-    prior_lambda: float = flag(0.0, "lambda of a Gaussian prior, whose curvature lambda / (N sigma_0^2) is added to H.")
-    prior_std: float = flag(1.0, "sigma_0, standard deviation of that prior.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_given(self, ("dataset_name",))
-        if self.dtype != "float32":
-            raise ValueError(f"dtype: expected float32, as second derivatives need it; got {self.dtype}")
-        require(self, ("max_length", "subspace_dims"), "a whole number of at least 2", lambda v: v >= 2)
-        require(self, ("max_examples", "num_resamples"), "a whole number of at least 2", lambda v: v >= 2)
-        require(self, ("particle",), "a whole number of at least 0", lambda v: v >= 0)
-        require(self, ("prior_std",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
-        require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
-        self.adapters(num_particles=1, seed=self.seed)  # what it takes has to make sense
-        if self.particle and not self.ensemble:
-            raise ValueError(f"particle: expected an ensemble to take it from; got {self.particle} and no --ensemble")
-        fresh, shared = asdict(AdapterConfig()), asdict(ModelConfig())
-        given = [name for name in fresh if name not in shared and getattr(self, name) != fresh[name]]
-        if self.ensemble and given:
-            raise ValueError(f"{given[0]}: the adapters in {self.ensemble} say it themselves; leave it out")
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 from renyi_engine import base_model, limits
-from renyi_engine.config import SamplingConfig
 from renyi_engine.data import left_padded, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.settings import flag, require, require_given
+from renyi_engine.eval_config import GenerateConfig
 from renyi_engine.thoughts import decode_answer
-
-
-@dataclass
-class GenerateConfig(SamplingConfig):
-    """Settings of `renyi-engine generate`."""
-
-    ensemble: str = flag("", "Folder of particles, as a run writes it (RUN/particles).")
-    prompts: list[str] = flag(
-        [],
-        "What is asked: a user's turn where the model has a chat template, else plain text. What a model thinks before "
-        "it answers is shown too.",
-    )
-    seed: int = flag(42, "Of the sampling.")
-
-    def __post_init__(self) -> None:
-        require_given(self, ("model_name_or_path", "ensemble", "prompts"))
-        self.check_sampling()
-        require(self, ("seed",), "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
-        for number, prompt in enumerate(self.prompts):
-            if not prompt.strip():
-                raise ValueError(f"prompts: number {number} is empty")
 
 
 def answer(config: GenerateConfig) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,43 +21,63 @@ from transformers import (
 
 from renyi_engine.config import ModelConfig
 from renyi_engine.limits import use_a_pad_token_within
+from renyi_engine.memory import is_out_of_memory
+
+ARGUMENT = "model_name_or_path"
+"""The setting that names a base, for errors."""
+MOST_REASON = 500
+"""Characters of what a library says."""
 
 
 def device_for(config: ModelConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
 
 
-def load_config(config: ModelConfig) -> PretrainedConfig:
+def load_config(config: ModelConfig, argument: str = ARGUMENT) -> PretrainedConfig:
     """The base's own configuration: small, and the first thing that fails where there is no such model."""
-    try:
+    with _loading("config", config, argument):
         return AutoConfig.from_pretrained(config.model_name_or_path, **_source(config))
-    except (OSError, ValueError) as error:
-        raise _unknown(config, error) from None
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    try:
+def load_tokenizer(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedTokenizerBase:
+    with _loading("tokenizer", config, argument):
         tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, **_source(config))
-    except (OSError, ValueError) as error:
-        raise _unknown(config, error) from None
-    num_embeddings = getattr(load_config(config).get_text_config(), "vocab_size", None)
+    base_config = load_config(config, argument)
+    with _loading("config", config, argument):
+        num_embeddings = getattr(base_config.get_text_config(), "vocab_size", None)
     if num_embeddings is not None:
         use_a_pad_token_within(tokenizer, num_embeddings)
     return tokenizer
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The language model in its compute dtype. Pickled weights are refused unread."""
-    try:
-        model = auto_class(load_config(config)).from_pretrained(
+def load_model(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedModel:
+    """The language model in its compute dtype. Pickled weights are refused unread.
+
+    Raises:
+        ValueError: it cannot be loaded; or its files lack tensors, which transformers would fill with random numbers.
+    """
+    base_config = load_config(config, argument)
+    with _loading("weights", config, argument):
+        model, found = auto_class(base_config).from_pretrained(
             config.model_name_or_path,
             dtype=config.dtype,
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
+            output_loading_info=True,
             **_source(config),
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise _unknown(config, error) from None
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{argument}: {config.model_name_or_path} lacks {_some(missing)}, which would be random numbers; "
+            f"expected every tensor of a {type(model).__name__}: download it again, or give the model that was trained "
+            "as one"
+        )
+    if unread := sorted(found["unexpected_keys"]):
+        warnings.warn(
+            f"{argument}: {config.model_name_or_path} has tensors that a {type(model).__name__} does not use: "
+            f"{_some(unread)}",
+            stacklevel=2,
+        )
     if model.dtype == torch.float16:
         raise ValueError(
             f"dtype: {config.model_name_or_path} is stored in float16, whose range gradients fall out of; "
@@ -65,7 +89,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 def skeleton(config: ModelConfig) -> PreTrainedModel:
     """The model that `load_model` loads, without its weights."""
     base_config = load_config(config)
-    with torch.device("meta"):
+    with torch.device("meta"), _loading("config", config, ARGUMENT):
         model: PreTrainedModel = auto_class(base_config).from_config(
             base_config, trust_remote_code=config.trust_remote_code
         )
@@ -84,8 +108,23 @@ def _source(config: ModelConfig) -> dict:
     return {"revision": config.model_revision or "main", "trust_remote_code": config.trust_remote_code}
 
 
-def _unknown(config: ModelConfig, error: Exception) -> ValueError:
-    return ValueError(
-        f"model_name_or_path: {config.model_name_or_path!r} cannot be loaded; expected a folder with config.json, a "
-        f"tokenizer and .safetensors weights, or the id of such a model on the hub ({str(error).splitlines()[0]})"
-    )
+@contextmanager
+def _loading(what: str, config: ModelConfig, argument: str) -> Iterator[None]:
+    """Inside, whatever is raised becomes a ValueError of one line: each kind of file has a reader with errors of its
+    own, and what a broken file makes of them is of any kind."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:MOST_REASON]
+        if not isinstance(error, (OSError, ValueError, ImportError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(
+            f"{argument}: {config.model_name_or_path!r} cannot be loaded; expected a folder with config.json, "
+            f"a tokenizer and .safetensors weights, or the id of such a model on the hub ({what}: {reason})"
+        ) from None
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

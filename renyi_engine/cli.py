@@ -1,152 +1,182 @@
 """renyi-engine: the command line.
 
-Exit codes: 0 done; 1 training failed; 2 bad input, told in one line; 75 stopped by a signal after saving (resume it);
-130 stopped by Ctrl-C before there was anything to save.
+Exit codes: 0 done; 1 training failed; 2 bad input, or no room for a command that does not train, told in one line; 75
+stopped by a signal after saving (resume it); 130 stopped by Ctrl-C before there was anything to save.
+
+A command line is read whole before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from renyi_engine import environment, export
-from renyi_engine.alpha_star import AlphaStarConfig, alpha_star
-from renyi_engine.answers import GenerateConfig, answer
-from renyi_engine.config import EvalConfig, TrainConfig
-from renyi_engine.diagnostics import NllConfig, evaluate_nll
-from renyi_engine.dpo import DpoConfig
-from renyi_engine.dry_run import dry_run
+import renyi_engine
+from renyi_engine.config import DpoConfig, SftConfig, TrainConfig
+from renyi_engine.eval_config import (
+    AlphaStarConfig,
+    EvalConfig,
+    GenerateConfig,
+    MmluConfig,
+    NllConfig,
+    RefusalConfig,
+)
 from renyi_engine.memory import DoesNotFit, first_line, is_out_of_memory
-from renyi_engine.mmlu import MmluConfig, evaluate_mmlu
-from renyi_engine.progress import use_plain_warnings
-from renyi_engine.refusal import RefusalConfig, evaluate_refusal
-from renyi_engine.report import write_report
-from renyi_engine.settings import parse, to_yaml
-from renyi_engine.sft import SftConfig
+from renyi_engine.settings import Parser, parse, to_yaml
+from renyi_engine.signals import exit_at_once
 from renyi_engine.terminal import only_text
-from renyi_engine.trainer import TrainingDiverged, TrainingInterrupted, train
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
+NOTHING_SAVED = "stopped by Ctrl-C before there was anything to save"
 
 
 @only_text()
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="renyi-engine",
-        description="alpha-Renyi ensembles of LoRA adapters",
-        epilog="renyi-engine COMMAND --help tells more",
-    )
-    parser.add_argument(
-        "command", choices=sorted(_COMMANDS), help="; ".join(f"{n}: {c.__doc__}" for n, c in _COMMANDS.items())
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    command = parser.parse_args(argv[:1] or ["--help"]).command
-    use_plain_warnings()
-    _quiet_libraries()
+    prog = "renyi-engine"
     try:
-        _COMMANDS[command](argv[1:])
+        parser = Parser(
+            prog=prog,
+            description="alpha-Renyi ensembles of LoRA adapters",
+            epilog="renyi-engine COMMAND --help tells more",
+        )
+        parser.add_argument("--version", action="store_true", help="tell the version")
+        parser.add_argument(
+            "command",
+            choices=sorted(_COMMANDS),
+            nargs="?",
+            help="; ".join(f"{n}: {c.__doc__}" for n, c in _COMMANDS.items()),
+        )
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        options = parser.parse_args(argv[:1] or ["--help"])
+        if options.version:
+            print(f"renyi-engine {renyi_engine.__version__}")
+            return 0
+        prog += f" {options.command}"
+        return _COMMANDS[options.command](argv[1:]) or 0
     except ValueError as error:
-        print(f"renyi-engine {command}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except TrainingInterrupted as stop:
-        print(f"renyi-engine {command}: {stop}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _told(prog, error, EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        return EXIT_NOTHING_SAVED
-    except (TrainingDiverged, DoesNotFit, OSError) as error:
-        print(f"renyi-engine {command}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        remedy = "smaller batches, shorter sequences or fewer particles need less memory"
-        print(f"renyi-engine {command}: {first_line(error)}; {remedy}", file=sys.stderr)
-        return EXIT_FAILED
-    return 0
+        return _told(prog, NOTHING_SAVED, EXIT_NOTHING_SAVED)
+    except (OSError, MemoryError, RuntimeError) as error:
+        remedy = "" if isinstance(error, (DoesNotFit, OSError)) else f"; {_SMALLER}"
+        if not remedy or is_out_of_memory(error):
+            training = options.command in ("sft", "dpo")
+            return _told(prog, first_line(error) + remedy, EXIT_FAILED if training else EXIT_BAD_INPUT)
+        raise
 
 
-def _sft(argv: Sequence[str]) -> None:
+def _told(prog: str, message: object, exit_code: int) -> int:
+    print(f"{prog}: {message}", file=sys.stderr)
+    return exit_code
+
+
+_SMALLER = "smaller batches, shorter sequences or fewer particles need less memory"
+
+
+def _sft(argv: Sequence[str]) -> int:
     """fine-tune an ensemble"""
-    _train(SftConfig, argv, "renyi-engine sft")
+    return _train(SftConfig, argv, "renyi-engine sft")
 
 
-def _dpo(argv: Sequence[str]) -> None:
+def _dpo(argv: Sequence[str]) -> int:
     """train an ensemble on preferences"""
-    _train(DpoConfig, argv, "renyi-engine dpo")
+    return _train(DpoConfig, argv, "renyi-engine dpo")
 
 
-def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> None:
+def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> int:
     config, options = parse(settings, argv, prog, dry_run=True)
     with options.source.named_in_errors():
         if options.print_config:
             print(to_yaml(config), end="")
         elif options.dry_run:
-            print(dry_run(config), end="")
+            print(_imported("dry_run", prog).dry_run(config), end="")
         else:
-            train(config)
+            trainer = _imported("trainer", prog)
+            try:
+                trainer.train(config)
+            except trainer.TrainingInterrupted as stop:
+                return _told(prog, stop, EXIT_INTERRUPTED)
+            except trainer.TrainingDiverged as error:
+                return _told(prog, error, EXIT_FAILED)
+    return 0
 
 
 def _eval(argv: Sequence[str]) -> None:
     """evaluate an ensemble, or a base alone: mmlu, refusal or nll"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="renyi-engine eval", description="Evaluate.", epilog="renyi-engine eval KIND --help tells more"
     )
     parser.add_argument("kind", choices=sorted(_EVALUATIONS))
     kind = parser.parse_args(argv[:1] or ["--help"]).kind
-    settings, evaluate = _EVALUATIONS[kind]
-    _print_result(evaluate, *parse(settings, argv[1:], f"renyi-engine eval {kind}"))
+    settings, module, function = _EVALUATIONS[kind]
+    _print_result(settings, argv[1:], f"renyi-engine eval {kind}", module, function)
 
 
 def _alpha_star(argv: Sequence[str]) -> None:
     """estimate the alpha from which on particles that start at an adapter part"""
-    _print_result(alpha_star, *parse(AlphaStarConfig, argv, "renyi-engine alpha-star"))
+    _print_result(AlphaStarConfig, argv, "renyi-engine alpha-star", "alpha_star", "alpha_star")
 
 
 def _generate(argv: Sequence[str]) -> None:
     """let every particle answer a few prompts"""
-    _print_result(answer, *parse(GenerateConfig, argv, "renyi-engine generate"))
+    _print_result(GenerateConfig, argv, "renyi-engine generate", "answers", "answer")
 
 
-def _print_result(work: Callable[[Any], str], config: Any, options: argparse.Namespace) -> None:
+def _print_result(settings: type[Any], argv: Sequence[str], prog: str, module: str, function: str) -> None:
+    config, options = parse(settings, argv, prog)
     with options.source.named_in_errors():
-        print(to_yaml(config) if options.print_config else work(config))
+        print(to_yaml(config) if options.print_config else getattr(_imported(module, prog), function)(config))
 
 
 def _export(argv: Sequence[str]) -> None:
     """write a checkpoint as PEFT adapter folders"""
-    parser = argparse.ArgumentParser(prog="renyi-engine export", description=export.__doc__)
+    parser = Parser(
+        prog="renyi-engine export",
+        description="Write the adapters of a checkpoint as folders that PEFT and vLLM load. The base's weights are "
+        "not read.",
+    )
     parser.add_argument("checkpoint", type=Path, help="RUN/checkpoint-N, or RUN for its newest")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where p000, p001, ... go")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where p000, p001, ... go")
+    parser.add_argument(
+        "--trust_remote_code",
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the base model; what the run's own settings say of it is not obeyed",
+    )
     options = parser.parse_args(argv)
-    print(export.export(options.checkpoint, options.output_dir))
+    export = _imported("export", parser.prog).export
+    print(export(options.checkpoint, options.output_dir, trust_remote_code=options.trust_remote_code))
 
 
 def _report(argv: Sequence[str]) -> None:
     """make the HTML report of one run, or of several side by side"""
-    parser = argparse.ArgumentParser(prog="renyi-engine report")
+    parser = Parser(prog="renyi-engine report")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
     options = parser.parse_args(argv)
+    write_report = _imported("report", parser.prog).write_report
     print(write_report(options.runs, options.output or options.runs[0] / "report.html"))
 
 
 def _env(argv: Sequence[str]) -> None:
     """tell versions, devices and the path that each op takes here"""
-    argparse.ArgumentParser(prog="renyi-engine env").parse_args(argv)
-    print(environment.describe(), end="")
+    parser = Parser(prog="renyi-engine env")
+    parser.parse_args(argv)
+    print(_imported("environment", parser.prog).describe(), end="")
 
 
-_EVALUATIONS: dict[str, tuple[type[EvalConfig], Callable[[Any], str]]] = {
-    "mmlu": (MmluConfig, evaluate_mmlu),
-    "nll": (NllConfig, evaluate_nll),
-    "refusal": (RefusalConfig, evaluate_refusal),
+_EVALUATIONS: dict[str, tuple[type[EvalConfig], str, str]] = {
+    "mmlu": (MmluConfig, "mmlu", "evaluate_mmlu"),
+    "nll": (NllConfig, "diagnostics", "evaluate_nll"),
+    "refusal": (RefusalConfig, "refusal", "evaluate_refusal"),
 }
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+_COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "sft": _sft,
     "dpo": _dpo,
     "eval": _eval,
@@ -158,14 +188,20 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-def _quiet_libraries() -> None:
+def _imported(module: str, prog: str) -> Any:
+    """A module of renyi_engine, and with it torch and transformers, which are told to be quiet."""
     # one progress display, ours; errors still come through
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
+    with exit_at_once(EXIT_NOTHING_SAVED, f"{prog}: {NOTHING_SAVED}"):
+        import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        from renyi_engine.progress import use_plain_warnings
+
+        use_plain_warnings()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        return importlib.import_module(f"renyi_engine.{module}")
 
 
 if __name__ == "__main__":

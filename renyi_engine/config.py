@@ -1,27 +1,35 @@
-"""What a run is told: of its base model, of its training, of its evaluation. Names are TRL's and transformers' wherever
-they have one. Saved as resolved with every run.
+"""What a training run is told: of its base model, of its adapters, of its training. Names are TRL's and transformers'
+wherever they have one. Saved as resolved with every run. Settings are read before torch is imported, so nothing here
+needs it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from renyi_engine.alpha import AlphaStarController, Coupling, EssController, Schedule, ScheduleName, parse_controller
-from renyi_engine.ensemble import EnsembleConfig
-from renyi_engine.prior import PriorName
+from renyi_engine.ensemble_config import ALL_LINEAR, EnsembleConfig
 from renyi_engine.settings import flag, require, require_given
-from renyi_kernels.renyi_reduce import check_alpha
 
 CONFIG_FILE = "config.yaml"
+FINITE_ALPHA = "a finite number >= 0 (0 trains the particles independently)"
 
 
 @dataclass
 class ModelConfig:
     """The frozen base."""
+
+    setting_of: ClassVar[Mapping[str, str]] = {
+        "model": "model_name_or_path",
+        "tokenizer": "model_name_or_path",
+        "rank": "lora_r",
+        "target_modules": "lora_target_modules",
+    }
+    """What errors of `LoraEnsemble` and of whatever else takes no settings are about."""
 
     model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
@@ -55,9 +63,7 @@ class AdapterConfig(ModelConfig):
         names = self.lora_target_modules
         # one name that is no plain name is a regular expression, as in PEFT
         single = (
-            names[0]
-            if len(names) == 1 and (names[0] == "all-linear" or not re.fullmatch(r"[\w.-]+", names[0]))
-            else None
+            names[0] if len(names) == 1 and (names[0] == ALL_LINEAR or not re.fullmatch(r"[\w.-]+", names[0])) else None
         )
         return EnsembleConfig(
             num_particles=num_particles,
@@ -69,43 +75,6 @@ class AdapterConfig(ModelConfig):
             seed=seed,
             use_rslora=self.use_rslora,
         )
-
-
-@dataclass
-class SamplingConfig(ModelConfig):
-    """How continuations are drawn."""
-
-    num_samples: int = flag(1, "Responses of each particle to each prompt.")
-    max_new_tokens: int = flag(128, "Longest response in tokens, with what the model thinks first.")
-    temperature: float = flag(1.0, "Of the sampling; 0 takes the most likely token, so that samples are all the same.")
-    top_p: float = flag(1.0, "Sample from the most likely tokens that make up this much.")
-
-    def check_sampling(self) -> None:
-        require(self, ("num_samples", "max_new_tokens"), "a whole number of at least 1", lambda v: v >= 1)
-        require(self, ("temperature",), "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0)
-        require(self, ("top_p",), "a number above 0, at most 1", lambda v: 0 < v <= 1)
-
-    def sampling(self) -> dict[str, Any]:
-        """Arguments of `LoraEnsemble.generate`."""
-        return {name: getattr(self, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_p")}
-
-
-@dataclass
-class EvalConfig(ModelConfig):
-    """What every evaluation shares."""
-
-    ensemble: str = flag("", "Folder of particles, as a run writes it (RUN/particles); the bare base if not given.")
-    output_dir: str = flag("", "Where results, samples and the report go.")
-    alpha: float | None = flag(None, "Coupling of responsibilities; the one of the ensemble's training if not given.")
-    per_device_eval_batch_size: int = flag(8, "Prompts of a batch; every particle sees each of them.")
-    seed: int = flag(42, "Of whatever is drawn.")
-
-    def __post_init__(self) -> None:
-        require_given(self, ("model_name_or_path", "output_dir"))
-        if self.alpha is not None:
-            check_alpha(self.alpha)
-        require(self, ("per_device_eval_batch_size",), "a whole number of at least 1", lambda v: v >= 1)
-        require(self, ("seed",), "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
 
 
 @dataclass
@@ -132,7 +101,9 @@ class TrainConfig(AdapterConfig):
     )
     alpha_star_steps: int = flag(50, "Steps from one estimate of the critical alpha to the next, for 'alpha-star'.")
     init: Literal["standard", "spread"] = flag("standard", "'standard': B zero. 'spread': B small and random too.")
-    prior: PriorName = flag("potential", "Prior on particles: Gaussian potential, smoothed KL (repels), or none.")
+    prior: Literal["none", "potential", "smoothed_kl"] = flag(
+        "potential", "Prior on particles: Gaussian potential, smoothed KL (repels), or none."
+    )
     prior_lambda: float = flag(1e-4, "lambda, weight of the prior.")
     prior_std: float = flag(1.0, "sigma_0, standard deviation of the prior.")
     kernel_bandwidth: float | None = flag(
@@ -193,7 +164,7 @@ class TrainConfig(AdapterConfig):
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
             self.resume_from_checkpoint = "true" if said in ("true", "yes", "on") else None
-        check_alpha(self.alpha)
+        require(self, ("alpha",), FINITE_ALPHA, lambda v: math.isfinite(v) and v >= 0)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
         positive = ("alpha_max", "learning_rate", "prior_std", "adam_epsilon", "num_train_epochs")
         at_least_one = (
@@ -244,6 +215,28 @@ class TrainConfig(AdapterConfig):
 
     def ensemble_config(self) -> EnsembleConfig:
         return self.adapters(self.num_particles, self.seed, self.init)
+
+
+@dataclass
+class SftConfig(TrainConfig):
+    """Settings of supervised fine-tuning; the data set has the columns messages, or prompt + completion, or text."""
+
+
+@dataclass
+class DpoConfig(TrainConfig):
+    """Settings of preference optimisation; the data set has the columns chosen and rejected, and prompt unless that is
+    what both begin with."""
+
+    beta: float = flag(0.1, "Strength of the preference: larger keeps particles closer to the base.")
+    min_score_gap: float | None = flag(None, "Keep only pairs whose scores differ by more than this.")
+    score_columns: list[str] = flag(["score_chosen", "score_rejected"], "Columns that min_score_gap compares.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, ("beta",), "a number above 0", lambda v: 0 < v < float("inf"))
+        require(self, ("min_score_gap",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
+        if len(self.score_columns) != 2:
+            raise ValueError(f"score_columns: expected two names, chosen and rejected; got {self.score_columns}")
 
 
 def steps_of(given: float, total_steps: int) -> int:

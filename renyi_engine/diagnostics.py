@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from renyi_engine import data, files, output_folder
-from renyi_engine.config import CONFIG_FILE, EvalConfig
+from renyi_engine.config import CONFIG_FILE
+from renyi_engine.eval_config import NllConfig
 from renyi_engine.eval_pictures import scatter
 from renyi_engine.evaluation import evaluate
 from renyi_engine.page import Section, Table, write_page
 from renyi_engine.predict import Subject, load_subject
 from renyi_engine.rows import load_splits
-from renyi_engine.settings import flag, require, require_given, to_yaml
+from renyi_engine.settings import to_yaml
 from renyi_engine.sft import SftTask
 from renyi_engine.task import check_fits, describe_rows, read_items
 from renyi_kernels import renyi_reduce
@@ -33,28 +34,6 @@ CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
 SHOWN = 25
 """Examples of each kind in the report; the table on disk has all."""
 NLLS = ("best_particle_nll_nats_per_token", "mixture_nll_nats_per_token", "base_nll_nats_per_token")
-
-
-@dataclass
-class NllConfig(EvalConfig):
-    """Settings of `renyi-engine eval nll`; the data set has a form that supervised fine-tuning takes."""
-
-    dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
-    dataset_config: str | None = flag(None, "Configuration of a hub data set.")
-    dataset_split: str = flag("test", "Its split.")
-    max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
-    contested_ess: float = flag(0.5, "An example is contested if its ESS is at most this share of K.")
-    high_nll: float | None = flag(None, "Nats a token from which an NLL is high; if not given, from high_quantile.")
-    high_quantile: float = flag(0.9, "Share of the examples whose best NLL counts as not high.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_given(self, ("dataset_name", "ensemble"))
-        require(self, ("max_length",), "a whole number of at least 2", lambda v: v >= 2)
-        require(self, ("contested_ess", "high_quantile"), "a share above 0, at most 1", lambda v: 0 < v <= 1)
-        require(self, ("high_nll",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
-        if self.alpha == 0:
-            raise ValueError("alpha: at 0 every particle has the same share of everything; expected a number above 0")
 
 
 @dataclass(frozen=True)

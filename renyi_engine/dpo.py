@@ -26,34 +26,15 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi_engine import files
 from renyi_engine.chat import CONTEXT_COLUMNS, common_prefix, is_conversation
-from renyi_engine.config import TrainConfig
 from renyi_engine.data import Dropped, Example, collate, longest_first, pad_token_id, unexpected, warn_unread
 from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.progress import track
 from renyi_engine.rows import missing_column
-from renyi_engine.settings import flag, require
 from renyi_engine.task import Scores, length
 from renyi_kernels import IGNORE_INDEX
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")
-
-
-@dataclass
-class DpoConfig(TrainConfig):
-    """Settings of preference optimisation; the data set has the columns chosen and rejected, and prompt unless that is
-    what both begin with."""
-
-    beta: float = flag(0.1, "Strength of the preference: larger keeps particles closer to the base.")
-    min_score_gap: float | None = flag(None, "Keep only pairs whose scores differ by more than this.")
-    score_columns: list[str] = flag(["score_chosen", "score_rejected"], "Columns that min_score_gap compares.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, ("beta",), "a number above 0", lambda v: 0 < v < float("inf"))
-        require(self, ("min_score_gap",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
-        if len(self.score_columns) != 2:
-            raise ValueError(f"score_columns: expected two names, chosen and rejected; got {self.score_columns}")
 
 
 @dataclass(frozen=True)

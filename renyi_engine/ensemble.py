@@ -19,18 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine import adapter_folder, architecture, generation, origin, patterns, seeding, targets
+from renyi_engine import adapter_folder, architecture, generation, origin, seeding, targets
 from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
 from renyi_engine.architecture import Architecture
+from renyi_engine.ensemble_config import EnsembleConfig
 from renyi_engine.fingerprint import Fingerprint, fingerprint
 from renyi_engine.memory import is_out_of_memory
 from renyi_engine.objective import sum_tokens
@@ -40,50 +40,6 @@ from renyi_kernels import IGNORE_INDEX
 
 SPREAD_STD = 0.01
 """Standard deviation of B under init="spread"."""
-
-
-@dataclass(frozen=True)
-class EnsembleConfig:
-    """What defines an ensemble, with PEFT's names.
-
-    Attributes:
-        num_particles: K >= 1.
-        rank: R >= 1. lora_alpha: scaling is lora_alpha / R, or lora_alpha / sqrt(R) with use_rslora.
-        target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
-        layers_to_transform: decoder layers to adapt, or None for all. Those below the first run once for all.
-        init: "standard" (A Kaiming-uniform per particle, B zero: every particle starts as the base) or "spread"
-            (B Gaussian of standard deviation 0.01 as well: particles start apart).
-        seed: particle k's init depends on (seed, k) alone.
-    """
-
-    num_particles: int = 8
-    rank: int = 8
-    lora_alpha: float = 16
-    target_modules: str | Sequence[str] = targets.ALL_LINEAR
-    layers_to_transform: Sequence[int] | None = None
-    init: Literal["standard", "spread"] = "standard"
-    seed: int = 0
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_particles", "rank"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
-            raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
-        if isinstance(self.target_modules, str):
-            patterns.check(self.target_modules)
-        elif not all(isinstance(name, str) for name in self.target_modules):
-            raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
-        if self.init not in ("standard", "spread"):
-            raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1; got {self.seed!r}")
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class LoraEnsemble(nn.Module):

@@ -1,20 +1,34 @@
-"""From a training checkpoint to the adapter folders that PEFT and vLLM load; the base's weights are not read."""
+"""From a training checkpoint to the adapter folders that PEFT and vLLM load; the base's weights are not read.
+
+A run's folder may come from somebody else. What it says is checked against the checkpoint's tensors, and it cannot say
+that code is to be run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from renyi_engine import adapter_folder, base_model, checkpoint, files, targets
-from renyi_engine.config import CONFIG_FILE, TrainConfig
-from renyi_engine.settings import read_yaml
+from renyi_engine.config import CONFIG_FILE, DpoConfig, SftConfig, TrainConfig
+from renyi_engine.settings import parse, read_yaml
+
+_OF_DPO = {field.name for field in dataclasses.fields(DpoConfig)} - {f.name for f in dataclasses.fields(SftConfig)}
 
 
-def export(source: Path, output: Path) -> Path:
+def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Path:
     """Write the adapters of `source`, RUN/checkpoint-N or RUN for its newest, to `output`/p000, p001, ...
 
+    Args:
+        trust_remote_code: run code that comes with the base; what the run's settings say of it is not obeyed.
+
     Raises:
-        ValueError: no such checkpoint, or damaged; the base's configuration cannot be had.
+        ValueError: no such checkpoint, or damaged; the run's settings cannot be read, or are not those of the
+            checkpoint; the base's configuration cannot be had.
     """
     run = source if (source / CONFIG_FILE).is_file() else source.parent
     if not (run / CONFIG_FILE).is_file():
@@ -24,12 +38,15 @@ def export(source: Path, output: Path) -> Path:
     path = checkpoint.newest(run) if source == run else source
     if path is None:
         raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
-    known = {f.name for f in dataclasses.fields(TrainConfig)}  # an objective adds its own
-    config = TrainConfig(**{name: value for name, value in read_yaml(run / CONFIG_FILE).items() if name in known})
-    skeleton = base_model.skeleton(config)
+    config = dataclasses.replace(_settings(run / CONFIG_FILE), trust_remote_code=trust_remote_code)
     adapters, state = checkpoint.adapters(path), files.read_json(path / "state.json")
+    try:
+        skeleton = base_model.skeleton(config)
+        _check(config, skeleton, adapters, path)
+    except ValueError as error:
+        raise ValueError(f"{run / CONFIG_FILE}: {error}") from None
     adapter_folder.write(
-        output,
+        files.make_folder(output, "output_dir"),
         config=config.ensemble_config(),
         adapters=adapters,
         **targets.describe(skeleton, list(adapters))._asdict(),
@@ -39,3 +56,37 @@ def export(source: Path, output: Path) -> Path:
         alpha=state["alpha"],
     )
     return output
+
+
+def _settings(path: Path) -> TrainConfig:
+    """What a run was told: every name known, every value of its type and in its range."""
+    kind = DpoConfig if _OF_DPO & read_yaml(path).keys() else SftConfig
+    return parse(kind, ["--config", str(path)], "renyi-engine dpo" if kind is DpoConfig else "renyi-engine sft")[0]
+
+
+def _check(
+    config: TrainConfig, model: PreTrainedModel, adapters: Mapping[str, tuple[Tensor, Tensor]], path: Path
+) -> None:
+    """ValueError unless the settings describe these adapters, and the model has the maps that they adapt."""
+    A, _ = next(iter(adapters.values()))
+    for name, held in (("num_particles", A.shape[0]), ("lora_r", A.shape[1])):
+        if getattr(config, name) != held:
+            raise ValueError(f"{name}: {getattr(config, name)} here, but {path} holds {held}; restore the file")
+    target_modules = config.ensemble_config().target_modules
+    maps = targets.match_targets(model, target_modules, config.layers_to_transform)
+    different = adapters.keys() - maps.keys()
+    if not targets.is_all_linear(target_modules):  # which leaves out maps that text does not go through
+        different |= maps.keys() - adapters.keys()
+    if different:
+        one = min(different)
+        place = f"are only in {path}" if one in adapters else f"are not in {path}"
+        raise ValueError(
+            f"lora_target_modules, layers_to_transform: adapters of {one} {place}; restore the file, or give "
+            f"{config.model_name_or_path} as it was"
+        )
+    for name, (A, B) in adapters.items():
+        if (A.shape[-1], B.shape[1]) != targets.features(maps[name]):
+            raise ValueError(
+                f"model_name_or_path: {name} has {targets.features(maps[name])} in and out features in "
+                f"{config.model_name_or_path}, and {(A.shape[-1], B.shape[1])} in {path}; restore the file"
+            )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-# PyTorch's allocators on a GPU and on a CPU, Triton, and cuBLAS: only the first has an exception of its own
-_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# what PyTorch's allocators on a GPU and on a CPU, Triton, and cuBLAS say, each in a RuntimeError
+_SIGNS = (
+    "out of memory", "can't allocate memory", "Storage size calculation overflowed", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class DoesNotFit(RuntimeError):
@@ -20,7 +20,7 @@ def must_fit(what: str, remedy: str | None = None) -> Iterator[None]:
     """Raise DoesNotFit, which names `what` and the remedy, if memory ends inside."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         problem = f"{what} does not fit into memory ({first_line(error)})"
@@ -28,9 +28,12 @@ def must_fit(what: str, remedy: str | None = None) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-    return found or isinstance(error, torch.OutOfMemoryError)
+    """Whether it says that memory ended: the device's, or this machine's."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def first_line(error: RuntimeError) -> str:
-    return str(error).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """The first line of its message; a MemoryError of Python has none."""
+    return next(iter(str(error).splitlines()), "out of memory")

@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from renyi_engine import base_model
-from renyi_engine.config import EvalConfig
 from renyi_engine.data import longest_first
 from renyi_engine.encoding import Encoder
-from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.ensemble_config import EnsembleConfig
+from renyi_engine.eval_config import EvalConfig
 from renyi_engine.limits import changing_positions, check_tokens, num_positions
 from renyi_kernels import IGNORE_INDEX, renyi_reduce
 

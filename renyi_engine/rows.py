@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import glob
 import hashlib
 import json
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from renyi_engine import typos
 from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, one_line, read_file, suffix
 
 # options that a folder's README.md may give to a reader, beside the files themselves
@@ -103,7 +103,7 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:
     """An error for a data set in none of the `wanted` forms: how to convert it, or the nearest of its columns."""
     columns = list(columns)
-    near = {w: difflib.get_close_matches(w, columns, n=1) for form in wanted for w in form.split(" + ")}
+    near = {w: typos.near_misses(w, columns) for form in wanted for w in form.split(" + ")}
     hints = [f"is {found[0]!r} meant to be {name!r}?" for name, found in near.items() if found and found[0] != name]
     if "messages" in wanted and "conversations" in columns:
         hints = [

@@ -1,24 +1,27 @@
 """Settings: flat dataclasses, read from YAML and flags alike.
 
-Flags are parsed by transformers' HfArgumentParser, so that they look and behave as TRL's do. A YAML file is turned into
-the same flags, with its values as they are written, and these are put in front of the flags of the command line. So
-errors are of one kind, and the command line wins.
+Each field of a dataclass becomes a flag of the standard library's argparse, which looks and behaves as TRL's do. (The
+parser that TRL uses comes with transformers, whose import takes seconds.) A YAML file is turned into the same flags,
+with its values as they are written, and these are put in front of the flags of the command line. So errors are of one
+kind, and the command line wins.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+
+from renyi_engine import typos
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,6 +32,15 @@ _NOTHING = {"false", "no", "off", "none"}
 """What a file may say, beside null, for a setting that is to have no value."""
 _LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)\S*(=|$)")
 """An entry of a list that argparse would take for a flag, and not for a value."""
+
+
+def _short(value: Any) -> str:
+    """Its repr, of bounded length: a YAML file of a few lines can stand for a value of gigabytes."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 200
+    shortened.maxlist = shortened.maxdict = 12
+    shortened.maxlevel = 3
+    return shortened.repr(value)
 
 
 def flag(default: Any, help: str) -> Any:
@@ -58,8 +70,8 @@ def to_yaml(settings: Any) -> str:
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise ValueError(f"{path}: not a readable YAML file ({reason})") from None
@@ -74,7 +86,7 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Colle
     values = yaml.safe_load(yaml.safe_dump(dict(now)))
     names = sorted((values.keys() | before.keys()) - set(may_change))
     return "".join(
-        f"\n  {name}: {before.get(name)!r} then, {values.get(name)!r} now"
+        f"\n  {name}: {_short(before.get(name))} then, {_short(values.get(name))} now"
         for name in names
         if before.get(name) != values.get(name)
     )
@@ -82,21 +94,26 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Colle
 
 @dataclass(frozen=True)
 class Source:
-    """The --config file, if there is one, and the settings that have their value from it."""
+    """The --config file, if there is one, and the settings that have their value from it; and the settings that are
+    called otherwise in Python, by the name that they have there."""
 
     path: Path | None
     names: Collection[str]
+    setting_of: Mapping[str, str]
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Inside, a ValueError about one of these settings names the file too."""
+        """Inside, a ValueError about a setting calls it as the user did, and names the file if the value is from it."""
         try:
             yield
         except ValueError as error:
-            about = re.match(r"(?:argument --)?(\w+)\b", str(error))
-            if about is None or about[1] not in self.names:
+            message = re.sub(r"^\w+(?=:)", lambda name: self.setting_of.get(name[0], name[0]), str(error))
+            about = re.match(r"(?:argument --)?(\w+)\b", message)
+            if about is not None and about[1] in self.names:
+                message = f"{self.path}: {message}"
+            if message == str(error):
                 raise
-            raise ValueError(f"{self.path}: {error}") from error.__cause__
+            raise ValueError(message) from error.__cause__
 
 
 def parse(
@@ -108,33 +125,72 @@ def parse(
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
     """
-    parser = _Parser(cls, prog=prog, allow_abbrev=False)
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    _add_flags(parser, cls)
     parser.add_argument("--config", type=Path, help="A YAML file of these same names; flags override it.")
-    parser.add_argument("--print_config", action="store_true", help="Print the resolved settings as YAML and stop.")
+    options_alone = {"print_config": "Print the resolved settings as YAML and stop."}
     if dry_run:
-        parser.add_argument(
-            "--dry_run",
-            action="store_true",
-            help="Print the settings, one example with its loss mask and a memory estimate.",
-        )
-    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        options_alone["dry_run"] = "Print the settings, one example with its loss mask and a memory estimate."
+    for name, what in options_alone.items():
+        parser.add_argument(*_spellings(name), action="store_true", help=what)
+    file_parser = Parser(prog=prog, add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config", type=Path)
     config_file = file_parser.parse_known_args(argv)[0].config
     known = [f.name for f in dataclasses.fields(cls)]
     from_file = _as_flags(read_yaml(config_file, _AsTyped), cls, config_file) if config_file else {}
     typed = {_flag_name(argument) for argument in argv if argument.startswith("--")}
-    source = Source(config_file, from_file.keys() - typed)
+    source = Source(config_file, from_file.keys() - typed, getattr(cls, "setting_of", {}))
     with source.named_in_errors():
         options, rest = parser.parse_known_args([*(flag for flags in from_file.values() for flag in flags), *argv])
         if rest:
-            raise ValueError(_unknown("flag", rest[0], [f"--{name}" for name in known], "command line"))
+            flags = [f"--{name}" for name in (*known, "config", "help", *options_alone)]
+            raise ValueError(_unknown("flag", rest[0], flags, "command line"))
         options.source = source
         return cls(**{name: getattr(options, name) for name in known}), options
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are a ValueError of one line."""
+
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _add_flags(parser: argparse.ArgumentParser, cls: type[DataclassInstance]) -> None:
+    """A flag for every setting: --lora_r, and --lora-r as well."""
+    hints = get_type_hints(cls)
+    for setting in dataclasses.fields(cls):
+        made = setting.default_factory
+        default = setting.default if made is dataclasses.MISSING else made()
+        how: dict[str, Any] = {"default": default, "help": setting.metadata.get("help")}
+        hint = _without_none(hints[setting.name])
+        if get_origin(hint) is Literal:
+            how["choices"] = get_args(hint)
+        elif hint is bool:  # --group_by_length alone says yes
+            how |= {"type": _truth, "nargs": "?", "const": True}
+        elif get_origin(hint) is list:
+            how |= {"type": get_args(hint)[0], "nargs": "+"}
+        else:
+            how["type"] = hint
+        parser.add_argument(*_spellings(setting.name), **how)
+
+
+def _spellings(name: str) -> list[str]:
+    """--lora_r and --lora-r."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of a setting that may have no value: int of int | None."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) else hint
+
+
+def _truth(text: str) -> bool:
+    for value, words in ((True, ("true", "yes", "on", "y", "t", "1")), (False, ("false", "no", "off", "n", "f", "0"))):
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"expected true or false; got {text!r}")
 
 
 class _AsTyped(yaml.SafeLoader):
@@ -162,7 +218,7 @@ def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path
     for name, value in values.items():
         if name not in defaults:
             raise ValueError(_unknown("key", str(name), list(defaults), str(source)))
-        if value is None or (defaults[name] is None and str(value).lower() in _NOTHING):
+        if value is None or (defaults[name] is None and isinstance(value, str) and value.lower() in _NOTHING):
             continue
         takes_list = any(get_origin(hint) is list for hint in (hints[name], *get_args(hints[name])))
         if isinstance(value, list) and takes_list and all(isinstance(item, str) for item in value):
@@ -175,7 +231,7 @@ def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path
             flags[name] = [f"--{name}={value}"]
         else:
             expected = "one value or a plain list of them" if takes_list else "one value"
-            raise ValueError(f"{source}: {name}: expected {expected}; got {str(value)[:60]}")
+            raise ValueError(f"{source}: {name}: expected {expected}; got {_short(value)}")
     return flags
 
 
@@ -185,5 +241,4 @@ def _flag_name(argument: str) -> str:
 
 def _unknown(kind: str, name: str, known: Sequence[str], source: str) -> str:
     name = name.split("=")[0]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{source}: unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+    return f"{source}: unknown {kind} {name!r}" + (typos.hint(name, known) or "; see --help")

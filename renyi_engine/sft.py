@@ -6,7 +6,6 @@ Layout: K particles, B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.chat import CONTEXT_COLUMNS
-from renyi_engine.config import TrainConfig
 from renyi_engine.data import Dropped, Example, collate, pad_token_id, warn_unread
 from renyi_engine.encoding import Encoder, require_field
 from renyi_engine.ensemble import LoraEnsemble
@@ -23,11 +21,6 @@ from renyi_engine.task import Scores
 from renyi_kernels import IGNORE_INDEX
 
 FORMS = ("messages", "prompt + completion", "text")
-
-
-@dataclass
-class SftConfig(TrainConfig):
-    """Settings of supervised fine-tuning; the data set has the columns messages, or prompt + completion, or text."""
 
 
 class SftTask:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -32,3 +35,22 @@ class StopSignals:
         if self.received:
             os._exit(128 + signum)
         self.received = signum
+
+
+@contextmanager
+def exit_at_once(exit_code: int, message: str) -> Iterator[None]:
+    """Inside the block SIGINT ends the process with `message`. For imports: code in C that Python code is called from
+    may turn a KeyboardInterrupt into another error, or lose it."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"{message}\n".encode())
+        os._exit(exit_code)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

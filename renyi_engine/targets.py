@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from renyi_engine import patterns, peft_names
-
-ALL_LINEAR = "all-linear"
+from renyi_engine.ensemble_config import ALL_LINEAR
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:

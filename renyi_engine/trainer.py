@@ -18,10 +18,10 @@ from transformers import get_scheduler
 
 from renyi_engine import base_model, checkpoint, seeding
 from renyi_engine.alpha import alpha_rule
-from renyi_engine.config import TrainConfig, steps_of
+from renyi_engine.config import DpoConfig, SftConfig, TrainConfig, steps_of
 from renyi_engine.data import StepSampler
 from renyi_engine.dataset import Dataset, load_dataset
-from renyi_engine.dpo import DpoConfig, DpoTask
+from renyi_engine.dpo import DpoTask
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.evaluation import Evaluation, evaluate, means
 from renyi_engine.fingerprint import difference, is_fingerprint
@@ -30,7 +30,7 @@ from renyi_engine.prior import potential_curvature
 from renyi_engine.progress import TrainingProgress
 from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder, another_version, versions
-from renyi_engine.sft import SftConfig, SftTask
+from renyi_engine.sft import SftTask
 from renyi_engine.signals import StopSignals
 from renyi_engine.state import State, Window
 from renyi_engine.task import Task, check_fits, cut_rows, length

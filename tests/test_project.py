@@ -21,7 +21,7 @@ LAYERS = [
     ["trainer", "answers"],
     ["mmlu", "refusal", "diagnostics", "alpha_star"],
     ["theory", "state", "train_step"],
-    ["evaluation", "report", "eval_pictures", "run_folder", "signals"],
+    ["evaluation", "report", "eval_pictures", "run_folder"],
     ["page"],
     ["pictures"],
     ["sft", "dpo", "predict", "dataset"],
@@ -29,6 +29,7 @@ LAYERS = [
     ["encoding"],
     ["chat"],
     ["data", "base_model", "checkpoint", "progress", "calibration", "uncertainty"],
+    ["eval_config"],
     ["config"],
     ["prior", "particle_optim", "alpha", "watchdog"],
     ["ensemble"],
@@ -37,8 +38,9 @@ LAYERS = [
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits", "runs"],
     ["folder_lock", "adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["output_folder"],
-    ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts", "rendering", "terminal"],
+    ["output_folder", "ensemble_config"],
+    ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts", "signals"],
+    ["rendering", "terminal", "typos"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

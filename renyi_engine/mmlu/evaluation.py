@@ -10,48 +10,25 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from renyi_engine import files, output_folder
-from renyi_engine.config import EvalConfig
+from renyi_engine.eval_config import MmluConfig
 from renyi_engine.mmlu import lm_eval, report
 from renyi_engine.mmlu import questions as mmlu_questions
-from renyi_engine.mmlu.questions import COMPLETIONS, SPLITS, SUBJECTS, Question
+from renyi_engine.mmlu.questions import COMPLETIONS, SUBJECTS, Question
 from renyi_engine.page import as_text, write_page
 from renyi_engine.predict import Subject, context_length, encode_choices, load_subject, score_choices
 from renyi_engine.progress import track
 from renyi_engine.run_folder import versions
-from renyi_engine.settings import flag, require
 from renyi_engine.uncertainty import predictive
 
 RESULTS, SAMPLES, MODELS, REPORT = "results.json", "samples", "models", "report.html"
-
-
-@dataclass
-class MmluConfig(EvalConfig):
-    """Settings of an evaluation on MMLU; prompts, order and weights are lm-eval's."""
-
-    dataset_name: str = flag("cais/mmlu", "A hub id, or a folder of dev, validation and test files.")
-    split: Literal["test", "validation", "dev"] = flag("test", "Split to answer.")
-    num_fewshot: int = flag(0, "Solved examples in front of a question: the first of its subject in dev, which has 5.")
-    subjects: list[str] | None = flag(None, "Subjects to ask about; all 57 if not given.")
-    limit: int | None = flag(None, "Questions of each subject, the first; all if not given.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, ("num_fewshot",), "a whole number of at least 0", lambda v: v >= 0)
-        require(self, ("limit",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
-        if self.split not in SPLITS:
-            raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {self.split!r}")
-        if self.split == "dev" and self.num_fewshot:
-            raise ValueError("split: the questions of dev are the few-shot examples; pass --num_fewshot 0")
-        mmlu_questions.check_subjects(self.subjects or [])
 
 
 def evaluate_mmlu(config: MmluConfig) -> str:
@@ -67,6 +44,7 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         ValueError: the data, the model or the ensemble cannot be used, or output_dir holds something.
     """
     started = time.time()
+    mmlu_questions.check_subjects(config.subjects or [])
     output = Path(config.output_dir)
     questions, sizes = _choose(config)
     prompts = _prompts(config, questions)

@@ -7,12 +7,12 @@ as .jsonl, .json or .parquet; or the folders of CSV files that the authors publi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from renyi_engine import typos
 from renyi_engine.row_files import Row, csv_cells
 from renyi_engine.rows import columns_of, load_splits, missing_column
 
@@ -167,5 +167,4 @@ def _csv_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
 
 
 def _no_subject(name: Any) -> str:
-    near = difflib.get_close_matches(str(name).lower().replace(" ", "_"), SUBJECTS, n=1)
-    return f"{name!r} is none of MMLU's 57 subjects" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{name!r} is none of MMLU's 57 subjects" + typos.hint(str(name).replace(" ", "_"), SUBJECTS)

@@ -17,23 +17,23 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from renyi_engine import adapter_folder, files, output_folder
-from renyi_engine.config import CONFIG_FILE, EvalConfig, SamplingConfig
+from renyi_engine.config import CONFIG_FILE
 from renyi_engine.data import left_padded, longest_first, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
+from renyi_engine.eval_config import RefusalConfig
 from renyi_engine.limits import check_tokens
 from renyi_engine.predict import Subject, context_length, load_subject
 from renyi_engine.progress import track
-from renyi_engine.refusal.judges import FAILED, FORMS, Exchange, Judge, make_judge
+from renyi_engine.refusal.judges import FAILED, Exchange, Judge, make_judge
 from renyi_engine.refusal.prompts import Prompt, PromptColumns, read_prompts
 from renyi_engine.refusal.report import write_refusal_report
 from renyi_engine.refusal.responses import BASE, Response, ResponseFile, Speaker
 from renyi_engine.refusal.results import positive_label, summarise
 from renyi_engine.run_folder import versions
-from renyi_engine.settings import changes, flag, read_yaml, require, require_given, to_yaml
+from renyi_engine.settings import changes, read_yaml, to_yaml
 from renyi_engine.thoughts import decode_answer
 
 RESPONSES_FILE, RUN_FILE = "responses.jsonl", "run.json"
@@ -43,40 +43,6 @@ _MAY_CHANGE = {
     "output_dir", "alpha", "label_column", "judge", "judge_model", "judge_api_key_env", "judge_timeout_s",
     "judge_max_retries",
 }  # fmt: skip
-
-
-@dataclass
-class RefusalConfig(EvalConfig, SamplingConfig):
-    """Settings of `evaluate_refusal`; the defaults are the paper's where it says, and OR-Bench's columns."""
-
-    dataset_name: list[str] = flag([], "Prompts: files (.csv, .jsonl, ...) or hub ids; each is a split of the table.")
-    dataset_config: list[str] | None = flag(
-        None, "Configurations of a hub data set, such as or-bench-hard-1k or-bench-toxic; each is a split."
-    )
-    prompt_column: str = flag("prompt", "Column of the prompts.")
-    split_column: str | None = flag(None, "Column whose values make splits of the table.")
-    label_column: str | None = flag(None, "Column with two values: can the disagreement of particles tell them apart?")
-    limit: int | None = flag(None, "Prompts of each split, the first ones; all if not given.")
-    num_samples: int = flag(12, "Responses of each particle to each prompt.")
-    max_new_tokens: int = flag(256, "Longest response in tokens, with what the model thinks first.")
-    judge: str = flag(
-        "keyword",
-        f"Who tells refusals: {FORMS}. No judge sees what a model thinks before it answers; a judge may think itself.",
-    )
-    judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
-    judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
-    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take for a whole reply.")
-    judge_max_retries: int = flag(4, "Tries after the first, at growing distance, before a verdict counts as failed.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_given(self, ("dataset_name", "prompt_column", "judge"))
-        self.check_sampling()
-        require(self, ("limit",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
-        require(self, ("judge_timeout_s",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
-        require(self, ("judge_max_retries",), "a whole number of at least 0", lambda v: v >= 0)
-        if self.dataset_config and len(self.dataset_name) > 1:
-            raise ValueError("dataset_config: expected only with one data set; got several in dataset_name")
 
 
 def evaluate_refusal(config: RefusalConfig) -> str:

@@ -28,13 +28,13 @@ from renyi_engine.chat import Context
 from renyi_engine.config import ModelConfig
 from renyi_engine.data import left_padded, pad_token_id
 from renyi_engine.encoding import encode_prompts, stop_tokens
+from renyi_engine.eval_config import JUDGES
 from renyi_engine.refusal.endpoint import Endpoint
 from renyi_engine.thoughts import ANALYSIS, FINAL, decode_answer, without_thought
 
 DIRECT_ANSWER, DIRECT_REFUSAL, INDIRECT_REFUSAL = LABELS = ("direct_answer", "direct_refusal", "indirect_refusal")
 UNPARSED, FAILED = "unparsed", "failed"
 REFUSALS = (DIRECT_REFUSAL, INDIRECT_REFUSAL)
-FORMS = "keyword, model:FOLDER_OR_HUB_ID or endpoint:BASE_URL"
 MAX_ANSWER_TOKENS = 32
 MAX_THOUGHT_TOKENS = 4096
 """A judge that has not come to its answer, as it was still thinking, is asked again with this much room."""
@@ -117,7 +117,7 @@ def make_judge(
                 "judge: no endpoint is asked in offline mode; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
             )
         return EndpointJudge(place, model, api_key=_api_key(api_key_env), timeout_s=timeout_s, max_retries=max_retries)
-    raise ValueError(f"judge: expected {FORMS}; got {spec!r}")
+    raise ValueError(f"judge: expected {JUDGES}; got {spec!r}")
 
 
 _LABEL = re.compile(
@@ -229,15 +229,15 @@ class ModelJudge:
         """Raises ValueError where there is no such model, or it has no chat template."""
         self.name = f"model:{settings.model_name_or_path}"
         self._settings = settings
-        base_model.load_config(settings)
-        self._tokenizer = base_model.load_tokenizer(settings)
+        base_model.load_config(settings, "judge")
+        self._tokenizer = base_model.load_tokenizer(settings, "judge")
         if not self._tokenizer.chat_template:
             raise ValueError(f"judge: {self.name} has no chat template; an instruct model is needed")
         self._pad = pad_token_id(self._tokenizer)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return base_model.load_model(self._settings)
+        return base_model.load_model(self._settings, "judge")
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         return _of_answers(exchanges, self._verdicts)

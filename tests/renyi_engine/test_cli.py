@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import os
 import random
 import signal
@@ -13,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import renyi_engine
 from renyi_engine import trainer
 from renyi_engine.adapter_folder import read
-from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, main
+from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED, main
 from renyi_engine.files import read_json, sha256_of
 
 
@@ -202,6 +205,82 @@ def test_killed_at_random_moments_it_always_resumes_to_the_same_end(sft_flags, t
     assert kills >= 2
     for name in ("adapters.safetensors", "optimizer.safetensors"):
         assert sha256_of(run / "checkpoint-120" / name) == sha256_of(tmp_path / "whole" / "checkpoint-120" / name)
+
+
+BEFORE_TORCH = """
+import contextlib, sys
+import renyi_engine
+from renyi_engine.cli import main
+kinds = [["sft"], ["dpo"], ["eval"], ["eval", "nll"], ["eval", "mmlu"], ["eval", "refusal"], ["generate"],
+         ["alpha-star"], ["export"], ["report"], ["env"]]
+for argv in [["--help"], *([*kind, "--help"] for kind in kinds)]:
+    with contextlib.suppress(SystemExit):
+        main(argv)
+assert main(["--version"]) == 0
+for argv in (["sfft"], ["--leraning_rate"], *([*kind, "--leraning_rate=1"] for kind in kinds)):
+    assert main(argv) == 2, argv
+print(renyi_engine.SftConfig, renyi_engine.DpoConfig, renyi_engine.EnsembleConfig, renyi_engine.DoesNotFit)
+heavy = {"torch", "transformers", "datasets", "numpy", "scipy", "matplotlib", "rich", "pyarrow", "huggingface_hub"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+
+
+def test_help_typos_and_settings_do_not_wait_for_torch():
+    done = subprocess.run([sys.executable, "-c", BEFORE_TORCH], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == 13
+    assert all(line.startswith("renyi-engine") for line in errors)
+
+
+def test_what_the_package_exports_is_what_a_type_checker_sees_of_it():
+    tree = ast.parse(Path(renyi_engine.__file__).read_text())
+    seen = {
+        (node.module.removeprefix("renyi_engine."), alias.name)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {(module, name) for name, module in renyi_engine._MODULE_OF.items()}
+    assert sorted(renyi_engine._MODULE_OF) == sorted(renyi_engine.__all__)
+    for name in renyi_engine.__all__:
+        assert getattr(renyi_engine, name).__name__ == name
+        assert name in dir(renyi_engine)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = renyi_engine.trian
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert renyi_engine.__version__ == importlib.metadata.version("renyi-engine")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"renyi-engine {renyi_engine.__version__}\n"
+
+
+def test_ctrl_c_during_the_imports_is_one_line(sft_flags):
+    """The import of torch is made to last a minute, inside code that turns every error into another one."""
+    program = (
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print('importing', flush=True)\n"
+        "            try:\n"
+        "                time.sleep(60)\n"
+        "            except BaseException as error:\n"
+        "                raise ImportError('numpy.core.multiarray failed to import') from error\n"
+        "sys.meta_path.insert(0, Slow)\n"
+        "from renyi_engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *sft_flags()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == EXIT_NOTHING_SAVED
+    assert errors == "renyi-engine sft: stopped by Ctrl-C before there was anything to save\n"
 
 
 def test_an_error_that_comes_up_later_names_the_file_that_the_value_is_from(sft_flags, tmp_path, capsys):

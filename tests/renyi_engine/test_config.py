@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from renyi_engine.answers import GenerateConfig
+from renyi_engine.config import SftConfig
+from renyi_engine.eval_config import GenerateConfig
 from renyi_engine.settings import parse, to_yaml
-from renyi_engine.sft import SftConfig
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 

@@ -1,0 +1,144 @@
+"""An export trusts nothing that a run's folder says: neither about code, nor about what the checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+
+from renyi_engine import train
+from renyi_engine.cli import EXIT_BAD_INPUT, main
+from renyi_engine.config import DpoConfig, SftConfig
+from renyi_engine.settings import to_yaml
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_folder, data_file):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(
+        SftConfig(
+            model_name_or_path=str(model_folder),
+            dataset_name=str(data_file),
+            output_dir=str(folder),
+            num_particles=2,
+            lora_r=2,
+            lora_target_modules=["q_proj"],
+            layers_to_transform=[1, 2],
+            max_steps=1,
+            use_cpu=True,
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def edited(trained, tmp_path):
+    """edited(**values): a copy of the run with other settings in its config.yaml."""
+
+    def make(**values):
+        run = shutil.copytree(trained, tmp_path / "run")
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | values))
+        return run
+
+    return make
+
+
+@pytest.fixture
+def exported(tmp_path, capsys):
+    """exported(run, *flags): (exit code, what is printed as an error) of `renyi-engine export`."""
+
+    def run(run, *flags):
+        code = main(["export", str(run), "--output_dir", str(tmp_path / "out"), *flags])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def base_with_code(model_folder, tmp_path):
+    """A base that transformers loads only with code of its own; the code leaves a mark where it runs."""
+    folder, mark = shutil.copytree(model_folder, tmp_path / "base"), tmp_path / "mark"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(mark)!r}, 'w').close()\nclass Own(LlamaConfig):\n    pass\n"
+    )
+    return folder, mark
+
+
+def test_a_run_cannot_say_that_code_is_trusted(edited, exported, base_with_code):
+    folder, mark = base_with_code
+    run = edited(trust_remote_code=True, model_name_or_path=str(folder))
+    code, error = exported(run)
+    assert code == EXIT_BAD_INPUT
+    assert "trust_remote_code" in error
+    assert not mark.exists()
+    exported(run, "--trust_remote_code")
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_particles": 3}, "num_particles: 3 here, but .*checkpoint-1 holds 2"),
+        ({"lora_r": 1}, "lora_r: 1 here, but .*checkpoint-1 holds 2"),
+        (
+            {"lora_target_modules": ["v_proj"]},
+            r"lora_target_modules.*: adapters of model.layers.1.self_attn.q_proj are",
+        ),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, "lora_target_modules.*v_proj are not in .*checkpoint-1"),
+        ({"layers_to_transform": [1]}, "layers_to_transform: adapters of model.layers.2.self_attn.q_proj are only in"),
+        ({"layers_to_transform": [7]}, "layers_to_transform: expected layers from 0 to 2; got"),
+        ({"lora_target_modules": ["nothing"]}, "target_modules: .* matches no linear map"),
+        ({"lora_r": "two"}, "argument --lora_r.*: invalid int value: 'two'"),
+        ({"lora_r": [2]}, r"lora_r: expected one value; got \['2'\]"),
+        ({"lora_alpha": -1}, "lora_alpha: expected a number above 0"),
+        ({"alpha": "much"}, "argument --alpha: invalid float value"),
+        ({"num_partcles": 2}, "unknown key 'num_partcles'; did you mean 'num_particles'"),
+        ({"model_name_or_path": "/no/such"}, "model_name_or_path: '/no/such' cannot be loaded"),
+        ({"use_rslora": {"a": 1}}, "use_rslora: expected one value"),
+    ],
+)
+def test_settings_that_are_not_those_of_the_checkpoint_are_one_line(edited, exported, tmp_path, values, message):
+    run = edited(**values)
+    code, error = exported(run)
+    assert code == EXIT_BAD_INPUT
+    assert len(error.splitlines()) == 1
+    assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "a: [", "a: &a [*a, *a]", "\x00", "[" * 1500, "1: 2", "? [a]\n: b"],
+    ids=lambda text: repr(text[:8]),
+)
+def test_a_broken_config_is_one_line(edited, exported, text):
+    run = edited()
+    (run / "config.yaml").write_text(text)
+    code, error = exported(run)
+    assert code == EXIT_BAD_INPUT
+    assert len(error.splitlines()) == 1
+    assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: ")
+
+
+def test_a_base_of_other_sizes_is_named(edited, exported, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32, "head_dim": 8}))
+    code, error = exported(edited(model_name_or_path=str(folder)))
+    assert code == EXIT_BAD_INPUT
+    assert "model_name_or_path: model.layers.1.self_attn.q_proj has (32, 16) in and out features in" in error
+
+
+def test_a_run_of_preferences_is_read_with_its_own_settings(edited, exported):
+    run = edited()
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(to_yaml(DpoConfig(**settings, beta=0.2)))
+    assert exported(run)[0] == 0
