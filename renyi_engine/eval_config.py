@@ -77,17 +77,22 @@ class NllConfig(EvalConfig):
     dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
     dataset_config: str | None = flag(None, "Configuration of a hub data set.")
     dataset_split: str = flag("test", "Its split.")
+    calibration_dataset_name: str | None = flag(
+        None, "Rows like those of training: an example is out of support if nearly all of these gain more than it does."
+    )
+    calibration_dataset_split: str = flag("train", "Its split.")
+    calibration_share: float = flag(0.01, "Share of rows like these that may be called out of support.")
     max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
-    contested_ess: float = flag(0.5, "An example is contested if its ESS is at most this share of K.")
-    high_nll: float | None = flag(None, "Nats a token from which an NLL is high; if not given, from high_quantile.")
-    high_quantile: float = flag(0.9, "Share of the examples whose best NLL counts as not high.")
+    min_disagreement: float = flag(
+        0.2, "An example is contested if two particles' probabilities of one of its tokens differ by this or more."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_given(self, ("dataset_name", "ensemble"))
         require(self, ("max_length",), "a whole number of at least 2", lambda v: v >= 2)
-        require(self, ("contested_ess", "high_quantile"), "a share above 0, at most 1", lambda v: 0 < v <= 1)
-        require(self, ("high_nll",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
+        require(self, ("min_disagreement",), "a difference above 0, at most 1", lambda v: 0 < v <= 1)
+        require(self, ("calibration_share",), "a share above 0, below 1", lambda v: 0 < v < 1)
         if self.alpha == 0:
             raise ValueError("alpha: at 0 every particle has the same share of everything; expected a number above 0")
 
