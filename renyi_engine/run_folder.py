@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from renyi_engine import checkpoint, files
+from renyi_engine import checkpoint, files, output_folder
 from renyi_engine.config import CONFIG_FILE, TrainConfig
 from renyi_engine.folder_lock import locked
 from renyi_engine.settings import changes, read_yaml, to_yaml
@@ -157,6 +157,7 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
                 f"output_dir: {path} already holds a run; choose another, remove it, or continue it with "
                 "--resume_from_checkpoint true"
             )
+        output_folder.claim(path)
         return None
     if not has_run:
         raise ValueError(
