@@ -143,6 +143,16 @@ def test_the_display_steers_the_terminal_and_what_it_is_told_does_not(monkeypatc
     assert "\x07" not in printed
 
 
+def test_a_bar_takes_what_it_is_told_for_text(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    what = "endpoint:http://[/bold] \x1b[2J"  # to rich, square brackets are markup
+    with only_text():
+        assert list(track([1, 2], what)) == [1, 2]
+    assert r"endpoint:http://[/bold] \x1b[2J" in terminal.getvalue()
+
+
 def test_where_there_is_no_terminal_the_lines_of_progress_are_plain():
     file = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
