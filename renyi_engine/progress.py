@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import rich.progress
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -29,7 +30,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
     console = _console()
     what = visible(what)
     if console.is_terminal:
-        yield from rich.progress.track(items, what, console=console, transient=True)
+        yield from rich.progress.track(items, escape(what), console=console, transient=True)
         return
     started = spoken = time.monotonic()
     console.print(f"{what}: {len(items)} batches", markup=False, highlight=False, soft_wrap=True)

@@ -18,12 +18,8 @@ ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>
 # tokens that are marks, or begin one
 _MARKS = {mark for tags in _TAGS for mark in tags} | {"<|channel>", "<|channel|>", "<|message|>"}
 
-_START, _END = ("|".join(map(re.escape, marks)) for marks in zip(*_TAGS, strict=True))
-_BLOCK = re.compile("|".join(f"{re.escape(start)}.*?{re.escape(end)}" for start, end in _TAGS), re.DOTALL)
-# a thought whose start is missing
-_REST_OF_BLOCK = re.compile(f".*(?:{_END})", re.DOTALL)
-_ENDLESS = re.compile(rf"\s*(?:{_START})")
-_OPENED = re.compile(rf"(?:{_START})\s*\Z")
+_START, _END = (re.compile("|".join(map(re.escape, marks))) for marks in zip(*_TAGS, strict=True))
+_OPENED = re.compile(rf"(?:{_START.pattern})\s*\Z")
 _UP_TO_FINAL = re.compile(f".*{re.escape(FINAL)}", re.DOTALL)
 _OTHER_CHANNEL = re.compile(r"<\|channel\|>(?:analysis|commentary)")
 
@@ -48,5 +44,22 @@ def without_thought(text: str) -> str | None:
         text = text[final.end() :]
     elif _OTHER_CHANNEL.match(text):
         return None
-    text = _REST_OF_BLOCK.sub("", _BLOCK.sub("", text))
-    return None if _ENDLESS.match(text) else text.strip()
+    text = _without_blocks(text)
+    ends = [end.end() for end in _END.finditer(text)]
+    text = text[ends[-1] :].strip() if ends else text.strip()  # a thought whose start is missing
+    return None if _START.match(text) else text
+
+
+def _without_blocks(text: str) -> str:
+    """`text` without every thought that has both marks. In one pass: a reply may be long, and made to take long."""
+    closing, kept, at = dict(_TAGS), [], 0
+    for start in _START.finditer(text):
+        if start.start() < at or start.group() not in closing:
+            continue
+        end = text.find(closing[start.group()], start.end())
+        if end < 0:
+            del closing[start.group()]  # nor does a later one end
+        else:
+            kept.append(text[at : start.start()])
+            at = end + len(closing[start.group()])
+    return "".join(kept) + text[at:]

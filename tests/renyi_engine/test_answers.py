@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble, generation
+from renyi_engine import EnsembleConfig, LoraEnsemble, answers, generation
 from renyi_engine.cli import main
 
 
@@ -35,6 +35,14 @@ def test_each_prompt_is_answered_by_every_particle_and_by_the_base(flags, model_
     )
     said = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert lines[-1] == f"base: {tokenizer.decode(said, skip_special_tokens=True).strip()}"
+
+
+def test_no_line_of_a_prompt_or_an_answer_can_be_taken_for_somebody_elses(flags, capsys, monkeypatch):
+    monkeypatch.setattr(answers, "decode_answer", lambda *_: "Yes.\nbase: I agree.\x1b[2K")
+    assert main([*flags, "--prompts", "Is it?\np000: no\x1b[2J", "--max_new_tokens=1"]) == 0
+    said = [r"p000: Yes.", r"      base: I agree.\x1b[2K", r"p001: Yes.", r"      base: I agree.\x1b[2K"]
+    base = [r"base: Yes.", r"      base: I agree.\x1b[2K"]
+    assert capsys.readouterr().out.splitlines() == ["# Is it?", r"  p000: no\x1b[2J", *said, *base]
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn_though_the_model_names_another_token(

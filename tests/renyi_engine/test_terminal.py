@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import sys
 import unicodedata
 import warnings
@@ -16,6 +18,8 @@ from renyi_engine import cli
 from renyi_engine.cli import main
 from renyi_engine.progress import TrainingProgress, track
 from renyi_engine.terminal import one_line, only_text, visible
+
+from .tokenizers_for_tests import byte_pair_tokenizer
 
 # clears the screen; renames the window; C1; writes from right to left; goes back to the start of the line
 HOSTILE = "\x1b[2J \x1b]0;title\x07 \x9b31m \u202e \u2066 \u2028 over\rwritten \x7f"
@@ -95,17 +99,21 @@ def test_whatever_a_command_prints_warns_or_dies_of_is_shown(monkeypatch, capsys
 
 
 def test_a_dry_run_shows_what_a_row_holds(model_folder, jsonl, tmp_path, capsys):
-    data = jsonl(tmp_path / "data.jsonl", [{"prompt": f"Is {HOSTILE}?", "completion": "no"}])
-    flags = [f"--model_name_or_path={model_folder}", f"--dataset_name={data}", f"--output_dir={tmp_path / 'run'}"]
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = byte_pair_tokenizer("")  # knows every character
+    tokenizer.save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer)}))
+    data = jsonl(tmp_path / "data.jsonl", [{"prompt": f"Is {HOSTILE}?\n", "completion": "no"}])
+    flags = [f"--model_name_or_path={model}", f"--dataset_name={data}", f"--output_dir={tmp_path / 'run'}"]
     assert main(["sft", "--dry_run", "--use_cpu=true", *flags]) == 0
-    assert "[[no</s>]]" in nothing_steers(capsys.readouterr().out)
+    assert f"Is {WRITTEN_OUT}?\n[[no" in nothing_steers(capsys.readouterr().out)
 
 
-def test_an_error_shows_the_name_of_a_column(model_folder, jsonl, tmp_path, capsys):
-    data = jsonl(tmp_path / "data.jsonl", [{HOSTILE: "a"}])
-    flags = [f"--model_name_or_path={model_folder}", f"--dataset_name={data}", f"--output_dir={tmp_path / 'run'}"]
+def test_an_error_shows_the_name_of_a_file(model_folder, tmp_path, capsys):
+    flags = [f"--model_name_or_path={model_folder}", "--dataset_name=\x1b[2J.jsonl", f"--output_dir={tmp_path / 'run'}"]
     assert main(["sft", "--use_cpu=true", *flags]) == 2
-    assert r"\x1b[2J" in nothing_steers(capsys.readouterr().err)
+    assert r"\x1b[2J.jsonl: no such file" in nothing_steers(capsys.readouterr().err)
 
 
 def test_where_the_terminal_knows_few_characters_the_others_are_written_out():
@@ -141,6 +149,16 @@ def test_the_display_steers_the_terminal_and_what_it_is_told_does_not(monkeypatc
     assert "\x1b[?25l" in printed  # hides the cursor
     assert "\x1b[2J" not in printed
     assert "\x07" not in printed
+
+
+def test_a_bar_takes_what_it_is_told_for_text(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    what = "endpoint:http://[/bold] \x1b[2J"  # to rich, square brackets are markup
+    with only_text():
+        assert list(track([1, 2], what)) == [1, 2]
+    assert r"endpoint:http://[/bold] \x1b[2J" in terminal.getvalue()
 
 
 def test_where_there_is_no_terminal_the_lines_of_progress_are_plain():

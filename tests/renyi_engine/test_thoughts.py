@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+import time
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from renyi_engine import thoughts
 from renyi_engine.refusal.judges import DIRECT_ANSWER, DIRECT_REFUSAL, UNPARSED, Exchange, KeywordJudge, parse_answer
 from renyi_engine.thoughts import decode_answer, without_thought
 
@@ -45,6 +51,31 @@ def test_a_thought_that_does_not_end_is_neither_answer_nor_refusal(start):
 )
 def test_a_text_without_a_thought_stays(text):
     assert without_thought(text) == text
+
+
+MARKS = [mark for tags in thoughts._TAGS for mark in tags]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from([*MARKS, "<think>", "</think>", "a", " ", "\n", "<", "think>"]), max_size=12))
+def test_what_is_left_is_what_two_patterns_leave(pieces):
+    """The short way to say it, which takes the square of the text's length, or more."""
+    blocks = "|".join(f"{re.escape(start)}.*?{re.escape(end)}" for start, end in thoughts._TAGS)
+    end = "|".join(re.escape(end) for _, end in thoughts._TAGS)
+    start = "|".join(re.escape(start) for start, _ in thoughts._TAGS)
+    text = "".join(pieces)
+    left = re.sub(f"(?s).*(?:{end})", "", re.sub(f"(?s){blocks}", "", text.strip())).strip()
+    assert without_thought(text) == (None if re.match(start, left) else left)
+
+
+@pytest.mark.parametrize(
+    "piece", ["word ", "<think>", "</think>", "<think>a</think>", "[THINK]</think>", "<|channel|>", " "]
+)
+def test_a_long_text_takes_no_longer_than_it_has_to(piece):
+    text = "a" + piece * (2**20 // len(piece))
+    started = time.process_time()
+    without_thought(text)
+    assert time.process_time() - started < 3
 
 
 # ---------------------------------------------------------------------- from tokens
