@@ -54,11 +54,12 @@ def observe(model: PreTrainedModel) -> Architecture:
     """Run the bare model on a few tokens.
 
     Raises:
-        ValueError: it does not run on text alone, is not causal, its weights are not in memory, no gradient goes
-            through its maps, or its head does something that is not understood.
+        ValueError: it does not run on text alone, is not causal, its weights are not in memory or not finite, no
+            gradient goes through its maps, or its head does something that is not understood.
     """
     decoder, maps = targets.decoder(model), targets.linear_maps(model)
     _refuse_offloaded(model)
+    _refuse_not_finite(model)
     two_texts, three_texts = batches(model)
     two, three = _Recording(model, maps), _Recording(model, maps)
     with _in_eval_mode(model), torch.no_grad():
@@ -219,6 +220,27 @@ def _refuse_offloaded(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: {len(missing)} of its weights are not in memory, {missing[0]} for one (device_map leaves what "
             "does not fit on the CPU or the disk); load it where all of it fits"
+        )
+
+
+@torch.no_grad()
+def _refuse_not_finite(model: PreTrainedModel) -> None:
+    """The few tokens that are run here would not show a weight that only other tokens meet. What is quantised, or has
+    one byte, is codes."""
+    finite = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1:
+            least, most = parameter.flatten().aminmax() if parameter.numel() else (torch.zeros(()), torch.zeros(()))
+            finite[name] = least.isfinite() & most.isfinite()
+    # one wait for the device, not one for each weight
+    device = next(model.parameters()).device
+    known = torch.stack([each.to(device, non_blocking=True) for each in finite.values()]).tolist()
+    wrong = [name for name, is_finite in zip(finite, known, strict=True) if not is_finite]
+    if wrong:
+        dtype = str(model.get_parameter(wrong[0]).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"model: {len(wrong)} of its weights hold NaN or infinite values, {wrong[0]} for one: its files are "
+            f"damaged, or hold numbers too large for {dtype}"
         )
 
 

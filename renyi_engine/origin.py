@@ -47,7 +47,7 @@ def of_particle(config_file: Path, tensors_file: Path) -> Origin:
     text = files.read_metadata(tensors_file).get(KEY)
     try:
         base = None if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         base = text  # refused below: it is no fingerprint
     name = files.read_json(config_file).get("base_model_name_or_path")
     return _origin(config_file.parent, name, base, tensors_file)

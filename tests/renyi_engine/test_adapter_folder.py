@@ -518,14 +518,16 @@ def test_an_adapter_config_of_another_form_is_named(saved, llama, content):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("r", "8"), ("r", 0), ("r", 2.5), ("r", None), ("lora_alpha", "x"), ("lora_alpha", None), ("lora_alpha", -1),
-     ("target_modules", 3), ("layers_to_transform", "x"), ("layers_to_transform", [9])],
+    [("r", "8"), ("r", 0), ("r", 2.5), ("r", None), ("r", True), ("lora_alpha", "x"), ("lora_alpha", None),
+     ("lora_alpha", -1), ("lora_alpha", 10**400), ("lora_alpha", float("nan")), ("use_rslora", "yes"),
+     ("target_modules", 3), ("target_modules", [3]), ("layers_to_transform", "x"), ("layers_to_transform", [9]),
+     ("layers_to_transform", [[0]]), ("layers_to_transform", True)],
 )  # fmt: skip
 def test_an_adapter_config_with_wrong_values_is_refused(saved, llama, key, value):
     for k in range(K):
         edit_json(saved / f"p{k:03d}" / CONFIG_FILE, **{key: value})
     renew_checksums(saved)
-    refused(llama, saved)
+    refused(llama, saved, saved, f"{key}: ")
 
 
 @pytest.mark.parametrize("pattern", ["(", r"(\w|\w\w|[\w.])+[!?]", "x" * 20_000], ids=["broken", "endless", "long"])
@@ -542,7 +544,7 @@ def test_names_of_a_peft_folder_that_match_nothing_are_passed_over_as_peft_does(
     assert len(LoraEnsemble.from_pretrained(tiny_model("llama"), tmp_path).paths) == 6
 
 
-@pytest.mark.parametrize("alpha", [-1, float("nan"), float("inf"), "0.8", True, [0.8]])
+@pytest.mark.parametrize("alpha", [-1, float("nan"), float("inf"), "0.8", True, [0.8], 10**400])
 def test_an_alpha_that_is_none_is_refused(saved, llama, tiny_model, alpha):
     edit_json(saved / ENSEMBLE_FILE, alpha=alpha)
     refused(llama, saved, saved / ENSEMBLE_FILE, "alpha")
@@ -634,6 +636,14 @@ def test_adapters_below_one_that_is_loaded_are_mentioned(tiny_model, tmp_path):
     write_peft(tiny_model("llama"), tmp_path, names=("default", "b"))
     with pytest.warns(UserWarning, match="those in b are not"):
         assert LoraEnsemble.from_pretrained(tiny_model("llama"), tmp_path).config.num_particles == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "3", '{"digest": ""}'], ids=["deep", "cut", "number", "other"])
+def test_a_particle_that_says_nonsense_of_its_base_is_refused(bare, llama, text):
+    for k in range(K):
+        path = bare / f"p{k:03d}" / TENSORS_FILE
+        save_file(load_file(path), path, metadata={"format": "pt", "base": text})
+    refused(llama, bare, bare / "p000" / TENSORS_FILE, "base")
 
 
 # ---------------------------------------------------------------------- types of numbers

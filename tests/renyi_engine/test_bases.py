@@ -83,6 +83,26 @@ def test_a_weight_of_another_class_is_never_multiplied_as_if_it_were_the_matrix(
     torch.testing.assert_close(LoraEnsemble.attach(quantised, config).sequence_logprob(batch), truth)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_model, name, value):
+    """Of an embedding, the row of one token, which few texts hold."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[-1, 3] = value
+    with pytest.raises(ValueError, match=f"NaN or infinite values, {name}"):
+        LoraEnsemble.attach(model)
+
+
+def test_weights_too_large_for_the_type_they_are_loaded_in_are_refused(tiny_model):
+    model = tiny_model("llama", dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight[90, 0] = 1e300
+    LoraEnsemble.attach(model).detach()
+    with pytest.raises(ValueError, match=r"lm_head\.weight .* too large for float32"):
+        LoraEnsemble.attach(model.float())
+
+
 def test_weights_that_are_not_in_memory_are_refused(tiny_model):
     model = tiny_model("llama")
     model.model.layers[2].to("meta")

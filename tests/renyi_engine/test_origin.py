@@ -36,6 +36,13 @@ def saved(base, tmp_path):
     return tmp_path / "saved"
 
 
+def as_a_plain_set(saved):
+    """The particles without their list, under names that do not say that they are one ensemble."""
+    (saved / ENSEMBLE_FILE).unlink()
+    for k in range(K):
+        (saved / f"p{k:03d}").rename(saved / f"adapter{k}")
+
+
 @pytest.fixture
 def other(tiny_model):
     """Of the same shape and config; one number of one weight is another."""
@@ -63,7 +70,7 @@ def load():
 @pytest.mark.parametrize("form", ["ensemble", "particles", "one particle", "copied files"])
 def test_another_base_of_the_same_shape_is_refused_by_name(saved, other, base, load, tmp_path, form):
     if form == "particles":
-        (saved / ENSEMBLE_FILE).unlink()
+        as_a_plain_set(saved)
     folder = saved / "p001" if form == "one particle" else saved
     if form == "copied files":
         folder = tmp_path / "copy"
@@ -83,13 +90,13 @@ def test_another_base_of_the_same_shape_is_refused_by_name(saved, other, base, l
 
 
 def test_a_particle_of_another_base_among_the_others_is_named(saved, other, base):
-    (saved / ENSEMBLE_FILE).unlink()
+    as_a_plain_set(saved)
     ensemble = LoraEnsemble.attach(other, EnsembleConfig(num_particles=1, rank=2))
     ensemble.save_pretrained(saved / "of another")
-    shutil.rmtree(saved / "p001")
-    shutil.move(saved / "of another" / "p000", saved / "p001")
+    shutil.rmtree(saved / "adapter1")
+    shutil.move(saved / "of another" / "p000", saved / "adapter1")
     shutil.rmtree(saved / "of another")
-    with pytest.raises(ValueError, match="p001: the adapters were trained on another base"):
+    with pytest.raises(ValueError, match="adapter1: the adapters were trained on another base"):
         LoraEnsemble.from_pretrained(base, saved)
 
 
@@ -154,7 +161,7 @@ def test_of_pefts_own_folders_only_the_names_are_compared(tiny_model, load, tmp_
 
 def test_peft_reads_a_particle_that_carries_its_origin_and_drops_nothing(saved, base, load_peft):
     with safe_open(saved / "p000" / TENSORS_FILE, framework="pt") as file:
-        assert file.metadata().keys() == {"format", "base"}
+        assert file.metadata().keys() == {"format", "particle", "base"}
     loaded = load_peft(base, saved / "p000")
     theirs = peft.get_peft_model_state_dict(loaded)
     ours = load_file(saved / "p000" / TENSORS_FILE)
@@ -172,8 +179,8 @@ def test_an_origin_of_another_form_is_named(saved, base, text):
 
 def test_a_folder_that_says_nothing_of_its_base_still_loads(saved, base, other, load):
     content = json.loads((saved / ENSEMBLE_FILE).read_text())
-    del content["base"], content["base_model_name_or_path"]
-    (saved / ENSEMBLE_FILE).write_text(json.dumps(content))
+    del content["base"], content["base_model_name_or_path"], content["digest"]
+    (saved / ENSEMBLE_FILE).write_text(json.dumps(content | {"format": 1}))
     assert load(base, saved) == load(other, saved) == []
 
 
