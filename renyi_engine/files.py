@@ -59,7 +59,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Replace a safetensors file in one go: a kill leaves the old one or the new. `metadata`: texts for its header."""
     temporary = path.with_name(f".{path.name}.tmp")
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # of the system: the disk is full, say
+        raise OSError(f"{path}: cannot be written ({error})") from None
     _sort_metadata(temporary)
     os.replace(temporary, path)
 
