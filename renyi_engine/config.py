@@ -34,7 +34,9 @@ class ModelConfig:
 
     model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = flag(False, "Run code that comes with a hub model.")
+    trust_remote_code: bool = flag(
+        False, "Run code that comes with a model. Only the command line can say so, no --config file.", typed_only=True
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "Compute dtype; 'auto' is the checkpoint's. Adapters are fp32."
     )
@@ -175,7 +177,8 @@ class TrainConfig(AdapterConfig):
         )  # fmt: skip
         require(self, positive, "a number above 0", lambda v: math.isfinite(v) and v > 0)
         require(self, ("prior_std",), WITH_A_SQUARE, lambda v: 1e-150 < v < 1e150)
-        require(self, ("kernel_bandwidth",), f"{WITH_A_SQUARE}, or nothing", lambda v: v is None or 1e-150 < v < 1e150)
+        require(self, ("kernel_bandwidth",), "a number above 0, or nothing", lambda v: v is None or v > 0)
+        require(self, ("kernel_bandwidth",), WITH_A_SQUARE, lambda v: v is None or 1e-150 < v < 1e150)
         require(self, ("spike_threshold",), "a number above 1, or nothing", lambda v: v is None or v > 1)
         require(self, at_least_one, "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("eval_steps",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
