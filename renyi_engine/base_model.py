@@ -25,6 +25,8 @@ from renyi_engine.memory import is_out_of_memory
 
 ARGUMENT = "model_name_or_path"
 """The setting that names a base, for errors."""
+MOST_LAYERS = 10_000
+"""Of a config that is no accident: one of more layers would be built until memory ends."""
 MOST_REASON = 500
 """Characters of what a library says."""
 
@@ -36,12 +38,18 @@ def device_for(config: ModelConfig) -> torch.device:
 def load_config(config: ModelConfig, argument: str = ARGUMENT) -> PretrainedConfig:
     """The base's own configuration: small, and the first thing that fails where there is no such model."""
     with _loading("config", config, argument):
-        return AutoConfig.from_pretrained(config.model_name_or_path, **_source(config))
+        found = AutoConfig.from_pretrained(config.model_name_or_path, **_source(config))
+        num_layers = getattr(found.get_text_config(), "num_hidden_layers", 1)
+        if not (isinstance(num_layers, int) and 1 <= num_layers <= MOST_LAYERS):
+            raise ValueError(f"num_hidden_layers: expected a number from 1 to {MOST_LAYERS}; got {num_layers!r}")
+        return found
 
 
 def load_tokenizer(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedTokenizerBase:
     with _loading("tokenizer", config, argument):
         tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, **_source(config))
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(f"model_max_length: expected a number; got {tokenizer.model_max_length!r}")
     base_config = load_config(config, argument)
     with _loading("config", config, argument):
         num_embeddings = getattr(base_config.get_text_config(), "vocab_size", None)

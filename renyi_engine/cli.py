@@ -64,19 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _told(prog, NOTHING_SAVED, EXIT_NOTHING_SAVED)
     except (OSError, MemoryError, RuntimeError) as error:
-        remedy = "" if isinstance(error, (DoesNotFit, OSError)) else f"; {_SMALLER}"
-        if not remedy or is_out_of_memory(error):
-            training = options.command in ("sft", "dpo")
-            return _told(prog, first_line(error) + remedy, EXIT_FAILED if training else EXIT_BAD_INPUT)
-        raise
+        if isinstance(error, OSError):
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        elif isinstance(error, DoesNotFit):
+            message = str(error)
+        elif is_out_of_memory(error):
+            message = f"{first_line(error)}; smaller batches, shorter sequences or fewer particles need less memory"
+        else:
+            raise
+        return _told(prog, message, EXIT_FAILED if options.command in ("sft", "dpo") else EXIT_BAD_INPUT)
 
 
 def _told(prog: str, message: object, exit_code: int) -> int:
     print(f"{prog}: {message}", file=sys.stderr)
     return exit_code
-
-
-_SMALLER = "smaller batches, shorter sequences or fewer particles need less memory"
 
 
 def _sft(argv: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from renyi_engine.ensemble_config import ALL_LINEAR, EnsembleConfig
 from renyi_engine.settings import flag, require, require_given
 
 CONFIG_FILE = "config.yaml"
+WITH_A_SQUARE = "a number above 0 whose square is one too"
 FINITE_ALPHA = "a finite number >= 0 (0 trains the particles independently)"
 
 
@@ -33,7 +34,9 @@ class ModelConfig:
 
     model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = flag(False, "Run code that comes with a hub model.")
+    trust_remote_code: bool = flag(
+        False, "Run code that comes with a model. Only the command line can say so, no --config file.", typed_only=True
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "Compute dtype; 'auto' is the checkpoint's. Adapters are fp32."
     )
@@ -60,6 +63,7 @@ class AdapterConfig(ModelConfig):
     ) -> EnsembleConfig:
         """So many of these adapters."""
         require(self, ("lora_r",), "a whole number of at least 1", lambda v: v >= 1)
+        require(self, ("lora_r",), "a whole number below 2^31", lambda v: v < 2**31)
         names = self.lora_target_modules
         # one name that is no plain name is a regular expression, as in PEFT
         single = (
@@ -166,13 +170,15 @@ class TrainConfig(AdapterConfig):
             self.resume_from_checkpoint = "true" if said in ("true", "yes", "on") else None
         require(self, ("alpha",), FINITE_ALPHA, lambda v: math.isfinite(v) and v >= 0)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
-        positive = ("alpha_max", "learning_rate", "prior_std", "adam_epsilon", "num_train_epochs")
+        positive = ("alpha_max", "learning_rate", "adam_epsilon", "num_train_epochs")
         at_least_one = (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
             "save_steps", "max_consecutive_skips", "alpha_star_steps",
         )  # fmt: skip
         require(self, positive, "a number above 0", lambda v: math.isfinite(v) and v > 0)
+        require(self, ("prior_std",), WITH_A_SQUARE, lambda v: 1e-150 < v < 1e150)
         require(self, ("kernel_bandwidth",), "a number above 0, or nothing", lambda v: v is None or v > 0)
+        require(self, ("kernel_bandwidth",), WITH_A_SQUARE, lambda v: v is None or 1e-150 < v < 1e150)
         require(self, ("spike_threshold",), "a number above 1, or nothing", lambda v: v is None or v > 1)
         require(self, at_least_one, "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("eval_steps",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)

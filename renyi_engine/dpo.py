@@ -213,7 +213,7 @@ def _score(number: int, column: str, value: Any) -> float:
     """A score of row `number`; a .csv file holds numbers as text."""
     if value is None or value == "":
         raise Dropped("a score is missing")
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
     raise unexpected(f"row {number}: {column}", "a number", value)

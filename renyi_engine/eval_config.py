@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from renyi_engine.config import FINITE_ALPHA, AdapterConfig, ModelConfig
+from renyi_engine.config import FINITE_ALPHA, WITH_A_SQUARE, AdapterConfig, ModelConfig
 from renyi_engine.settings import flag, require, require_given
 
 JUDGES = "keyword, model:FOLDER_OR_HUB_ID or endpoint:BASE_URL"
@@ -183,7 +183,7 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         require(self, ("max_length", "subspace_dims"), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("max_examples", "num_resamples"), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("particle",), "a whole number of at least 0", lambda v: v >= 0)
-        require(self, ("prior_std",), "a number above 0", lambda v: math.isfinite(v) and v > 0)
+        require(self, ("prior_std",), WITH_A_SQUARE, lambda v: 1e-150 < v < 1e150)
         require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         self.adapters(num_particles=1, seed=self.seed)  # what it takes has to make sense
         if self.particle and not self.ensemble:

@@ -38,7 +38,7 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
     path = checkpoint.newest(run) if source == run else source
     if path is None:
         raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
-    config = dataclasses.replace(_settings(run / CONFIG_FILE), trust_remote_code=trust_remote_code)
+    config = _settings(run / CONFIG_FILE, trust_remote_code)
     adapters, state = checkpoint.adapters(path), files.read_json(path / "state.json")
     try:
         skeleton = base_model.skeleton(config)
@@ -58,10 +58,13 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
     return output
 
 
-def _settings(path: Path) -> TrainConfig:
+def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
     """What a run was told: every name known, every value of its type and in its range."""
     kind = DpoConfig if _OF_DPO & read_yaml(path).keys() else SftConfig
-    return parse(kind, ["--config", str(path)], "renyi-engine dpo" if kind is DpoConfig else "renyi-engine sft")[0]
+    trust = f"--trust_remote_code={trust_remote_code}"
+    return parse(kind, ["--config", str(path), trust], "renyi-engine dpo" if kind is DpoConfig else "renyi-engine sft")[
+        0
+    ]
 
 
 def _check(

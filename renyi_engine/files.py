@@ -87,7 +87,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with _replacing(path) as temporary:
         mode = temporary.stat().st_mode
-        save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # of the system: the disk is full, say
+            raise OSError(f"{path}: cannot be written ({error})") from None
         temporary.chmod(mode)  # the library lets only the owner read what it writes
         _sort_metadata(temporary)
 

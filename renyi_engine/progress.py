@@ -21,6 +21,9 @@ from renyi_engine.terminal import visible
 
 T = TypeVar("T")
 
+LONGEST_ETA_S = 10**10
+"""Seconds, three hundred years: where somebody gives a number of steps that will never be reached."""
+
 QUIET_S = 30.0
 """Seconds from one line to the next where there is no terminal."""
 
@@ -100,7 +103,7 @@ class TrainingProgress:
 
     def _eta(self) -> str:
         rate = (time.monotonic() - self._started) / max(self._done - self._first, 1)
-        return str(datetime.timedelta(seconds=round(rate * (self._total - self._done))))
+        return str(datetime.timedelta(seconds=min(round(rate * (self._total - self._done)), LONGEST_ETA_S)))
 
 
 def plain_warning(

@@ -26,6 +26,8 @@ from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, one_line,
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
 # TRL and others call the rows of a file the split train; whoever asks for that split gets the file
 _SPLIT_OF_A_FILE = "train"
+MOST_REASON = 500
+"""Characters of what `datasets` says of a data set that it cannot read: it may list all files of a folder."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,11 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
     """
     path = Path(name)
     found: Mapping[str | None, list[Row]]
-    if config_name is not None and (path.is_file() or _is_saved(path)):
+    try:
+        has_no_configurations = path.is_file() or _is_saved(path)
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{argument}: {name[:200]}: {os.strerror(error.errno or 0)}") from None
+    if config_name is not None and has_no_configurations:
         raise ValueError(f"dataset_config: {name} has no configurations; leave --dataset_config out")
     try:
         if path.is_file():
@@ -92,6 +98,8 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
             found = _from_hub(name, config_name)
     except ValueError as error:
         raise ValueError(f"{argument}: {name}: {one_line(error)}") from None
+    except MemoryError:
+        raise ValueError(f"{argument}: {name}: does not fit into memory; give a part of it") from None
     return Splits(name, argument, found)
 
 
@@ -182,10 +190,10 @@ def _told_by_datasets() -> Iterator[None]:
         yield
     except StopIteration:  # raised for a file without a line
         raise ValueError("is empty; at least one row is needed") from None
-    except ValueError:
+    except (ValueError, MemoryError):
         raise
     except Exception as error:  # a reader of its own for every kind of file, each with errors of its own
-        raise ValueError(f"cannot be read as a data set ({one_line(error)})") from None
+        raise ValueError(f"cannot be read as a data set ({one_line(error)[:MOST_REASON]})") from None
 
 
 def _plainly_named(folder: Path, scratch: Path) -> Path:

@@ -40,13 +40,15 @@ def _short(value: Any) -> str:
     shortened.maxstring = shortened.maxother = 200
     shortened.maxlist = shortened.maxdict = 12
     shortened.maxlevel = 3
-    return shortened.repr(value)
+    return shortened.repr(value)[:300]
 
 
-def flag(default: Any, help: str) -> Any:
+def flag(default: Any, help: str, *, typed_only: bool = False) -> Any:
+    """A setting. `typed_only`: a file may not say yes, as it may come from somebody else; the command line has to."""
+    metadata = {"help": help, "typed_only": typed_only}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require(settings: Any, names: Sequence[str], expected: str, holds: Callable[[Any], bool]) -> None:
@@ -145,6 +147,12 @@ def parse(
         if rest:
             flags = [f"--{name}" for name in (*known, "config", "help", *options_alone)]
             raise ValueError(_unknown("flag", rest[0], flags, "command line"))
+        for setting in dataclasses.fields(cls):
+            if setting.metadata.get("typed_only") and setting.name in source.names and getattr(options, setting.name):
+                raise ValueError(
+                    f"{setting.name}: a file may not say so, as it may come from somebody else; pass --{setting.name} "
+                    "on the command line, if you do"
+                )
         options.source = source
         return cls(**{name: getattr(options, name) for name in known}), options
 

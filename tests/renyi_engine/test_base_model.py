@@ -77,7 +77,7 @@ def test_tied_weights_and_buffers_need_not_be_in_the_files(tmp_path):
     [
         ("config.json", [b"", b"[]", b"null", b"[" * 100_000, b"\x00\xff", b'{"a": ']),
         ("tokenizer.json", [b"", b"{}", b"null", b'{"a": ']),
-        ("tokenizer_config.json", [b"[]", b"null", b'"x"']),
+        ("tokenizer_config.json", [b"[]", b"null", b'"x"', b'{"model_max_length": {}}']),
         ("model.safetensors", [b"", b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"{}      "]),
     ],
 )
@@ -91,6 +91,7 @@ def test_a_broken_file_is_one_line(base, tmp_path, name, contents):
 
 WRONG = [
     ("model_type", 0), ("model_type", {}), ("vocab_size", "x"), ("hidden_size", None), ("hidden_size", 1.5),
+    ("num_hidden_layers", -1), ("num_hidden_layers", 10**30), ("num_hidden_layers", None),
     ("num_attention_heads", 0), ("num_attention_heads", []), ("dtype", -1), ("dtype", "float7"), ("hidden_act", "x"),
     ("rope_parameters", []), ("rope_parameters", {"rope_type": "x"}),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib.metadata
 import os
 import random
@@ -18,7 +19,7 @@ import torch
 import renyi_engine
 from renyi_engine import trainer
 from renyi_engine.adapter_folder import read
-from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED, main
+from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED, main
 from renyi_engine.files import read_json, sha256_of
 
 
@@ -108,7 +109,7 @@ def test_env_says_which_path_each_op_takes_and_why(capsys):
         ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
         ({"model_name_or_path": "/no/such/folder"}, "model_name_or_path: '/no/such/folder' cannot be loaded"),
         ({"dataset_name": "/no/such.jsonl"}, "dataset_name: /no/such.jsonl: no such file"),
-        ({"lora_target_modules": "no_such_proj"}, "target_modules: ['no_such_proj'] matches no linear map"),
+        ({"lora_target_modules": "no_such_proj"}, "sft: lora_target_modules: ['no_such_proj'] matches no linear map"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flags, message):
@@ -132,6 +133,63 @@ def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypat
     last = capsys.readouterr().err.splitlines()[-1]
     assert "Tried to allocate 7 GiB." in last
     assert [r for r in remedies.values() if r in last] == [remedies[place]]
+
+
+@pytest.mark.parametrize("number", [0, 2, 5])
+def test_a_disk_that_fills_up_in_training_is_one_line(sft_flags, tmp_path, capsys, monkeypatch, number):
+    calls, replace = [], os.replace
+
+    def full(source, target):
+        calls.append(source)
+        if len(calls) > number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(sft_flags(save_steps=1)) == EXIT_FAILED
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": No space left on device")
+
+
+def test_a_data_set_that_memory_ends_in_is_one_line(sft_flags, capsys, monkeypatch):
+    def no_room(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("renyi_engine.rows.read_file", no_room)
+    assert main(sft_flags()) == EXIT_BAD_INPUT
+    assert "does not fit into memory" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dataset_name": "x" * 300 + ".jsonl"}, f"dataset_name: {'x' * 200}: File name too long"),
+        ({"output_dir": "x" * 300}, "File name too long"),
+        ({"output_dir": "/dev/null/run"}, "output_dir: /dev/null/run cannot be written"),
+        ({"config": "/no/such.yaml"}, "/no/such.yaml: not a readable YAML file"),
+        ({"config": "/"}, "/: not a readable YAML file"),
+        ({"prior_std": 1e300}, "prior_std: expected a number above 0 whose square is one too; got 1e+300"),
+        ({"prior_std": 1e-300}, "prior_std: expected a number above 0 whose square is one too; got 1e-300"),
+        ({"lora_r": 2**63}, "lora_r: expected a whole number below 2^31"),
+        ({"lora_r": 2**31 - 1}, "memory"),
+        ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
+        ({"report_to": "none"}, "unknown flag '--report_to'; see --help"),
+        ({"dry_rum": "none"}, "unknown flag '--dry_rum'; did you mean '--dry_run'?"),
+        ({"use_cpu": "perhaps"}, "expected true or false; got 'perhaps'"),
+    ],
+)
+def test_what_no_machine_can_do_is_one_line(sft_flags, capsys, flags, message):
+    capsys.readouterr()
+    assert main(sft_flags(**flags)) in (EXIT_BAD_INPUT, EXIT_FAILED)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("renyi-engine sft: ")
+    assert message in error
+
+
+def test_steps_that_will_never_end_are_begun(sft_flags, capsys, monkeypatch):
+    flags = sft_flags(max_steps=10**30, logging_steps=1)
+    monkeypatch.setattr(trainer.StopSignals, "received", signal.SIGTERM)  # after the first step
+    assert main(flags) == EXIT_INTERRUPTED
+    assert "ETA 115740 days" in capsys.readouterr().err
 
 
 def test_off_a_terminal_progress_is_plain_lines(sft_flags):

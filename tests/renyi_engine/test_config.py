@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from renyi_engine.config import SftConfig
 from renyi_engine.eval_config import GenerateConfig
-from renyi_engine.settings import parse, to_yaml
+from renyi_engine.settings import Source, parse, to_yaml
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
@@ -129,6 +131,52 @@ def test_a_file_can_say_that_a_setting_has_no_value(from_file, nothing):
 def test_an_error_about_a_value_of_a_file_names_the_file(from_file, tmp_path, text, message):
     with pytest.raises(ValueError, match=f"^{tmp_path}/config.yaml: {message}") as error:
         from_file(text + "\n")
+    assert "\n" not in str(error.value)
+
+
+def test_only_what_is_typed_can_say_that_code_is_trusted(from_file, tmp_path):
+    assert from_file("trust_remote_code: false\n").trust_remote_code is False
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}/config.yaml: trust_remote_code: a file may not say so, as it may"
+    ):
+        from_file("trust_remote_code: true\n")
+    assert from_file("trust_remote_code: true\n", "--trust_remote_code").trust_remote_code is True
+    assert from_file("trust_remote_code: true\n", "--trust-remote-code=no").trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("rank: expected a whole number", "lora_r: expected a whole number"),
+        ("target_modules: ['x'] matches no linear map", "F: lora_target_modules: ['x'] matches no linear map"),
+        ("model: it has no decoder", "model_name_or_path: it has no decoder"),
+        ("tokenizer: it has no pad token", "model_name_or_path: it has no pad token"),
+        ("rank and more", "rank and more"),
+        ("a rank: 3", "a rank: 3"),
+    ],
+)
+def test_an_error_of_what_takes_no_settings_names_the_setting(message, expected):
+    source = Source(Path("F"), ["lora_target_modules"], SftConfig.setting_of)
+    with pytest.raises(ValueError) as error, source.named_in_errors():
+        raise ValueError(message)
+    assert str(error.value) == expected
+
+
+def test_a_value_of_a_file_is_shown_in_bounded_length(from_file):
+    """Eight lines that stand for 10^8 numbers."""
+    bomb = "lora_r:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+    with pytest.raises(ValueError, match=r"lora_r: expected one value; got \{") as error:
+        from_file(bomb)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 1500, "a: 2024-99-99x: b: c", "? [a]\n: b", "<<: 3"], ids=lambda t: t[:6]
+)
+def test_a_broken_file_is_one_line(from_file, tmp_path, text):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.yaml: ") as error:
+        from_file(text)
     assert "\n" not in str(error.value)
 
 

@@ -258,6 +258,8 @@ def test_only_pairs_whose_scores_differ_by_more_than_the_gap_are_kept(tokenizer)
             task.example(0, row | {"good": missing, "bad": 3})
     with pytest.raises(ValueError, match="row 3: bad: expected a number; got str 'low'"):
         task.example(3, row | {"good": 5, "bad": "low"})
+    with pytest.raises(ValueError, match="row 3: good: expected a number; got int '1000"):
+        task.example(3, row | {"good": 10**400, "bad": 1})
     with pytest.raises(ValueError, match="row 3: good: expected a number; got str 'nan'"):
         task.example(3, row | {"good": "nan", "bad": 1})
     with pytest.raises(ValueError, match=r"expected the columns good \+ bad; got .*"):

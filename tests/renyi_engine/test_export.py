@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -126,6 +127,20 @@ def test_a_broken_config_is_one_line(edited, exported, text):
     assert code == EXIT_BAD_INPUT
     assert len(error.splitlines()) == 1
     assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: ")
+
+
+@pytest.mark.parametrize("most_bytes", [1, 300, 800])
+def test_a_disk_that_is_full_is_one_line(trained, exported, most_bytes):
+    """Files of this process may grow to so many bytes: the system's error is the one of a full disk in all but name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        code, error = exported(trained)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == EXIT_BAD_INPUT
+    assert len(error.splitlines()) == 1
+    assert "File too large" in error
 
 
 def test_a_base_of_other_sizes_is_named(edited, exported, model_folder, tmp_path):
