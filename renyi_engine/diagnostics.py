@@ -128,7 +128,7 @@ def _score(
         finally:
             for B, values in zip(stacked, kept, strict=True):
                 B.copy_(values)
-    return scored, base.logp[0]
+    return scored, base.logp.amax(dim=0)
 
 
 class _WithDisagreement(SftTask):

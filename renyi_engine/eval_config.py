@@ -84,7 +84,7 @@ class NllConfig(EvalConfig):
     calibration_share: float = flag(0.01, "Share of rows like these that may be called out of support.")
     max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
     min_disagreement: float = flag(
-        0.2, "An example is contested if two particles' probabilities of one of its tokens differ by this or more."
+        0.15, "An example is contested if two particles' probabilities of one of its tokens differ by this or more."
     )
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.cli import main
 from renyi_engine.diagnostics import CONTESTED, OUT_OF_SUPPORT, PLAIN, diagnose, support_limit, token_disagreement
+from renyi_engine.sft import SftTask
 
 
 def test_every_number_is_its_formula():
@@ -179,6 +180,73 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
     assert "<script>alert" not in page
 
 
+@pytest.fixture
+def table(flags, jsonl, tmp_path, capsys):
+    """Lines of examples.csv by row, of rows of prompt + completion that the command diagnosed."""
+
+    def run(rows, *change):
+        path = jsonl(tmp_path / "these.jsonl", [{"prompt": prompt, "completion": answer} for prompt, answer in rows])
+        assert main([*flags, f"--dataset_name={path}", *change]) == 0, capsys.readouterr().err
+        with (tmp_path / "out" / "examples.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+CAMPS = [("Dogs? ", "yes"), ("Dogs? ", "no"), ("Water? ", "wet"), ("0 9", "La")]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tokenizer, tmp_path_factory):
+    """The flag that names two particles, which learnt the first and the second of CAMPS, and both of them the third."""
+    ensemble = LoraEnsemble.attach(AutoModelForCausalLM.from_pretrained(model_folder), EnsembleConfig(2, rank=4))
+    task = SftTask(tokenizer, 64)
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in CAMPS[:3]]
+    batch = task.collate([task.example(number, row) for number, row in enumerate(rows)])
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=2e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (-ensemble.sequence_logprob(batch) * torch.tensor([[1, 0, 1], [0, 1, 1]])).sum().backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("trained")
+    ensemble.save_pretrained(folder, alpha=0.8)
+    return f"--ensemble={folder}"
+
+
+def test_what_was_learnt_is_told_from_what_is_disputed_and_from_what_is_foreign(trained, table):
+    assert [row["flag"] for row in table(CAMPS, trained)] == [CONTESTED, CONTESTED, PLAIN, OUT_OF_SUPPORT]
+
+
+def test_the_kind_of_a_row_is_the_same_beside_other_rows(trained, table):
+    alone = [table([row], trained)[0]["flag"] for row in CAMPS]
+    assert [row["flag"] for row in table([*CAMPS[::-1], *CAMPS[3:] * 9], trained)][:4] == alone[::-1]
+    assert len(set(alone)) == 3
+
+
+def test_an_ensemble_that_was_not_trained_finds_nothing(model_folder, table, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    LoraEnsemble.attach(model, EnsembleConfig(3, rank=2)).save_pretrained(tmp_path / "particles", alpha=0.8)
+    rows = [(f"{i}? ", "abc#"[i % 4] * (1 + i % 7)) for i in range(20)]
+    for change in ([], [f"--calibration_dataset_name={tmp_path / 'these.jsonl'}", "--calibration_share=0.1"]):
+        found = table(rows, "--dtype=bfloat16", *change)
+        said = {(row["flag"], row["disagreement"], row["gain_over_base_nats_per_token"]) for row in found}
+        assert said == {(PLAIN, "0.0", "0.0")}
+
+
+def test_with_a_calibration_set_what_gains_less_than_its_rows_is_out_of_support(trained, table, jsonl, tmp_path):
+    learnt = [{"prompt": prompt, "completion": answer} for prompt, answer in CAMPS[:3]]
+    path = jsonl(tmp_path / "calibration.jsonl", learnt * 3)
+    near = ("Dogs? ", "yeah")
+    by_base = table([*CAMPS, near], trained)
+    calibrated = table([*CAMPS, near], trained, f"--calibration_dataset_name={path}", "--calibration_share=0.1")
+    limit = json.loads((tmp_path / "out" / "results.json").read_text())["min_gain_nats_per_token"]
+    gains = [float(row["gain_over_base_nats_per_token"]) for row in by_base]
+    assert limit == pytest.approx(min(gains[:3]), rel=1e-5)
+    assert 0 < gains[4] < limit  # learnt in part
+    assert [row["flag"] for row in by_base[:4]] == [row["flag"] for row in calibrated[:4]]
+    assert (by_base[4]["flag"], calibrated[4]["flag"]) == (CONTESTED, OUT_OF_SUPPORT)
+
+
 @pytest.mark.parametrize(
     ("ensemble", "change", "message"),
     [
@@ -189,6 +257,7 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
         ({}, ["--ensemble="], "ensemble: needed"),
         ({}, ["--min_disagreement=0"], "min_disagreement"),
         ({}, ["--min_disagreement=2"], "min_disagreement"),
+        ({}, ["--calibration_share=1"], "calibration_share"),
     ],
 )
 def test_what_cannot_be_diagnosed_is_said_in_one_line(particles, flags, capsys, ensemble, change, message):
