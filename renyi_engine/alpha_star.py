@@ -63,40 +63,40 @@ def alpha_star(config: AlphaStarConfig) -> str:
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", AlphaStarConfig.dataset_split)
-    folder = output_folder.claim(Path(config.output_dir))
-    task = SftTask(base_model.load_tokenizer(config), config.max_length)
-    examples, dropped = read_items(task, rows, "dataset_name")
-    num_rows, of_rows = len(examples), describe_rows(examples, dropped)
-    if num_rows > config.max_examples:
-        drawn = torch.randperm(num_rows, generator=seeding.generator(config.seed))[: config.max_examples]
-        examples = [examples[i] for i in sorted(drawn.tolist())]
-    slots, adapter, trained_at = _load(config)
-    check_fits(slots.model, examples)
-    projection, point = project_adapter(
-        slots,
-        adapter,
-        task,
-        examples,
-        config.subspace_dims,
-        curvature=config.curvature,
-        prior_curvature=potential_curvature(config.prior_lambda, num_rows, config.prior_std),
-        seed=config.seed,
-    )
-    found = projection.critical_alpha()
-    resampled = projection.bootstrap(config.num_resamples, seeding.generator(config.seed, 1))
-    alpha = (trained_at or 1.0) if config.alpha is None else config.alpha
-    texts = [excerpt(task.tokenizer, example) for example in examples]
-    drivers = _drivers(projection, found, examples, texts)
-    results = _results(projection, found, resampled, alpha) | {
-        "curvature": config.curvature,
-        "prior_curvature": projection.prior_curvature,
-        "num_examples": len(examples),
-        "num_parameters": len(projection.basis),
-        "only_B": len(point) < len(adapter),
-        "dropped_rows": of_rows,
-    }
-    _write(config, folder, slots, projection, found, point, drivers, results)
-    return _summary(config, folder, results, drivers)
+    with output_folder.claimed(Path(config.output_dir)) as folder:
+        task = SftTask(base_model.load_tokenizer(config), config.max_length)
+        examples, dropped = read_items(task, rows, "dataset_name")
+        num_rows, of_rows = len(examples), describe_rows(examples, dropped)
+        if num_rows > config.max_examples:
+            drawn = torch.randperm(num_rows, generator=seeding.generator(config.seed))[: config.max_examples]
+            examples = [examples[i] for i in sorted(drawn.tolist())]
+        slots, adapter, trained_at = _load(config)
+        check_fits(slots.model, examples)
+        projection, point = project_adapter(
+            slots,
+            adapter,
+            task,
+            examples,
+            config.subspace_dims,
+            curvature=config.curvature,
+            prior_curvature=potential_curvature(config.prior_lambda, num_rows, config.prior_std),
+            seed=config.seed,
+        )
+        found = projection.critical_alpha()
+        resampled = projection.bootstrap(config.num_resamples, seeding.generator(config.seed, 1))
+        alpha = (trained_at or 1.0) if config.alpha is None else config.alpha
+        texts = [excerpt(task.tokenizer, example) for example in examples]
+        drivers = _drivers(projection, found, examples, texts)
+        results = _results(projection, found, resampled, alpha) | {
+            "curvature": config.curvature,
+            "prior_curvature": projection.prior_curvature,
+            "num_examples": len(examples),
+            "num_parameters": len(projection.basis),
+            "only_B": len(point) < len(adapter),
+            "dropped_rows": of_rows,
+        }
+        _write(config, folder, slots, projection, found, point, drivers, results)
+        return _summary(config, folder, results, drivers)
 
 
 def _load(config: AlphaStarConfig) -> tuple[LoraEnsemble, list[Tensor], float | None]:

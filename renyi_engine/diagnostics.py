@@ -83,30 +83,36 @@ def evaluate_nll(config: NllConfig) -> str:
         splits = load_splits(config.calibration_dataset_name, None, "calibration_dataset_name")
         default = NllConfig.calibration_dataset_split
         calibration_rows = splits.rows(config.calibration_dataset_split, "calibration_dataset_split", default)
-    folder = output_folder.claim(Path(config.output_dir))
-    subject = load_subject(config)
-    ensemble, alpha = subject.ensemble, subject.require_alpha()
-    if alpha == 0:
-        raise ValueError(f"alpha: {config.ensemble} was trained at 0, where every share is 1/K; pass --alpha 1")
-    if subject.num_particles < 2:
-        raise ValueError(f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}")
-    task = _WithDisagreement(subject.tokenizer, config.max_length)
-    examples, dropped = read_items(task, rows, "dataset_name")
-    check_fits(ensemble.model, examples)
-    lines, min_gain = describe_rows(examples, dropped), 0.0
-    if calibration_rows:
-        calibration, of_calibration = read_items(task, calibration_rows, "calibration_dataset_name")
-        check_fits(ensemble.model, calibration)
-        check_calibration(len(calibration), config.calibration_share)
-        lines += [f"calibration: {line}" for line in describe_rows(calibration, of_calibration)]
-        scored, base_logp = _score(ensemble, task, calibration, config.per_device_eval_batch_size)
-        min_gain = support_limit(gain_over_base(scored.logp, base_logp, scored.num_labels), config.calibration_share)
-    scored, base_logp = _score(ensemble, task, examples, config.per_device_eval_batch_size)
-    disagreement = scored.details["disagreement"]
-    found = diagnose(scored.logp, base_logp, disagreement, scored.num_labels, alpha, config.min_disagreement, min_gain)
-    texts = [data.excerpt(subject.tokenizer, example) for example in examples]
-    table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
-    return _write(config, folder, subject, table, min_gain, lines)
+    with output_folder.claimed(Path(config.output_dir)) as folder:
+        subject = load_subject(config)
+        ensemble, alpha = subject.ensemble, subject.require_alpha()
+        if alpha == 0:
+            raise ValueError(f"alpha: {config.ensemble} was trained at 0, where every share is 1/K; pass --alpha 1")
+        if subject.num_particles < 2:
+            raise ValueError(
+                f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}"
+            )
+        task = _WithDisagreement(subject.tokenizer, config.max_length)
+        examples, dropped = read_items(task, rows, "dataset_name")
+        check_fits(ensemble.model, examples)
+        lines, min_gain = describe_rows(examples, dropped), 0.0
+        if calibration_rows:
+            calibration, of_calibration = read_items(task, calibration_rows, "calibration_dataset_name")
+            check_fits(ensemble.model, calibration)
+            check_calibration(len(calibration), config.calibration_share)
+            lines += [f"calibration: {line}" for line in describe_rows(calibration, of_calibration)]
+            scored, base_logp = _score(ensemble, task, calibration, config.per_device_eval_batch_size)
+            min_gain = support_limit(
+                gain_over_base(scored.logp, base_logp, scored.num_labels), config.calibration_share
+            )
+        scored, base_logp = _score(ensemble, task, examples, config.per_device_eval_batch_size)
+        disagreement = scored.details["disagreement"]
+        found = diagnose(
+            scored.logp, base_logp, disagreement, scored.num_labels, alpha, config.min_disagreement, min_gain
+        )
+        texts = [data.excerpt(subject.tokenizer, example) for example in examples]
+        table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
+        return _write(config, folder, subject, table, min_gain, lines)
 
 
 def _score(

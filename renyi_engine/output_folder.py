@@ -1,28 +1,74 @@
-"""One rule for every command that writes results: a folder that holds something else is refused, and left as it is."""
+"""A folder of results: one process at a time writes into it, and what it holds already is not written over."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from renyi_engine import files
 
+LOCK_FILE = ".lock"
+"""An empty file. The lock on it ends with the process that holds it, however that ends; a kill leaves the file."""
 NUM_NAMED = 5
 
 
-def claim(path: Path, argument: str = "output_dir") -> Path:
-    """`path`, made if need be, for results to come: free is what is not there yet, or is empty.
-
-    A command that can go on with its own earlier work asks for itself whether that is what the folder holds. Hidden
-    files do not count: no command writes one to stay.
+@contextmanager
+def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
+    """Inside the block, `path`, made if need be, is this process's alone, for results to come.
 
     Raises:
-        ValueError, naming `argument`: it holds something, or cannot be written.
+        ValueError, naming `argument`: it is not free, see `require_free`; cannot be written; another process is writing
+            into it.
     """
-    held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else []
+    with locked(path, argument):
+        require_free(path, argument)
+        clear_away_leftovers(path)
+        yield path
+
+
+@contextmanager
+def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
+    """As `claimed`, for a command that can go on with its own earlier work: it asks for itself what the folder holds,
+    and clears away leftovers when it has found that they are its own."""
+    lock = FileLock(files.make_folder(path, argument) / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{argument}: another process is writing into {path}; wait until it has ended, or give another folder"
+        ) from None
+    try:
+        yield path
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: nobody else's lock is on it yet
+        lock.release()
+
+
+def require_free(path: Path, argument: str = "output_dir") -> None:
+    """ValueError, naming `argument`, unless the folder is empty. Hidden files do not count."""
+    held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     if held:
         more = f" and {len(held) - NUM_NAMED} more" if len(held) > NUM_NAMED else ""
         raise ValueError(
             f"{argument}: {path} already holds {', '.join(held[:NUM_NAMED])}{more}, which would be lost or mixed up; "
             f"choose another --{argument}, or remove them"
         )
-    return files.make_folder(path, argument)
+
+
+def clear_away_leftovers(folder: Path) -> None:
+    """Remove what was half written when its writer was killed. Links to other folders are not followed."""
+    for directory, names_of_folders, names_of_files in os.walk(folder):
+        for name in [name for name in names_of_folders + names_of_files if name.startswith(files.TEMPORARY)]:
+            leftover = Path(directory, name)
+            if name in names_of_folders and not leftover.is_symlink():
+                names_of_folders.remove(name)
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+            warnings.warn(f"{leftover}: removed; its writer was killed before it was whole", stacklevel=2)

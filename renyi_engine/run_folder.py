@@ -18,7 +18,6 @@ from typing import Any
 
 from renyi_engine import checkpoint, files, output_folder
 from renyi_engine.config import CONFIG_FILE, TrainConfig
-from renyi_engine.folder_lock import locked
 from renyi_engine.settings import changes, read_yaml, to_yaml
 
 # what may differ between a run and its continuation: none of it changes how a step is computed, but that a run may be
@@ -50,9 +49,10 @@ class RunFolder:
             ValueError: it cannot be written; another process writes into it; it holds another run; or is to be resumed
                 with settings that differ.
         """
-        path = files.make_folder(Path(config.output_dir), "output_dir")
-        with locked(path, "output_dir"):
-            yield cls(path, _checkpoint_to_resume(config, path))
+        with output_folder.locked(Path(config.output_dir)) as path:
+            resume_from = _checkpoint_to_resume(config, path)
+            output_folder.clear_away_leftovers(path)
+            yield cls(path, resume_from)
 
     def check_data(self, config: TrainConfig, sha256: Mapping[str, str]) -> None:
         """ValueError if the run is to be continued with other data than it was begun with: see `Dataset.sha256`."""
@@ -157,7 +157,7 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
                 f"output_dir: {path} already holds a run; choose another, remove it, or continue it with "
                 "--resume_from_checkpoint true"
             )
-        output_folder.claim(path)
+        output_folder.require_free(path)
         return None
     if not has_run:
         raise ValueError(

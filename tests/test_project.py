@@ -37,7 +37,7 @@ LAYERS = [
     ["reading"],
     ["architecture", "adapter_folder"],
     ["head", "trunk", "origin", "limits", "runs"],
-    ["folder_lock", "adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
+    ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
     ["output_folder", "ensemble_config"],
     ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts", "signals"],
     ["rendering", "terminal", "typos"],

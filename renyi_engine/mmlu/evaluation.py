@@ -45,58 +45,56 @@ def evaluate_mmlu(config: MmluConfig) -> str:
     """
     started = time.time()
     mmlu_questions.check_subjects(config.subjects or [])
-    output = Path(config.output_dir)
     questions, sizes = _choose(config)
     prompts = _prompts(config, questions)
-    output_folder.claim(output)
+    with output_folder.claimed(Path(config.output_dir)) as output:
+        subject = load_subject(config)
+        alpha = subject.require_alpha() if subject.num_particles else 0.0
+        base, particles, num_cut = _score(subject, prompts, config.per_device_eval_batch_size)
+        # the first is what results.json and the samples are about
+        answers = {"base": base}
+        if particles is not None:
+            members = {f"p{k:03d}": logp for k, logp in enumerate(particles)}
+            answers = {"mixture": predictive(particles).mixture, "base": base, **members}
+        main, *others = answers
 
-    subject = load_subject(config)
-    alpha = subject.require_alpha() if subject.num_particles else 0.0
-    base, particles, num_cut = _score(subject, prompts, config.per_device_eval_batch_size)
-    # the first is what results.json and the samples are about
-    answers = {"base": base}
-    if particles is not None:
-        members = {f"p{k:03d}": logp for k, logp in enumerate(particles)}
-        answers = {"mixture": predictive(particles).mixture, "base": base, **members}
-    main, *others = answers
+        samples = _samples(questions, prompts, answers[main], base, particles, alpha)
+        _write_samples(output / SAMPLES, samples)
+        run = _run_facts(config, subject) | {
+            "task_hashes": lm_eval.task_hashes(samples),
+            "num_prompts_cut": num_cut,
+            "date": started,
+            "total_evaluation_time_seconds": str(time.time() - started),
+        }
 
-    samples = _samples(questions, prompts, answers[main], base, particles, alpha)
-    _write_samples(output / SAMPLES, samples)
-    run = _run_facts(config, subject) | {
-        "task_hashes": lm_eval.task_hashes(samples),
-        "num_prompts_cut": num_cut,
-        "date": started,
-        "total_evaluation_time_seconds": str(time.time() - started),
-    }
+        def results(member: str) -> dict[str, Any]:
+            chosen = answers[member].argmax(dim=-1).tolist()
+            right = [choice == question.answer for choice, question in zip(chosen, questions, strict=True)]
+            scores = lm_eval.results(
+                questions,
+                right,
+                sizes=sizes,
+                dataset_name=config.dataset_name,
+                split=config.split,
+                num_fewshot=config.num_fewshot,
+            )
+            return scores | run | _model_facts(config, subject, member)
 
-    def results(member: str) -> dict[str, Any]:
-        chosen = answers[member].argmax(dim=-1).tolist()
-        right = [choice == question.answer for choice, question in zip(chosen, questions, strict=True)]
-        scores = lm_eval.results(
-            questions,
-            right,
-            sizes=sizes,
-            dataset_name=config.dataset_name,
-            split=config.split,
-            num_fewshot=config.num_fewshot,
+        for member in others:
+            (output / MODELS).mkdir(exist_ok=True)
+            files.write_json(output / MODELS / f"{member}.json", results(member))
+        sections = report.sections(questions, base, particles, alpha)
+        page = write_page(
+            output / REPORT,
+            title="MMLU",
+            lead=_lead(config, subject, questions, num_cut),
+            sections=sections,
+            words=[*(report.ENSEMBLE_WORDS if subject.num_particles else ()), *report.WORDS],
+            details={"settings": dataclasses.asdict(config), "versions": versions()},
         )
-        return scores | run | _model_facts(config, subject, member)
-
-    for member in others:
-        (output / MODELS).mkdir(exist_ok=True)
-        files.write_json(output / MODELS / f"{member}.json", results(member))
-    sections = report.sections(questions, base, particles, alpha)
-    page = write_page(
-        output / REPORT,
-        title="MMLU",
-        lead=_lead(config, subject, questions, num_cut),
-        sections=sections,
-        words=[*(report.ENSEMBLE_WORDS if subject.num_particles else ()), *report.WORDS],
-        details={"settings": dataclasses.asdict(config), "versions": versions()},
-    )
-    # last: where it is, the rest is
-    files.write_json(output / RESULTS, results(main))
-    return f"{as_text(sections[0].tables[0])}report: {page}"
+        # last: where it is, the rest is
+        files.write_json(output / RESULTS, results(main))
+        return f"{as_text(sections[0].tables[0])}report: {page}"
 
 
 def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:

@@ -67,17 +67,17 @@ def evaluate_refusal(config: RefusalConfig) -> str:
     prompts = read_prompts(config.dataset_name, config.dataset_config, columns, config.limit)
     if config.label_column:
         positive_label(prompts, config.label_column)
-    folder = Path(config.output_dir)
-    _begin(folder, config, prompts)
-    responses = ResponseFile(folder / RESPONSES_FILE)
-    num_particles = _generate(config, prompts, responses)
-    _judge(judge, prompts, responses, config.per_device_eval_batch_size)
-    responses.finish()
-    results = summarise(prompts, responses.responses, num_particles, config.num_samples, config.label_column)
-    facts = {"judge": judge.name, "settings": dataclasses.asdict(config), "versions": versions()}
-    files.write_json(folder / "results.json", results.summary | facts)
-    files.write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in results.prompts))
-    return write_refusal_report(folder / "report.html", results, facts)
+    with output_folder.locked(Path(config.output_dir)) as folder:
+        _begin(folder, config, prompts)
+        responses = ResponseFile(folder / RESPONSES_FILE)
+        num_particles = _generate(config, prompts, responses)
+        _judge(judge, prompts, responses, config.per_device_eval_batch_size)
+        responses.finish()
+        results = summarise(prompts, responses.responses, num_particles, config.num_samples, config.label_column)
+        facts = {"judge": judge.name, "settings": dataclasses.asdict(config), "versions": versions()}
+        files.write_json(folder / "results.json", results.summary | facts)
+        files.write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in results.prompts))
+        return write_refusal_report(folder / "report.html", results, facts)
 
 
 # ---------------------------------------------------------------------- the folder
@@ -88,14 +88,14 @@ def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> No
     fingerprint = _fingerprint(config, prompts)
     before = files.read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
     if not isinstance(before, dict) or not fingerprint.keys() <= before.keys():
-        output_folder.claim(folder)  # it is not this command's
+        output_folder.require_free(folder)  # it is not this command's
     elif (folder / RESPONSES_FILE).exists():
         before |= read_yaml(folder / CONFIG_FILE)
         if diff := changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE):
             raise ValueError(
                 f"output_dir: the responses in {folder} were made with other settings; choose another:{diff}"
             )
-    files.make_folder(folder, "output_dir")
+    output_folder.clear_away_leftovers(folder)
     files.write_json(folder / RUN_FILE, fingerprint)
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
 

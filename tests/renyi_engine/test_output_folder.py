@@ -7,7 +7,7 @@ import json
 import pytest
 
 from renyi_engine.cli import EXIT_BAD_INPUT, main
-from renyi_engine.output_folder import claim
+from renyi_engine.output_folder import claimed
 
 
 def contents(folder):
@@ -15,24 +15,33 @@ def contents(folder):
 
 
 def test_a_folder_is_free_if_it_is_new_or_empty(tmp_path):
-    for name in ("new", "new/deeper"):
-        assert claim(tmp_path / name / "er").is_dir()
+    for name in ("new", "new/deeper", "new/deeper"):
+        with claimed(tmp_path / name / "er") as folder:
+            assert folder.is_dir()
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / ".DS_Store").write_text("")
-    assert claim(tmp_path / "hidden") == tmp_path / "hidden"
+    with claimed(tmp_path / "hidden") as folder:
+        assert folder == tmp_path / "hidden"
 
 
 def test_one_that_holds_something_is_refused_by_name_with_the_ways_out(tmp_path):
     for name in "gfedcba":
         (tmp_path / name).write_text("kept")
-    with pytest.raises(ValueError) as error:
-        claim(tmp_path, "output")
+    with pytest.raises(ValueError) as error, claimed(tmp_path, "output"):
+        pass
     assert str(error.value) == (
         f"output: {tmp_path} already holds a, b, c, d, e and 2 more, which would be lost or mixed up; "
         "choose another --output, or remove them"
     )
-    with pytest.raises(ValueError, match=r"output_dir: .* cannot be written"):
-        claim(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"output_dir: .* cannot be written"), claimed(tmp_path / "a"):
+        pass
+
+
+@pytest.mark.parametrize("command", ["nll", "alpha-star", "mmlu", "refusal"])
+def test_two_of_them_do_not_write_into_one_folder(flags, tmp_path, capsys, command):
+    with claimed(tmp_path / "run"):
+        assert main([*flags[command], f"--output_dir={tmp_path / 'run'}"]) == EXIT_BAD_INPUT
+    assert f"output_dir: another process is writing into {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 @pytest.fixture

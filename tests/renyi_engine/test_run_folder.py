@@ -16,7 +16,7 @@ import renyi_engine.trainer as trainer
 from renyi_engine import TrainingDiverged, TrainingInterrupted, checkpoint, train
 from renyi_engine.export import export
 from renyi_engine.files import read_json, sha256_of
-from renyi_engine.folder_lock import locked
+from renyi_engine.output_folder import locked
 from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder
 from renyi_engine.sft import SftTask
@@ -148,22 +148,24 @@ def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(tmp_path, "output_dir"):
+        with locked(tmp_path):
             os.write(writer, b"x")
             time.sleep(600)
-    os.read(reader, 1)
-    with pytest.raises(ValueError, match="another process is writing"), locked(tmp_path, "output_dir"):
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with locked(tmp_path, "output_dir"):
+    try:
+        os.read(reader, 1)
+        with pytest.raises(ValueError, match="another process is writing"), locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_readers_of_a_run_change_nothing_that_is_being_written(long_run, tmp_path):
     run, _ = long_run
-    with locked(run, "output_dir"):
+    with locked(run):
         being_written = run / ".tmp-checkpoint-10-0"
         being_written.mkdir()
         (being_written / "adapters.safetensors").write_bytes(b"half")
