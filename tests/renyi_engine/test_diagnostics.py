@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import math
 import re
 
@@ -185,6 +186,7 @@ def table(flags, jsonl, tmp_path, capsys):
     """Lines of examples.csv by row, of rows of prompt + completion that the command diagnosed."""
 
     def run(rows, *change):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         path = jsonl(tmp_path / "these.jsonl", [{"prompt": prompt, "completion": answer} for prompt, answer in rows])
         assert main([*flags, f"--dataset_name={path}", *change]) == 0, capsys.readouterr().err
         with (tmp_path / "out" / "examples.csv").open(newline="") as file:
