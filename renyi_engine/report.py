@@ -100,7 +100,7 @@ def _read_run(folder: Path) -> _Run:
         schedule, start = config.get("alpha_schedule", "constant"), float(config.get("alpha_0", 0.0))
         controller = config.get("alpha_controller")
         name, value = parse_controller(str(controller)) if controller else ("", 0.0)
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path}: no num_particles and alpha to be read ({problem}); restore it") from None
     facts = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
@@ -122,7 +122,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
         try:
             record = json.loads(line)
             step = int(record["step"])
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             raise ValueError(f"{path}: line {number} is not a JSON object with a step; mend or remove it") from None
         (held_out if any(key.startswith("eval_") for key in record) else train)[step] = record
     if not train:
@@ -263,7 +263,8 @@ def _draw_ess(run: _Run, ax: Any) -> str:
 def _draw_alpha(run: _Run, ax: Any) -> str:
     of_steps: dict[int, float] = {}
     for record in run.train:
-        alphas = [_number(alpha) for alpha in record.get("alpha_of_steps") or ()]
+        given = record.get("alpha_of_steps")
+        alphas = [_number(alpha) for alpha in given] if isinstance(given, list) else []
         of_steps |= {int(record["step"]) - i: alpha for i, alpha in enumerate(reversed(alphas))}
     if not of_steps:
         return ""

@@ -436,3 +436,12 @@ def test_each_particle_has_its_own_colour(K: int) -> None:
     colours = particle_colours(K)
     assert len(set(colours)) == len(colours) == K
     assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "evaluation.json"])
+def test_a_file_that_is_nested_without_end_is_refused_in_one_line(make_run, tmp_path, name):
+    run = make_run("deep")
+    (run / name).write_text("[" * (1500 if name == "config.yaml" else 100_000))
+    with pytest.raises(ValueError, match=f"^{run / name}: ") as error:
+        write_report([run], tmp_path / "report.html")
+    assert "\n" not in str(error.value)
