@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
