@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from csrc_bench.measure import Shape, device_type
@@ -231,7 +232,10 @@ class Vmap:
             output = torch.func.functional_call(self.model, adapters, kwargs={"input_ids": ids, "use_cache": False})
             return -sequence_nll(output.logits, ids)
 
-        return torch.vmap(one)(self.adapters)
+        # inside vmap no tensor says that it requires a gradient: cuDNN's attention and the memory-efficient one would
+        # keep nothing for their backward, and give a wrong gradient without a word
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return torch.vmap(one)(self.adapters)
 
     def step(self, ids: Tensor) -> None:
         logp = self.logp(ids)

@@ -122,7 +122,10 @@ def launches(target: str) -> list[Launch]:
 
 
 def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
-    """Per dtype and rank: input of each particle or shared; base in place, shared or none; fp32 gradients or not."""
+    """Per dtype and rank: input of each particle or shared; base in place, shared or none; fp32 gradients or not.
+
+    At the largest rank also with 64 bits for every offset.
+    """
     for dtype, name in _DTYPES.items():
         for K, M, I, O, R in ((8, 2048, 1536, 8960, 8), (8, 2048, 1536, 8960, 24), (8, 2048, 1536, 8960, 64), (1,) * 5):
             empty = partial(torch.empty, dtype=dtype, device="meta")
@@ -146,6 +149,12 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
                 yield f"{mode}, few rows", ops.up_backward, (few_Y, few_S, B, 2.0, few_S, dB)
                 yield mode, ops.down_backward, (x, S, dA)
                 yield f"{mode}, shared x", ops.down_backward, (one_x, one_S, one_dA)
+            if R == 64:
+                far = lambda t: t.as_strided(t.shape, (0, 2**26, 1))  # 32 such rows pass 2^31 elements
+                yield f"{mode}, far rows", ops.shrink, (far(x), A, S)
+                yield f"{mode}, far rows", ops.expand, (S, B, 2.0, far(Y), far(Y))
+                yield f"{mode}, far rows", ops.up_backward, (far(Y), S, B, 2.0, S, dB)
+                yield f"{mode}, far rows", ops.down_backward, (far(x), S, dA)
 
 
 def linear_logprob_modes(ops: Any) -> Iterator[tuple]:

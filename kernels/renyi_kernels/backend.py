@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -54,6 +55,16 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
         if obstacle and not (_interpreted() and tensor.device.type == "cpu" and tensor.dtype != torch.float64):
             raise ValueError(f"backend='triton': {op} cannot take it ({obstacle}); use 'auto' or 'torch'")
     return wanted
+
+
+def refuse_tangents(op: str, *tensors: torch.Tensor | None) -> None:
+    """RuntimeError for a tensor with a forward-mode derivative: PyTorch's operators would drop it without a word."""
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(no_forward_mode(op))
+
+
+def no_forward_mode(op: str) -> str:
+    return f"{op}: this path has no forward-mode derivative (torch.func.jvp); use backend='reference'"
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from renyi_kernels import lora_products, reference
-from renyi_kernels.backend import resolve
+from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.torch_ops import grouped_lora as torch_passes
 
 
@@ -32,11 +32,11 @@ def grouped_lora(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        ``[K, M, O]``. Differentiable in x, A, B and base_out; twice too, except on the "triton" path, where a second
-        derivative raises.
+        ``[K, M, O]``. Differentiable in x, A, B and base_out; twice too, and in forward mode, except on the "triton"
+        path, where either raises.
 
     Raises:
-        ValueError: a shape does not fit. TypeError: the dtypes differ.
+        ValueError: a shape does not fit. TypeError: the dtypes differ, or are not floating point.
     """
     _check(x, A, B, base_out)
     path = resolve("grouped_lora", x, backend)
@@ -44,18 +44,21 @@ def grouped_lora(
         return reference.grouped_lora(x, A, B, float(scaling), base_out)
     if path == "torch":
         return torch_passes.grouped_lora(x, A, B, float(scaling), base_out)
+    refuse_tangents("grouped_lora", x, A, B, base_out)
     out: Tensor = _forward(x.contiguous(), A.contiguous(), B.contiguous(), float(scaling), base_out)[0]
     return out
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, base_out: Tensor | None) -> None:
-    if A.dim() != 3:
-        raise ValueError(f"A: expected [K, R, I]; got {list(A.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype; got {x.dtype}")
+    if A.dim() != 3 or 0 in A.shape:
+        raise ValueError(f"A: expected [K, R, I], each at least 1; got {list(A.shape)}")
     K, R, I = A.shape
     if x.dim() not in (2, 3) or x.shape[-1] != I or (x.dim() == 3 and x.shape[0] != K):
         raise ValueError(f"x: expected [K, M, I] or [M, I] with K={K}, I={I} (from A); got {list(x.shape)}")
-    if B.dim() != 3 or B.shape[0] != K or B.shape[2] != R:
-        raise ValueError(f"B: expected [K, O, R] with K={K}, R={R} (from A); got {list(B.shape)}")
+    if B.dim() != 3 or B.shape[0] != K or B.shape[2] != R or B.shape[1] == 0:
+        raise ValueError(f"B: expected [K, O, R] with K={K}, R={R} (from A) and O at least 1; got {list(B.shape)}")
     tensors = {"A": A, "B": B}
     if base_out is not None:
         tensors["base_out"] = base_out
@@ -119,6 +122,7 @@ def _keep(ctx, inputs, output):
 
 def _differentiate(ctx, dY, _):
     x, A, B, S = ctx.saved_tensors
+    refuse_tangents("grouped_lora", dY)
     need_dx, *_, need_base = ctx.needs_input_grad
     dx, dA, dB = _backward(dY, x, A, B, S, ctx.scaling, need_dx)
     dbase = (dY.sum(dim=0) if ctx.shared_base else dY) if need_base else None

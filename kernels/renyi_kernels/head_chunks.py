@@ -5,8 +5,7 @@ Layout: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -92,22 +91,8 @@ def _products_into(out: Tensor, hidden: Tensor, weight: Tensor, widened: Tensor 
     elif widened is None:
         torch.mm(hidden, weight.mT, out_dtype=out.dtype, out=out)
     else:
+        # oneDNN could multiply these values in bf16 and lose nothing, but only if a setting of the whole process said
+        # so: the products of every other thread would lose their digits
         hidden = hidden.to(out.dtype)
-        with _fp32_matmul_of_bf16_values(weight.dtype):
-            for logits, block in zip(out.split(len(widened), dim=1), weight.split(len(widened)), strict=True):
-                torch.mm(hidden, widened[: len(block)].copy_(block).mT, out=logits)
-
-
-@contextmanager
-def _fp32_matmul_of_bf16_values(source: torch.dtype) -> Iterator[None]:
-    """Let oneDNN multiply fp32 matrices in bf16: exact where both came from bf16, and keeps the fp32 output."""
-    if source != torch.bfloat16:
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+        for logits, block in zip(out.split(len(widened), dim=1), weight.split(len(widened)), strict=True):
+            torch.mm(hidden, widened[: len(block)].copy_(block).mT, out=logits)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from renyi_kernels import head_chunks, reference
-from renyi_kernels.backend import resolve
+from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 
 CHUNK_MIB = 256.0
+# a cap beyond the upper one changes no logit, and one below the lower one leaves none; fp32 holds what lies between,
+# also times an upstream gradient
+_SOFTCAPS = 1e-30, 1e30
 
 
 def linear_logprob(
@@ -40,25 +43,26 @@ def linear_logprob(
         labels: ``[...]`` int64, already shifted to the position that predicts them. -100: no label; the result
             there is 0.0 and no work is done. They may lie on the CPU beside a hidden on the GPU: finding the labelled
             ones then waits for nothing, while labels on the GPU make the op wait for the device once.
-        logit_softcap: c > 0, or None. logit_scale: multiplies the logits.
+        logit_softcap: c from 1e-30 to 1e30, or None. logit_scale: multiplies the logits; at most 1e30.
         chunk_mib: MiB of logits (and their copies) held at any moment, but for the "reference" path. Without CUDA a
             head in low precision takes 8192 of its rows in fp32 beside them.
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative raises,
-        except with ``backend="reference"``, which supports any order.
+        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative and one
+        in forward mode raise, except with ``backend="reference"``, which supports any order.
 
     Raises:
         ValueError: a shape or value does not fit. TypeError: a dtype does not.
         RuntimeError: in the backward, if the weight or the bias requires a gradient.
     """
-    _check(hidden, weight, labels, bias, logit_softcap, chunk_mib)
+    _check(hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib)
     path = resolve("linear_logprob", hidden, backend)
     head = (bias, logit_softcap, float(logit_scale))
     if path == "reference":
         _check_labels(labels, weight.shape[0])
         return reference.linear_logprob(hidden, weight, labels.to(hidden.device), *head)
+    refuse_tangents("linear_logprob", hidden, weight, bias)
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     rows = hidden.reshape(-1, hidden.shape[-1])
     logprob: Tensor = _forward(rows, weight, labels.reshape(-1), *head, float(chunk_mib), need_grad, path)[0]
@@ -71,12 +75,17 @@ def _check(
     labels: Tensor,
     bias: Tensor | None,
     logit_softcap: float | None,
+    logit_scale: float,
     chunk_mib: float,
 ) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden: expected a floating dtype; got {hidden.dtype}")
     if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected [V, D] with D the last size of hidden {list(hidden.shape)}; got {list(weight.shape)}"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected [V, D], each at least 1; got {list(weight.shape)}")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight: expected the dtype of hidden, {hidden.dtype}; got {weight.dtype}; cast it once")
     if labels.shape != hidden.shape[:-1]:
@@ -85,8 +94,13 @@ def _check(
         raise TypeError(f"labels: expected int64; got {labels.dtype}; use labels.long()")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected [V] = [{weight.shape[0]}]; got {list(bias.shape)}")
-    if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
-        raise ValueError(f"logit_softcap: expected a finite number above 0, or None; got {logit_softcap}")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias: expected a floating dtype; got {bias.dtype}")
+    lowest, highest = _SOFTCAPS
+    if logit_softcap is not None and not lowest <= logit_softcap <= highest:
+        raise ValueError(f"logit_softcap: expected a number from {lowest} to {highest}, or None; got {logit_softcap}")
+    if not abs(logit_scale) <= highest:
+        raise ValueError(f"logit_scale: expected a number from -{highest} to {highest}; got {logit_scale}")
     if not (chunk_mib > 0 and math.isfinite(chunk_mib)):
         raise ValueError(f"chunk_mib: expected a finite number of MiB above 0; got {chunk_mib}")
 
@@ -150,6 +164,7 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, upstream, _):
+    refuse_tangents("linear_logprob", upstream)
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     for name, needed in (("weight", need_weight), ("bias", need_bias)):
         if needed:

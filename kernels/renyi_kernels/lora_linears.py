@@ -6,12 +6,13 @@ Layout: K particles, M rows, I/O in/out features, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from renyi_kernels import lora_products, reference
-from renyi_kernels.backend import resolve
+from renyi_kernels.backend import no_forward_mode, refuse_tangents, resolve
 
 
 def lora_linears(
@@ -38,8 +39,8 @@ def lora_linears(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative raises, except with
-        ``backend="reference"``.
+        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative and one in forward mode
+        raise, except with ``backend="reference"``.
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not.
@@ -55,6 +56,7 @@ def lora_linears(
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     x = x.contiguous()
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
+        refuse_tangents("lora_linears", x, *weights, *present, *A, *B)
         return list(_forward(x, weights, present, A, B, float(scaling), path)[:-1])
     return list(_Eager.apply(float(scaling), path, x, *weights, *present, *A, *B))
 
@@ -65,18 +67,22 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: lis
             "weights, biases, A, B: expected one of each for every map, at least one map; "
             f"got {len(weights)}, {len(biases)}, {len(A)} and {len(B)}"
         )
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x: expected [K, M, I] or [M, I]; got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype; got {x.dtype}")
+    if x.dim() not in (2, 3) or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [K, M, I] or [M, I], I at least 1; got {list(x.shape)}")
     I = x.shape[-1]
     K = x.shape[0] if x.dim() == 3 else A[0].shape[0]
     for j, (weight, bias, a, b) in enumerate(zip(weights, biases, A, B, strict=True)):
-        if weight.dim() != 2 or weight.shape[1] != I:
-            raise ValueError(f"weights[{j}]: expected [O, I] with I={I} (from x); got {list(weight.shape)}")
+        if weight.dim() != 2 or weight.shape[1] != I or weight.shape[0] == 0:
+            expected = f"[O, I] with I={I} (from x) and O at least 1"
+            raise ValueError(f"weights[{j}]: expected {expected}; got {list(weight.shape)}")
         O = weight.shape[0]
         if bias is not None and tuple(bias.shape) != (O,):
             raise ValueError(f"biases[{j}]: expected [O] = [{O}]; got {list(bias.shape)}")
-        if a.dim() != 3 or a.shape[0] != K or a.shape[2] != I:
-            raise ValueError(f"A[{j}]: expected [K, R, I] with K={K}, I={I}; got {list(a.shape)}")
+        if a.dim() != 3 or a.shape[0] != K or a.shape[2] != I or 0 in a.shape:
+            expected = f"[K, R, I] with K={K}, I={I}, each at least 1"
+            raise ValueError(f"A[{j}]: expected {expected}; got {list(a.shape)}")
         if tuple(b.shape) != (K, O, a.shape[1]):
             raise ValueError(f"B[{j}]: expected [K, O, R] = [{K}, {O}, {a.shape[1]}]; got {list(b.shape)}")
         for name, tensor in (("weights", weight), ("biases", bias)):
@@ -147,8 +153,13 @@ def _gradients(
                 dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
             lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
-        dA = lora_products.gradient_of_A(passes, x, dS, A[0].dtype)
+        # one tensor for all maps: wide enough for each of their dtypes
+        dA = lora_products.gradient_of_A(passes, x, dS, _common_dtype(A))
     return [dx, dA, *dB]
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
@@ -168,6 +179,10 @@ def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
 
 def _refuse_second_derivative(ctx, *_):
     raise RuntimeError("lora_linears: this path has no second derivative; use backend='reference'")
+
+
+def _refuse_forward_mode(ctx, *_):
+    raise RuntimeError(no_forward_mode("lora_linears"))
 
 
 def _in_parts(tensors: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
@@ -196,6 +211,8 @@ class _Eager(torch.autograd.Function):
         dx, dA, dB = _differentiate(ctx, _EagerBackward.run, dY, need_dx, need_weights, need_biases)
         return None, None, dx, *[None] * (2 * len(dY)), *dA, *dB
 
+    jvp = staticmethod(_refuse_forward_mode)
+
 
 class _EagerBackward(torch.autograd.Function):
     @staticmethod
@@ -208,6 +225,7 @@ class _EagerBackward(torch.autograd.Function):
         return tuple(_gradients(dY, x, S, weights, A, B, scaling, need_dx, path))
 
     backward = staticmethod(_refuse_second_derivative)
+    jvp = staticmethod(_refuse_forward_mode)
 
 
 # what torch.compile and tensors without memory see: operators
@@ -225,7 +243,7 @@ def _(x, weights, biases, A, B, scaling, path):
 
 @_backward.register_fake
 def _(dY, x, S, weights, A, B, scaling, need_dx, path):
-    dA = A[0].new_empty((A[0].shape[0], sum(a.shape[1] for a in A), x.shape[-1]))
+    dA = A[0].new_empty((A[0].shape[0], sum(a.shape[1] for a in A), x.shape[-1]), dtype=_common_dtype(A))
     return [x.new_empty(x.shape if need_dx else 0), dA, *(torch.empty_like(b) for b in B)]
 
 
@@ -237,6 +255,7 @@ def _keep(ctx, inputs, output):
 def _differentiate_operator(ctx, gradients):
     need_dx, need_weights, need_biases, *_ = ctx.needs_input_grad
     dY = gradients[:-1]
+    refuse_tangents("lora_linears", *dY)
     dx, dA, dB = _differentiate(ctx, _backward, dY, need_dx, need_weights, need_biases)
     return dx, [None] * len(dY), [None] * len(dY), dA, dB, None, None
 

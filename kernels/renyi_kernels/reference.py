@@ -49,7 +49,7 @@ def linear_logprob(
     logits = hidden @ weight.mT
     logits = logits.to(at_least_fp32(logits.dtype))
     if bias is not None:
-        logits = logits + bias
+        logits = logits + bias.to(logits.dtype)
     logits = logit_scale * logits
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)

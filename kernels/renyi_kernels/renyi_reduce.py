@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from renyi_kernels import reference
-from renyi_kernels.backend import resolve
+from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import at_least_fp32
+
+# beyond these the loss does not change any more, but 1/alpha, by which a gradient passes, would overflow or vanish
+_LEAST_ALPHA = 1e-200
 
 
 class RenyiOutput(NamedTuple):
@@ -47,13 +50,15 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
 
     Returns:
         RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``), fp32, or fp64 for fp64.
-        `loss` is differentiable with respect to logp, twice too, except on the "triton" path, where a second derivative
-        raises; the others are detached.
+        `loss` is differentiable with respect to logp, twice too, and in forward mode, except on the "triton" path,
+        where either raises; the others are detached.
 
     Raises:
         ValueError: alpha negative, NaN or infinite; a shape does not fit. TypeError: not a number, not floating point.
     """
     alpha = check_alpha(alpha)
+    if alpha:
+        alpha = min(max(alpha, _LEAST_ALPHA), 1 / _LEAST_ALPHA)
     if not logp.is_floating_point():
         raise TypeError(f"logp: expected a floating-point tensor; got {logp.dtype}")
     if logp.dim() not in (2, 3) or logp.shape[0] < 1:
@@ -63,6 +68,7 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
             f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}"
         )
     if resolve("renyi_reduce", logp, backend) == "triton":
+        refuse_tangents("renyi_reduce", logp)
         tokens = logp if logp.dim() == 3 else logp.unsqueeze(-1)
         loss, responsibilities, ess, logp = _forward(tokens, mask, alpha)
         return RenyiOutput(loss, responsibilities.detach(), ess.detach(), logp.detach())
@@ -134,6 +140,7 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, upstream, *_):
+    refuse_tangents("renyi_reduce", upstream)
     responsibilities, logp, mask = ctx.saved_tensors
     return _backward(upstream, responsibilities, logp, mask, ctx.num_tokens, ctx.dtype), None, None
 

@@ -6,10 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from .alone import MARKER, is_wanted, run_alone
+
 # csrc_bench, which knows how to measure memory, is found from the root of the checkout, not installed
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"{MARKER}: could, on a GPU, break whatever runs after it in the same process")
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    if not is_wanted(pyfuncitem):
+        return None  # as ever
+    run_alone(pyfuncitem.nodeid, pyfuncitem.config.rootpath)
+    return True
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +80,21 @@ def uneven():
         return 2 * torch.sin(torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
     return like
+
+
+@pytest.fixture
+def poison():
+    """Memory that nobody has written yet holds NaN."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 @pytest.fixture

@@ -173,6 +173,40 @@ def test_fp32_is_within_1e5_nats_and_gradients_within_5e4_of_the_largest(
     assert (grad - gold_grad).abs().max() <= 5e-4 * gold_grad.abs().max()
 
 
+@pytest.mark.parametrize("softcap", [1e-30, 0.3, 2.0, 30.0, 1e3, 1e6, 1e30])
+@every_backend
+def test_any_soft_cap_is_as_exact_as_none(case, score, value_and_grads, uneven, softcap, backend):
+    """A cap far above the logits multiplies what was lost of tanh near zero. Logits go from 1e-3 to 10."""
+    hidden, weight, labels, _ = case((60,), 13, 101, labelled=1.0)
+    hidden, weight = (hidden * torch.logspace(-3, 0.5, 60)[:, None]).float(), weight.float()
+
+    def run(dtype, backend):
+        f = lambda hidden: score(hidden, weight.to(dtype), labels, logit_softcap=softcap, backend=backend)
+        return value_and_grads(f, [hidden.to(dtype)], uneven((60,)))
+
+    (value, (grad,)), (gold, (gold_grad,)) = run(torch.float32, backend), run(torch.float64, "reference")
+    assert (value - gold).abs().max() <= 1e-5
+    assert (grad - gold_grad).abs().max() <= 5e-4 * gold_grad.abs().max()
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@every_backend
+def test_the_bias_may_have_a_dtype_of_its_own_and_never_changes_that_of_the_result(
+    case, score, value_and_grads, uneven, dtype, bias_dtype, backend
+):
+    hidden, weight, labels, head = case((6,), 5, 7, HEADS["bias"])
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), head["bias"].half()
+
+    def run(bias):
+        return value_and_grads(lambda h: score(h, weight, labels, bias=bias, backend=backend), [hidden], uneven((6,)))
+
+    (value, (grad,)), (expected, (expected_grad,)) = run(bias.to(bias_dtype)), run(bias.float())
+    assert value.dtype == torch.float32
+    assert torch.equal(value, expected)
+    assert torch.equal(grad, expected_grad)
+
+
 @every_head
 def test_gradient_agrees_with_finite_differences(case, head):
     hidden, weight, labels, head = case((2, 3), 5, 7, head)
@@ -500,28 +534,31 @@ def test_inputs_are_left_alone(device_of, case, value_and_grads, uneven, backend
     assert all(torch.equal(x, y) for x, y in zip((hidden, weight, labels, head["bias"]), before, strict=True))
 
 
-@pytest.fixture(params=["none", "ieee"])
-def setting(request):
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = request.param
-    yield request.param
-    torch.backends.mkldnn.matmul.fp32_precision = before
+def settings_of_the_process():
+    precision = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return (
+        *precision,
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
-def test_the_matmul_precision_setting_is_put_back_also_after_an_error(case, monkeypatch, setting):
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_no_setting_of_the_process_is_changed_not_even_for_a_moment(case, monkeypatch, dtype, backend):
+    """Another thread would compute with it, and two that put it back in turn would leave it changed for good."""
     hidden, weight, labels, _ = case((3, 4), 16, 50)
-    matmul = torch.backends.mkldnn.matmul
-    call = lambda: linear_logprob(hidden.bfloat16(), weight.bfloat16(), labels, backend="torch")
-    call()
-    assert matmul.fp32_precision == setting
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(torch, "mm", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        call()
-    assert matmul.fp32_precision == setting
+    before, seen = settings_of_the_process(), []
+    for name in ("mm", "tanh_", "matmul"):
+        owner = torch if hasattr(torch, name) else torch.Tensor
+        work = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, w=work, **k: seen.append(settings_of_the_process()) or w(*a, **k))
+    leaf = hidden.to(dtype).requires_grad_()
+    linear_logprob(leaf, weight.to(dtype), labels, backend=backend).sum().backward()
+    assert set(seen) <= {before}
+    assert seen or backend == "reference"
+    assert settings_of_the_process() == before
 
 
 # errors
@@ -554,6 +591,15 @@ def test_a_label_outside_the_vocabulary_is_a_value_error_that_shows_it(backend, 
         ("logit_softcap", ValueError, {"logit_softcap": 0.0}),
         ("logit_softcap", ValueError, {"logit_softcap": -3.0}),
         ("logit_softcap", ValueError, {"logit_softcap": math.nan}),
+        ("logit_softcap", ValueError, {"logit_softcap": 1e31}),
+        ("logit_softcap", ValueError, {"logit_softcap": 1e-31}),
+        ("logit_scale", ValueError, {"logit_scale": math.nan}),
+        ("logit_scale", ValueError, {"logit_scale": -math.inf}),
+        ("logit_scale", ValueError, {"logit_scale": 1e39}),
+        ("hidden", TypeError, {"hidden": torch.zeros(2, 3, 4).long()}),
+        ("weight", ValueError, {"weight": torch.zeros(0, 4)}),
+        ("weight", ValueError, {"hidden": torch.zeros(2, 3, 0), "weight": torch.zeros(5, 0)}),
+        ("bias", TypeError, {"bias": torch.zeros(5).long()}),
         ("chunk_mib", ValueError, {"chunk_mib": 0.0}),
         ("chunk_mib", ValueError, {"chunk_mib": math.nan}),
     ],

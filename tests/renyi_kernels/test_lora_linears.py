@@ -365,6 +365,45 @@ def test_each_adapter_may_have_a_dtype_of_its_own(problem, place, run, backend):
 
 @fast_paths
 @every_x
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_loses_nothing_to_the_dtype_of_another_map(problem, place, run, backend, shared_x, low):
+    given_ = place(problem(shared_x=shared_x), backend, torch.float32)
+    representable = given_.map(lambda t: t.to(low).float())
+    expected = run(representable, backend)
+    mixed = representable.map(torch.clone)
+    mixed.A[0], mixed.A[2], mixed.B[0] = mixed.A[0].to(low), mixed.A[2].half(), mixed.B[0].to(low)
+    mixed.A[2] = representable.A[2].half()
+    ours = run(mixed, backend)
+    assert [x.dtype for x in ours[2:]] == [low, torch.float32, torch.float16, low, torch.float32, torch.float32]
+    if low == torch.float16:  # which holds fewer large numbers than bf16, so that A[2] would be another one
+        assert_close(ours[:2], expected[:2], 1e-6)
+        for x, truth in zip(ours[2:], expected[2:], strict=True):
+            assert_close([x], [truth.to(x.dtype)], 1e-6 if x.dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@fast_paths
+@every_x
+def test_a_scaling_of_zero_gives_the_frozen_maps_and_their_gradients(poison, problem, place, backend, dtype, shared_x):
+    """Also in low precision, where a product that counts nothing may leave its memory as it was."""
+    if dtype == torch.bfloat16 and backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter gets bf16 wrong")
+    given_ = place(
+        problem(K=2, M=70, I=64, O=(64, 70), R=(8, 5), biased=(True, False), shared_x=shared_x), backend, dtype
+    )
+    trained = [x.detach().requires_grad_() for x in given_.trained]
+    x, n = trained[0], len(given_.A)
+    outs = lora_linears(x, given_.weights, given_.biases, trained[1 : 1 + n], trained[1 + n :], 0.0, backend=backend)
+    frozen = [F.linear(x, w, b).expand(2, 70, -1) for w, b in zip(given_.weights, given_.biases, strict=True)]
+    assert_close([out.detach() for out in outs], [out.detach() for out in frozen], 1e-2)
+    dx, *adapters = torch.autograd.grad(sum(out.sum() for out in outs), trained)
+    (expected,) = torch.autograd.grad(sum(out.sum() for out in frozen), x)
+    assert_close([dx], [expected], 1e-2)
+    assert not any(grad.any() for grad in adapters)
+
+
+@fast_paths
+@every_x
 def test_autocast_changes_nothing(problem, place, run, backend, shared_x):
     given_ = place(problem(shared_x=shared_x), backend, torch.float32)
     plain = run(given_, backend)
@@ -471,6 +510,11 @@ def fitting():
         ("B[1]", ValueError, "B", 1, torch.zeros(2, 5, 4)),
         ("B[1]", ValueError, "B", 1, torch.zeros(2, 4, 3)),
         ("B[1]", ValueError, "B", 1, torch.zeros(2, 3, 5)),
+        ("x", TypeError, "x", None, torch.zeros(2, 3, 4).long()),
+        ("x", ValueError, "x", None, torch.zeros(2, 3, 0)),
+        ("weights[1]", ValueError, "weights", 1, torch.zeros(0, 4)),
+        ("A[1]", ValueError, "A", 1, torch.zeros(2, 0, 4)),
+        ("B[1]", ValueError, "B", 1, torch.zeros(2, 5, 0)),
         ("weights[1]", TypeError, "weights", 1, torch.zeros(5, 4).double()),
         ("biases[0]", TypeError, "biases", 0, torch.zeros(6).half()),
         ("A[1]", TypeError, "A", 1, torch.zeros(2, 3, 4).long()),

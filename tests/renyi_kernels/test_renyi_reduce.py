@@ -176,6 +176,21 @@ def test_extreme_alphas_reach_the_mean_and_the_best_particle(reduce, backend, dt
     assert highest.ess.tolist() == [2, 1]
 
 
+@every_path
+@pytest.mark.parametrize("alpha", [5e-324, 1e-310, 5.5e-309, 1e-300, 1e-200, 1e200, 1e300, 1.7e308])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30], ids=str)
+def test_no_alpha_is_too_extreme_for_the_gradient(reduce, gradient, alpha, backend, dtype, size):
+    """1/alpha overflows below 5.6e-309, and on the way to the gradient it multiplies what comes from above."""
+    s = torch.tensor([[-3.0, -1e4], [-1.0, -2.0], [-2.0, -7.0]], dtype=dtype)
+    upstream = torch.tensor([1.0, -0.5], dtype=dtype) * size
+    out = reduce(s, alpha, backend)
+    loss = -s.mean(dim=0) if alpha < 1 else -s.amax(dim=0)
+    r = torch.full_like(s, 1 / 3) if alpha < 1 else torch.tensor([[0, 0], [1, 1], [0, 0]], dtype=dtype)
+    torch.testing.assert_close(out.loss, loss, rtol=RELATIVE[dtype], atol=0)
+    torch.testing.assert_close(out.responsibilities, r, rtol=RELATIVE[dtype], atol=0)
+    torch.testing.assert_close(gradient(s, alpha, upstream, backend), -r * upstream, rtol=RELATIVE[dtype], atol=0)
+
+
 # identities and bounds of the paper
 
 
@@ -422,14 +437,24 @@ def test_without_a_mask_every_token_counts(normals, reduce, backend):
     assert torch.equal(reduce(tokens[..., :1], 0.8, backend).loss, reduce(tokens[..., 0], 0.8, backend).loss)
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.int64, torch.int32, torch.uint8, torch.float32], ids=str)
+MASK_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=str)
+@pytest.mark.parametrize("part", ["all", "slice", "steps", "transposed"])
 @fast_paths
-def test_a_mask_of_zeros_and_ones_is_a_boolean_one(normals, reduce, gradient, uneven, backend, mask_dtype):
+def test_a_mask_of_zeros_and_ones_is_a_boolean_one(normals, reduce, gradient, uneven, backend, mask_dtype, part):
+    """Also where it is a part of a wider one: its conversion to a boolean lies in memory in another way than it did."""
     tokens, mask = normals(7)(3, 2, 4).float(), torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]])
+    wide = (1 - mask).repeat_interleave(3, dim=1).to(mask_dtype)  # where the mask does not lie stands its opposite
+    if part == "transposed":
+        wide = wide.T.contiguous().T
+    given_ = mask.to(mask_dtype) if part == "all" else (wide[:, 2:6] if part == "slice" else wide[:, 1::3]).copy_(mask)
+    assert given_.is_contiguous() == (part == "all")
     expected = reduce(tokens, 0.8, backend, mask.bool())
-    assert torch.equal(reduce(tokens, 0.8, backend, mask.to(mask_dtype)).loss, expected.loss)
+    assert torch.equal(reduce(tokens, 0.8, backend, given_).loss, expected.loss)
     expected = gradient(tokens, 0.8, uneven((2,)), backend, mask.bool())
-    assert torch.equal(gradient(tokens, 0.8, uneven((2,)), backend, mask.to(mask_dtype)), expected)
+    assert torch.equal(gradient(tokens, 0.8, uneven((2,)), backend, given_), expected)
 
 
 @every_alpha
@@ -504,7 +529,7 @@ def test_low_precision_tokens_are_summed_in_fp32(normals, reduce, dtype, backend
 @every_path
 def test_strided_input_equals_contiguous(device_of, normals, uneven, gradient, alpha, backend, dtype):
     slack = {"rtol": RELATIVE[dtype], "atol": RELATIVE[dtype]}
-    on, upstream = device_of(backend), uneven((3,))
+    on, upstream = device_of(backend), uneven((3,))  # as the loss that `gradient` differentiates, on the CPU
     draw = lambda *shape: normals(10)(*shape).to(on, dtype)
     for strided in (draw(3, 4).T, draw(8, 6)[::2, 1::2], draw(4, 1).expand(4, 3)):
         assert not strided.is_contiguous()
@@ -512,8 +537,8 @@ def test_strided_input_equals_contiguous(device_of, normals, uneven, gradient, a
         out, expected = (renyi_reduce(s, alpha, backend=backend) for s in (strided, contiguous))
         for ours, theirs in zip(out, expected, strict=True):
             torch.testing.assert_close(ours, theirs, **slack)
-        grad = gradient(strided, alpha, upstream.to(on), backend)
-        torch.testing.assert_close(grad, gradient(contiguous, alpha, upstream.to(on), backend), **slack)
+        grad = gradient(strided, alpha, upstream, backend)
+        torch.testing.assert_close(grad, gradient(contiguous, alpha, upstream, backend), **slack)
 
 
 @every_path

@@ -1,4 +1,4 @@
-"""What is special to the kernels: scratch memory, partial sums, long offsets, registration with PyTorch, their choice.
+"""What is special to the kernels: scratch memory, partial sums, registration with PyTorch, their choice.
 
 On a GPU, and without one on the CPU, in Triton's interpreter.
 Layout: K particles, M rows, I/O in/out features, R rank, B sequences, T tokens, D hidden size, V vocabulary.
@@ -125,21 +125,6 @@ def steps(lora, two_maps, head, tokens):
 # scratch memory and partial sums
 
 
-@pytest.fixture
-def poison():
-    """Memory that nobody has written yet holds NaN."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = before[2]
-
-
 @pytest.fixture(scope="module")
 def results(steps):
     """What each step gives on the kernels, and into how many parts their sums were split."""
@@ -190,92 +175,6 @@ def test_fp16_sums_made_of_parts_err_at_most_half_again_as_much_as_naive(lora, s
         assert ours.dtype == torch.float16
         error, naive_error = (ours - gold).abs().max(), (naive - gold).abs().max()
         assert error <= 1.5 * naive_error + 1e-3 * gold.abs().max()
-
-
-# offsets: the same values, packed and spread over more than 2^31 elements; what is not touched takes no memory on CPU
-
-FAR = 2**31
-ROW = 2**25  # elements from row to row: 64 rows, the tallest tile of fp16, pass 2^31
-PARTICLE = 2**30 + 64
-
-
-@pytest.fixture
-def spread(device):
-    """spread(tensor, strides): the same values at these strides."""
-
-    def build(tensor, *strides):
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
-        assert reach > FAR
-        far = torch.empty(reach, dtype=tensor.dtype, device=device).as_strided(tensor.shape, strides)
-        return far.copy_(tensor)
-
-    return build
-
-
-far_layouts = pytest.mark.parametrize(
-    ("K", "M", "strides"), [(1, 65, (0, ROW, 1)), (3, 2, (PARTICLE, 64, 1))], ids=["rows", "particles"]
-)
-
-
-@pytest.fixture
-def draw(normals, device):
-    return lambda *shape: normals(5)(*shape).to(device, torch.float16)
-
-
-@far_layouts
-def test_shrink_reads_far_input(spread, draw, K, M, strides):
-    x, A = draw(K, M, 33), draw(K, 2, 33)
-    packed, far = (torch.zeros(K, M, 2, dtype=x.dtype, device=x.device) for _ in range(2))
-    lora_passes.shrink(x, A, packed)
-    lora_passes.shrink(spread(x, *strides), A, far)
-    assert packed.any()
-    assert torch.equal(far, packed)
-
-
-@far_layouts
-def test_expand_reads_and_writes_a_far_output_in_place(spread, draw, K, M, strides):
-    S, B, base = draw(K, M, 2), draw(K, 33, 2), draw(K, M, 33)
-    packed, far = base.clone(), spread(base, *strides)
-    lora_passes.expand(S, B, 2.0, packed, packed)
-    lora_passes.expand(S, B, 2.0, far, far)
-    assert not torch.equal(packed, base)
-    assert torch.equal(far, packed)
-
-
-@far_layouts
-def test_up_backward_reads_far_gradients(spread, draw, K, M, strides):
-    dY, S, B = draw(K, M, 33), draw(K, M, 2), draw(K, 33, 2)
-    packed, far = ([torch.zeros_like(S), torch.zeros_like(B)] for _ in range(2))
-    lora_passes.up_backward(dY, S, B, 2.0, *packed)
-    lora_passes.up_backward(spread(dY, *strides), S, B, 2.0, *far)
-    assert all(x.any() and torch.equal(x, y) for x, y in zip(packed, far, strict=True))
-
-
-@far_layouts
-def test_down_backward_reads_far_input(spread, draw, K, M, strides):
-    x, dS = draw(K, M, 33), draw(K, M, 2)
-    packed, far = (torch.zeros(K, 2, 33, dtype=x.dtype, device=x.device) for _ in range(2))
-    lora_passes.down_backward(x, dS, packed)
-    lora_passes.down_backward(spread(x, *strides), dS, far)
-    assert packed.any()
-    assert torch.equal(far, packed)
-
-
-@pytest.mark.parametrize("strides", [(PARTICLE, 64, 1), (8, ROW, 1)], ids=["particles", "sequences"])
-def test_the_reduction_reads_far_log_likelihoods(spread, draw, strides):
-    K, B = (3, 2) if strides[0] == PARTICLE else (2, 65)
-    logp = -draw(K, B, 4).abs()
-    expected = reduce_passes.forward(logp, None, ALPHA)
-    for ours, theirs in zip(reduce_passes.forward(spread(logp, *strides), None, ALPHA), expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_the_log_probability_pass_works_on_far_rows(spread, draw, device):
-    products, target = draw(3, 65), torch.tensor([0, 7, 64], device=device)
-    far = spread(products, PARTICLE, 1)
-    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, torch.float16)
-    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, torch.float16)
-    assert all(torch.equal(x, y) for x, y in zip(ours, packed, strict=True))
 
 
 # registration with PyTorch

@@ -38,7 +38,8 @@ def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor, out: Tensor) -> N
 
 def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
     """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
-    dS.baddbmm_(dY, B, beta=0.0, alpha=scaling)
+    # zeroed: with beta = alpha = 0 the product in low precision leaves what stood there
+    dS.zero_().baddbmm_(dY, B, alpha=scaling)
     dB.copy_(torch.bmm(dY.mT, S)).mul_(scaling)
 
 

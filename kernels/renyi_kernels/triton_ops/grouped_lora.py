@@ -4,6 +4,9 @@ Four passes make every forward and backward (eqs. beside each kernel); `lora_pro
 in fp32, in a fixed order: where several programs add to one result, each writes a partial sum of its own and a second
 pass adds those up, so that two runs are bitwise equal.
 
+Offsets to where a tile starts are in 64 bits. Within a tile they are in 32, which costs fewer registers, unless a
+launcher finds that they could pass 2^31 elements and sets FAR.
+
 Layout: K particles, M rows, I/O in/out features, R rank. An input that all particles share is [1, M, I].
 """
 
@@ -16,6 +19,12 @@ from torch import Tensor
 
 from renyi_kernels.triton_ops.device import on_its_device, programs_wanted
 from renyi_kernels.triton_ops.tuning import blocks
+
+
+@triton.jit
+def _wide(index, FAR: tl.constexpr):
+    """The index, in 64 bits where FAR: then every offset made of it is, too"""
+    return tl.cast(index, tl.int64) if FAR else index
 
 
 @triton.jit
@@ -32,6 +41,7 @@ def grouped_lora_shrink_kernel(
     A_stride_r,
     S_stride_k,
     S_stride_m,
+    FAR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -39,15 +49,13 @@ def grouped_lora_shrink_kernel(
     """S[k, m, r] = sum_i x[k, m, i] A[k, r, i]"""
     k = tl.program_id(2).to(tl.int64)
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
-    first_r = tl.program_id(1) * BLOCK_R
-    m = tl.arange(0, BLOCK_M)
-    r = first_r + tl.arange(0, BLOCK_R)
+    m = _wide(tl.arange(0, BLOCK_M), FAR)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i = tl.arange(0, BLOCK_I)
     in_m = m < M - first_m
     in_r = r < R
-    # 64 bits to where a tile starts, 32 within it
     x_ptrs = x_ptr + k * x_stride_k + first_m * x_stride_m + (m[:, None] * x_stride_m + i[None, :])
-    A_ptrs = A_ptr + k * A_stride_k + (r[None, :] * A_stride_r + i[:, None])
+    A_ptrs = A_ptr + k * A_stride_k + (_wide(r, FAR)[None, :] * A_stride_r + i[:, None])
     S = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, I, BLOCK_I):
         in_i = i < I - start
@@ -78,6 +86,7 @@ def grouped_lora_expand_kernel(
     out_stride_k,
     out_stride_m,
     HAS_BASE: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -85,9 +94,9 @@ def grouped_lora_expand_kernel(
     """out[k, m, o] = base[k, m, o] + scaling * sum_r S[k, m, r] B[k, o, r]; `base` may be `out` itself"""
     k = tl.program_id(2).to(tl.int64)
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    m = tl.arange(0, BLOCK_M)
-    r = tl.arange(0, BLOCK_R)
+    o = _wide(tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O), FAR)
+    m = _wide(tl.arange(0, BLOCK_M), FAR)
+    r = _wide(tl.arange(0, BLOCK_R), FAR)
     in_m = m < M - first_m
     in_o = o < O
     S_ptrs = S_ptr + k * S_stride_k + first_m * S_stride_m + (m[:, None] * S_stride_m + r[None, :])
@@ -96,7 +105,7 @@ def grouped_lora_expand_kernel(
     for start in range(0, R, BLOCK_R):
         in_r = r < R - start
         S = tl.load(S_ptrs + start, mask=in_m[:, None] & in_r[None, :], other=0.0)
-        B = tl.load(B_ptrs + start * B_stride_r, mask=in_r[:, None] & in_o[None, :], other=0.0)
+        B = tl.load(B_ptrs + _wide(start, FAR) * B_stride_r, mask=in_r[:, None] & in_o[None, :], other=0.0)
         update = tl.dot(S, B, update, input_precision="ieee")
     update *= scaling
     inside = in_m[:, None] & in_o[None, :]
@@ -131,6 +140,7 @@ def grouped_lora_up_backward_kernel(
     dS_stride_m,
     dB_stride_part,
     dB_stride_k,
+    FAR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -145,8 +155,8 @@ def grouped_lora_up_backward_kernel(
     split = (tl.program_id(1) // num_r_blocks).to(tl.int64)
     first_m = part * BLOCK_M
     first_o = split * O_PER_SPLIT
-    m = tl.arange(0, BLOCK_M)
-    o = tl.arange(0, BLOCK_O)
+    m = _wide(tl.arange(0, BLOCK_M), FAR)
+    o = _wide(tl.arange(0, BLOCK_O), FAR)
     r = (tl.program_id(1) % num_r_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_m = m < M - first_m
     in_r = r < R
@@ -159,10 +169,10 @@ def grouped_lora_up_backward_kernel(
     for start in range(0, tl.minimum(O_PER_SPLIT, O - first_o), BLOCK_O):
         in_o = o < tl.minimum(O_PER_SPLIT, O - first_o) - start
         dY = tl.load(dY_ptrs + start, mask=in_m[:, None] & in_o[None, :], other=0.0)
-        B = tl.load(B_ptrs + start * B_stride_o, mask=in_o[:, None] & in_r[None, :], other=0.0)
+        B = tl.load(B_ptrs + _wide(start, FAR) * B_stride_o, mask=in_o[:, None] & in_r[None, :], other=0.0)
         dS = tl.dot(dY, B, dS, input_precision="ieee")
         dB = tl.dot(tl.trans(dY), S, input_precision="ieee")
-        tl.store(dB_ptrs + start * R, dB * scaling, mask=in_o[:, None] & in_r[None, :])
+        tl.store(dB_ptrs + _wide(start, FAR) * R, dB * scaling, mask=in_o[:, None] & in_r[None, :])
     dS_ptrs = dS_ptr + split * dS_stride_split + k * dS_stride_k + first_m * dS_stride_m
     dS_ptrs += m[:, None] * dS_stride_m + r[None, :]
     tl.store(dS_ptrs, (dS * scaling).to(dS_ptr.dtype.element_ty), mask=in_m[:, None] & in_r[None, :])
@@ -184,6 +194,7 @@ def grouped_lora_down_backward_kernel(
     dS_stride_m,
     dA_stride_split,
     dA_stride_k,
+    FAR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -192,7 +203,7 @@ def grouped_lora_down_backward_kernel(
     k = tl.program_id(2).to(tl.int64)
     split = (tl.program_id(1) // num_r_blocks).to(tl.int64)
     first_m = split * M_PER_SPLIT
-    m = tl.arange(0, BLOCK_M)
+    m = _wide(tl.arange(0, BLOCK_M), FAR)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     r = (tl.program_id(1) % num_r_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_i = i < I
@@ -208,37 +219,48 @@ def grouped_lora_down_backward_kernel(
         # transposed, because the wide side has to be the first one for the matrix units
         dA = tl.dot(tl.trans(x), dS, dA, input_precision="ieee")
         # step by step: a split can span more than 2^31 elements
-        x_ptrs += BLOCK_M * x_stride_m
-        dS_ptrs += BLOCK_M * dS_stride_m
+        x_ptrs += _wide(BLOCK_M, FAR) * x_stride_m
+        dS_ptrs += _wide(BLOCK_M, FAR) * dS_stride_m
     dA_ptrs = dA_ptr + split * dA_stride_split + k * dA_stride_k + (r[None, :].to(tl.int64) * I + i[:, None])
     tl.store(dA_ptrs, dA.to(dA_ptr.dtype.element_ty), mask=in_i[:, None] & in_r[None, :])
 
 
+# Launchers. What they read may lie in memory in any way; S of `shrink` and `out` of `expand` have to be packed
+
+
 @on_its_device
 def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
-    """S [K, M, R] = x A_k^T for x [K, M, I]. Last dimensions contiguous, here and below."""
+    """S [K, M, R] = x A_k^T for x [K, M, I]."""
+    assert _is_packed(S)
     (K, M, I), R = x.shape, A.shape[1]
     if S.numel() == 0:
         return
+    x, A = _packed(x), _packed(A)
     config, options = blocks("shrink", x, R)
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]), K)
+    far = _far(config["BLOCK_M"] * max(x.stride(1), S.stride(1)), R * A.stride(1))
+    if far:
+        options["num_warps"] = 8  # offsets of 64 bits are more than the registers of 4 warps hold on an sm_80
     strides = (*x.stride()[:2], *A.stride()[:2], *S.stride()[:2])
-    grouped_lora_shrink_kernel[grid](x, A, S, M, R, I, *strides, **config, **options)
+    grouped_lora_shrink_kernel[grid](x, A, S, M, R, I, *strides, FAR=far, **config, **options)
 
 
 @on_its_device
 def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor | None, out: Tensor) -> None:
-    """out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`; B [K, O, R] in any layout."""
+    """out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`; B [K, O, R]."""
+    assert _is_packed(out)
     (K, M, R), O = S.shape, B.shape[1]
     if out.numel() == 0:
         return
+    S, has_base = _packed(S), base is not None
+    base = out if base is None else _packed(base)
     config, options = blocks("expand", S, R)
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(O, config["BLOCK_O"]), K)
-    base_strides = (0, 0) if base is None else (base.stride(0) if base.shape[0] == K else 0, base.stride(1))
+    far = _far(config["BLOCK_M"] * max(S.stride(1), base.stride(1), out.stride(1)), O * B.stride(1), R * B.stride(2))
+    base_strides = (base.stride(0) if base.shape[0] == K else 0, base.stride(1)) if has_base else (0, 0)
     strides = (*S.stride()[:2], *B.stride(), *base_strides, *out.stride()[:2])
-    pointers = (S, B, out if base is None else base, out)
     grouped_lora_expand_kernel[grid](
-        *pointers, scaling, M, R, O, *strides, HAS_BASE=base is not None, **config, **options
+        S, B, base, out, scaling, M, R, O, *strides, HAS_BASE=has_base, FAR=far, **config, **options
     )
 
 
@@ -250,21 +272,25 @@ def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB
         dS.zero_()
         dB.zero_()
         return
+    dY, S, B = _packed(dY), _packed(S), _packed(B)
     config, options = blocks("up_backward", dY, R)
     num_parts = triton.cdiv(M, config["BLOCK_M"])
     num_r_blocks = triton.cdiv(R, config["BLOCK_R"])
     o_per_split = _split(O, config["BLOCK_O"], num_parts * num_r_blocks * K, dY)
     num_splits = triton.cdiv(O, o_per_split)
     # one part, or one split: no partial sums, the kernel writes the result itself
-    dS_parts = dS[None] if num_splits == 1 else dS.new_empty((num_splits, K, M, R), dtype=torch.float32)
-    dB_parts = dB[None] if num_parts == 1 else dB.new_empty((num_parts, K, O, R), dtype=torch.float32)
+    sums_dS, sums_dB = num_splits > 1 or not _is_packed(dS), num_parts > 1 or not dB.is_contiguous()
+    dS_parts = dS.new_empty((num_splits, K, M, R), dtype=torch.float32) if sums_dS else dS[None]
+    dB_parts = dB.new_empty((num_parts, K, O, R), dtype=torch.float32) if sums_dB else dB[None]
+    far = _far(config["BLOCK_M"] * max(dY.stride(1), S.stride(1), dS_parts.stride(2)), O * max(B.stride(1), R))
     strides = (*dY.stride()[:2], *S.stride()[:2], *B.stride()[:2], *dS_parts.stride()[:3], *dB_parts.stride()[:2])
+    sizes = (M, R, O, o_per_split, num_r_blocks)
     grouped_lora_up_backward_kernel[(num_parts, num_splits * num_r_blocks, K)](
-        dY, S, B, dS_parts, dB_parts, scaling, M, R, O, o_per_split, num_r_blocks, *strides, **config, **options
+        dY, S, B, dS_parts, dB_parts, scaling, *sizes, *strides, FAR=far, **config, **options
     )
-    if num_splits > 1:
+    if sums_dS:
         _add_up(dS_parts, dS)
-    if num_parts > 1:
+    if sums_dB:
         _add_up(dB_parts, dB)
 
 
@@ -275,17 +301,34 @@ def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
     if x.numel() == 0:
         dA.zero_()
         return
+    x, dS = _packed(x), _packed(dS)
     config, options = blocks("down_backward", x, R)
     num_i_blocks, num_r_blocks = triton.cdiv(I, config["BLOCK_I"]), triton.cdiv(R, config["BLOCK_R"])
     m_per_split = _split(M, config["BLOCK_M"], num_i_blocks * num_r_blocks * K, x)
     num_splits = triton.cdiv(M, m_per_split)
-    dA_parts = dA[None] if num_splits == 1 else dA.new_empty((num_splits, K, R, I), dtype=torch.float32)
+    sums = num_splits > 1 or not dA.is_contiguous()
+    dA_parts = dA.new_empty((num_splits, K, R, I), dtype=torch.float32) if sums else dA[None]
+    far = _far(config["BLOCK_M"] * max(x.stride(1), dS.stride(1)))
     strides = (*x.stride()[:2], *dS.stride()[:2], *dA_parts.stride()[:2])
     grouped_lora_down_backward_kernel[(num_i_blocks, num_splits * num_r_blocks, K)](
-        x, dS, dA_parts, M, R, I, m_per_split, num_r_blocks, *strides, **config, **options
+        x, dS, dA_parts, M, R, I, m_per_split, num_r_blocks, *strides, FAR=far, **config, **options
     )
-    if num_splits > 1:
+    if sums:
         _add_up(dA_parts, dA)
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether the entries of its last dimension lie side by side."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    return tensor if _is_packed(tensor) else tensor.contiguous()
+
+
+def _far(*reaches: int) -> bool:
+    """Whether an offset within a tile could pass 2^31 elements: it is a sum of two, each at most one of these."""
+    return max(reaches) >= 2**30
 
 
 def _add_up(parts: Tensor, out: Tensor) -> None:

@@ -159,6 +159,7 @@ def backward(
     K, B = responsibilities.shape
     gradient = upstream.new_empty((K, B, num_tokens), dtype=dtype)
     if gradient.numel():
+        responsibilities, logp = responsibilities.contiguous(), logp.contiguous()
         mask, mask_strides = _mask(mask, upstream)
         options = _options(K, num_tokens, mask, upstream)
         grid = (B, triton.cdiv(num_tokens, options["BLOCK_T"]))
@@ -168,8 +169,11 @@ def backward(
 
 
 def _mask(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The mask as bytes and its strides; without one, a pointer that is not followed."""
-    return (stand_in, (0, 0)) if mask is None else (mask.bool().view(torch.uint8), mask.stride())
+    """The mask as bytes and their strides; without one, a pointer that is not followed."""
+    if mask is None:
+        return stand_in, (0, 0)
+    as_bytes = mask.bool().view(torch.uint8)  # not where the mask was, if it was not boolean
+    return as_bytes, as_bytes.stride()
 
 
 def _options(K: int, T: int, mask: Tensor, stand_in: Tensor) -> dict[str, int | bool]:
