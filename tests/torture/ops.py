@@ -216,7 +216,7 @@ def value_and_gradients(f: Callable[[Tensors], Sequence[Tensor]], leaves: Tensor
 
 
 def check_sums_of_products(
-    formula: Callable[[Tensors, bool], Sequence[Tensor]],
+    formula: Callable[[Tensors, bool, float], Sequence[Tensor]],
     leaves: Tensors,
     dtype: torch.dtype,
     terms: int,
@@ -224,27 +224,28 @@ def check_sums_of_products(
 ) -> Callable[[Sequence[Tensor], Tensors, Sequence[Tensor | None]], None]:
     """The check of an op that is linear in each input: on absolute values (True) it bounds its own rounding errors.
 
-    `dtype` is what it computes in, `terms` as many as are added up for one number, or more.
+    `formula` takes leaves in fp64, whether it is on absolute values, and a scaling. `dtype` is what the op computes in,
+    `terms` as many as are added up for one number, or more.
     """
 
     def check(outputs: Sequence[Tensor], upstream: Tensors, grads: Sequence[Tensor | None]) -> None:
         gold, up = [exact(x.to(dtype)) for x in leaves], [exact(u) for u in upstream]
         floor = torch.finfo(dtype).smallest_normal
-        truth = value_and_gradients(lambda x: formula(x, False), gold, up)
-        sizes = value_and_gradients(
-            lambda x: formula(x, True), [x.abs().clamp(min=floor) for x in gold], [u.abs().clamp(min=floor) for u in up]
-        )
+        truth = value_and_gradients(lambda x: formula(x, False, scaling), gold, up)
+        absolute = [x.abs().clamp(min=floor) for x in gold], [u.abs().clamp(min=floor) for u in up]
+        sizes = value_and_gradients(lambda x: formula(x, True, abs(scaling)), *absolute)
+        # what is multiplied by a small scaling at the end must not overflow before
+        unscaled = value_and_gradients(lambda x: formula(x, True, max(1.0, abs(scaling))), *absolute)
         dtypes = [dtype] * len(outputs) + [x.dtype for x in leaves]
         underflow = terms * floor * max([1.0, *(x.abs().max().item() for x in (*gold, *up) if x.numel())]) ** 2
-        for number, (ours, right, size, kind) in enumerate(
-            zip([*outputs, *grads], truth, sizes, dtypes, strict=True), start=-len(outputs)
+        for number, (ours, right, size, largest, kind) in enumerate(
+            zip([*outputs, *grads], truth, sizes, unscaled, dtypes, strict=True), start=-len(outputs)
         ):
             if ours is None:
                 continue
             name = f"gradient {number}" if number >= 0 else f"output {number + len(outputs)}"
             relative = 8 * eps(dtype, kind) + terms * eps(at_least_fp32(dtype))
-            unscaled = size / (min(1.0, abs(scaling)) or 1.0)  # the scaling may come last
-            require_close(name, ours, right, relative * size + underflow, kind, unscaled, dtype)
+            require_close(name, ours, right, relative * size + underflow, kind, largest, dtype)
 
     return check
 
@@ -268,9 +269,9 @@ def draw_grouped_lora(draw: Draw) -> Call:
     base = draw.one_of(None, (K, M, O), (M, O))
     leaves = [x, A, B] if base is None else [x, A, B, draw.normal(*base, dtype=dtype)]
 
-    def formula(leaves: Tensors, absolute: bool) -> Sequence[Tensor]:
+    def formula(leaves: Tensors, absolute: bool, scaling: float) -> Sequence[Tensor]:
         x, A, B, *base = leaves
-        return [reference.grouped_lora(x, A, B, abs(scaling) if absolute else scaling, base[0] if base else None)]
+        return [reference.grouped_lora(x, A, B, scaling, base[0] if base else None)]
 
     return Call(
         text=look(x=x, A=A, B=B, scaling=scaling, base_out=leaves[3] if base else None),
@@ -278,7 +279,7 @@ def draw_grouped_lora(draw: Draw) -> Call:
         constants=[],
         run=lambda leaves: [grouped_lora(*leaves[:3], scaling, *leaves[3:], backend=draw.backend)],
         check=check_sums_of_products(formula, leaves, dtype, K * (R + M) + I + O + 8, scaling),
-        plain=lambda leaves: formula(leaves, False),
+        plain=lambda leaves: formula(leaves, False, scaling),
         must_refuse=of_A is not None and of_A != dtype,
         may_refuse=empty,
     )
@@ -304,12 +305,12 @@ def draw_lora_linears(draw: Draw) -> Call:
         x, *adapters = leaves
         return lora_linears(x, weights, biases, adapters[:n], adapters[n:], scaling, backend=draw.backend)
 
-    def formula(leaves: Tensors, absolute: bool) -> Sequence[Tensor]:
+    def formula(leaves: Tensors, absolute: bool, scaling: float) -> Sequence[Tensor]:
         x, *adapters = leaves
         fixed = [[None if t is None else exact(t) for t in tensors] for tensors in (weights, biases)]
         if absolute:
             fixed = [[None if t is None else t.abs() for t in tensors] for tensors in fixed]
-        outs = reference.lora_linears(x, *fixed, adapters[:n], adapters[n:], abs(scaling) if absolute else scaling)
+        outs = reference.lora_linears(x, *fixed, adapters[:n], adapters[n:], scaling)
         return [out.expand(K, *out.shape[-2:]) for out in outs]
 
     return Call(
@@ -318,7 +319,7 @@ def draw_lora_linears(draw: Draw) -> Call:
         constants=[t for t in (*weights, *biases) if t is not None],
         run=run,
         check=check_sums_of_products(formula, leaves, dtype, K * (sum(R) + M) + I + sum(O) + 8, scaling),
-        plain=lambda leaves: formula(leaves, False),
+        plain=lambda leaves: formula(leaves, False, scaling),
         num_differentiable=n,
         must_refuse=of_weights != dtype,
         may_refuse=empty,
@@ -354,6 +355,11 @@ class Head:
             dtype,
             1e-5 if tame and dtype != torch.float64 else None,
         )
+
+    @property
+    def may_be_refused(self) -> bool:
+        """A cap that fp32 cannot hold."""
+        return self.softcap is not None and self.softcap < torch.finfo(torch.float32).tiny
 
     @property
     def options(self) -> dict[str, Any]:
@@ -430,7 +436,7 @@ def draw_linear_logprob(draw: Draw) -> Call:
     stray = False
     if labels.numel() and not empty and draw.chance(0.03):
         labels = labels.clone()
-        labels.view(-1)[0] = draw.one_of(V, -1, -101, 2**40)
+        labels[(0,) * labels.dim()] = draw.one_of(V, -1, -101, 2**40)
         stray = True
     of_weight = draw.floating() if draw.chance(0.02) else dtype
     head.weight = head.weight.to(of_weight)
@@ -458,7 +464,7 @@ def draw_linear_logprob(draw: Draw) -> Call:
         check=check,
         plain=lambda leaves: [head.plain(leaves[0], labels)],
         must_refuse=of_weight != dtype or stray,
-        may_refuse=empty,
+        may_refuse=empty or head.may_be_refused,
         tame=head.promised is not None and not blind and not empty,
     )
 
@@ -487,7 +493,9 @@ def check_reduction(alpha: float, outputs: Sequence[Tensor], dtype: torch.dtype)
         scores = np.longdouble(alpha) * below
         right = -peak - np.log1p(np.expm1(scores).mean(axis=0)) / np.longdouble(alpha)
         r = np.exp(scores) / np.exp(scores).sum(axis=0)
-    right = np.where(impossible, np.inf, right)
+    # beyond 1e100 nats, where some particles give no mass and alpha is next to nothing, a loss is as good as infinite
+    right = np.where(impossible | (right > 1e100), np.inf, right)
+    loss = loss.where(loss < 1e100, torch.inf)
     in_fp64 = lambda x: torch.from_numpy(np.asarray(x, dtype=np.float64))
     e, truth = eps(dtype), in_fp64(right)
     finite = torch.from_numpy(np.where(np.isfinite(s), abs(s), 0).max(axis=0).astype(np.float64))
@@ -596,7 +604,7 @@ def draw_renyi_loss(draw: Draw) -> Call:
         run=run,
         check=check,
         plain=plain,
-        may_refuse=empty,
+        may_refuse=empty or head.may_be_refused,
         tame=head.promised is not None and not empty and (alpha == 0 or 1e-8 <= alpha <= 3),
     )
 
@@ -624,7 +632,7 @@ def one_call(draw: Draw, tally: Tally) -> None:
     call = OPS[op](draw)
     way = "gradient"
     if draw.chance(0.15):
-        way = draw.one_of("value", "direction", "second") if call.tame else "value"
+        way = draw.one_of("value", "direction", "second") if call.tame and not call.must_refuse else "value"
     tally.counts[f"by {draw.backend}"] += 1
     before, state = [x.clone() for x in (*call.leaves, *call.constants)], _global_state()
     problem = ""
