@@ -4,11 +4,13 @@ back on the checkpoint before and names both, or gets exactly what was written.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,7 @@ class Subject:
 
     def _resume(self) -> Any:
         """State, adapters and moments that a resumed run would go on with."""
-        opened = RunFolder.open(self.config)
-        with nullcontext(opened) if isinstance(opened, RunFolder) else opened as run:
+        with RunFolder.open(self.config) as run:
             return self._of_checkpoint(run.resume_from)
 
     def _newest(self) -> Any:
@@ -197,7 +198,7 @@ class Attack:
         _put(path, damage.content)
         problem = ""
         try:
-            with warnings.catch_warnings(record=True) as caught:
+            with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("always")
                 found = reader.read()
             self._judge(found, reader, path, [str(warning.message) for warning in caught])
