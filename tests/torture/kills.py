@@ -47,7 +47,7 @@ class Attack:
         else:
             resume = ""
         story: list[str] = []
-        strikes = rng.choice((1, 1, 1, 2, 3))
+        strikes = rng.choice((1, 1, 2, 2, 3))
         for attempt in range(MOST_ATTEMPTS):
             call = first_call if attempt == 0 else rng.randint(1, self.bench.num_calls[objective])
             strike = self._strike(rng, call, self.bench.seconds[objective]) if attempt < strikes else None
@@ -72,7 +72,7 @@ class Attack:
         shutil.rmtree(run, ignore_errors=True)
 
     def _strike(self, rng: random.Random, call: int, seconds: float) -> Strike:
-        signum = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
+        signum = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
         return Strike(signum, after_s=rng.uniform(0, seconds)) if rng.random() < 0.2 else Strike(signum, call)
 
     def _run(self, argv: list[str], run: Path, strike: Strike | None) -> Ended:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .tally import Tally
 
-SHARES = {"ops": 0.97, "kills": 0.57, "two_processes": 0.2, "flips": 0.2}
+SHARES = {"ops": 0.97, "kills": 0.57, "two_processes": 0.16, "flips": 0.24}
 """Of the time, in the order in which the kinds start: one process has `ops` alone, the other one the rest.
 `flips` comes last: it reads data sets, which starts threads, and no process may fork after that."""
 FEWEST_TRIES = 3
