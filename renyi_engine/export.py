@@ -60,11 +60,13 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
 
 def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
     """What a run was told: every name known, every value of its type and in its range."""
-    kind = DpoConfig if _OF_DPO & read_yaml(path).keys() else SftConfig
-    trust = f"--trust_remote_code={trust_remote_code}"
-    return parse(kind, ["--config", str(path), trust], "renyi-engine dpo" if kind is DpoConfig else "renyi-engine sft")[
-        0
-    ]
+    values = read_yaml(path)
+    for name in ("model_name_or_path", "dataset_name", "output_dir"):
+        if not values.get(name):
+            raise ValueError(f"{path}: not the settings of a run: {name} is missing; restore the file")
+    kind, command = (DpoConfig, "dpo") if _OF_DPO & values.keys() else (SftConfig, "sft")
+    flags = ["--config", str(path), f"--trust_remote_code={trust_remote_code}"]
+    return parse(kind, flags, f"renyi-engine {command}")[0]
 
 
 def _check(

@@ -78,8 +78,7 @@ class RunFolder:
         """Save the settings. Set aside what an abandoned branch left after `step`; forget lines of metrics after it,
         which will be measured again."""
         self._set_aside(step)
-        saved = dataclasses.replace(config, resume_from_checkpoint=None)
-        files.write_text(self.path / CONFIG_FILE, to_yaml(saved))
+        self.save_settings(config)
         for path in (self._metrics, self.skips):
             if path.exists():
                 lines = _lines(path)
@@ -87,6 +86,9 @@ class RunFolder:
                     if _step_of(line) == math.inf:
                         warnings.warn(f"{path}: line {number} is damaged and is left out", stacklevel=2)
                 files.write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+
+    def save_settings(self, config: TrainConfig) -> None:
+        files.write_text(self.path / CONFIG_FILE, to_yaml(dataclasses.replace(config, resume_from_checkpoint=None)))
 
     def _set_aside(self, step: int) -> None:
         """Where checkpoints are newer than `step`, move them, and what else was made after it, into a run folder of

@@ -87,6 +87,8 @@ def train(config: TrainConfig) -> TrainResult:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
+        if run.resume_from is None:
+            run.save_settings(config)  # before anything else: they tell that the folder is a run's
         for part in (dataset.train, dataset.held_out):
             base = ensemble.base_fingerprint["digest"]
             part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, base)
@@ -282,7 +284,8 @@ class _Trainer:
         with must_fit("an evaluation", "lower --per_device_eval_batch_size"):
             evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
         summary = evaluation.summary(self.state.alpha)
-        if self.dataset.held_out:
+        # a run that is taken up at its end has the line already
+        if self.dataset.held_out and not self.run.has_evaluation(self.state.step):
             epoch = self.state.step / self.sampler.steps_per_epoch
             self.run.log({"step": self.state.step, "epoch": epoch} | {f"eval_{k}": v for k, v in summary.items()})
         self.run.write_json(

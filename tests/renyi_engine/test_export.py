@@ -129,6 +129,16 @@ def test_a_broken_config_is_one_line(edited, exported, text):
     assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: ")
 
 
+@pytest.mark.parametrize("text", ["{}", "dataset_name: a", "model_name_or_path: a\ndataset_name: b"])
+def test_a_config_that_was_cut_short_is_told_as_that(edited, exported, text):
+    run = edited()
+    (run / "config.yaml").write_text(text)
+    code, error = exported(run)
+    assert code == EXIT_BAD_INPUT
+    assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: not the settings of a run: ")
+    assert "--" not in error  # export has no flag for what is missing
+
+
 @pytest.mark.parametrize("most_bytes", [1, 300, 800])
 def test_a_disk_that_is_full_is_one_line(trained, exported, most_bytes):
     """Files of this process may grow to so many bytes: the system's error is the one of a full disk in all but name."""

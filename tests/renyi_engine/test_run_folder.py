@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import renyi_engine.trainer as trainer
-from renyi_engine import TrainingDiverged, TrainingInterrupted, checkpoint, train
+from renyi_engine import DpoConfig, LoraEnsemble, TrainingDiverged, TrainingInterrupted, checkpoint, train
 from renyi_engine.export import export
 from renyi_engine.files import read_json, sha256_of
 from renyi_engine.output_folder import locked
@@ -213,6 +213,33 @@ def test_a_signal_at_a_step_that_evaluates_loses_no_line(sft_config, data_file, 
         return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in found]
 
     assert lines(broken) == lines(whole)
+
+
+def test_a_run_that_is_taken_up_at_its_end_has_its_last_evaluation_once(sft_config, data_file, monkeypatch):
+    settings = {"max_steps": 2, "eval_dataset_name": str(data_file), "dataset_test_split": "train"}
+    config = sft_config(**settings)
+    run = Path(config.output_dir)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(LoraEnsemble, "save_pretrained", lambda *_, **__: kill())
+        train(config)
+    for _ in range(2):
+        train(replace(config, resume_from_checkpoint="true"))
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        assert [(line["step"], "loss_nats" in line) for line in lines] == [(1, True), (2, True), (2, False)]
+
+
+def test_a_run_that_is_killed_before_its_first_step_can_be_taken_up(sft_config, tmp_path, monkeypatch):
+    """What preferences are compared with is made before that, and is in the folder already."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
+    settings = vars(sft_config(max_steps=1, dataset_name=str(pairs)))
+    config = DpoConfig(**settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer, "_Trainer", lambda *_: kill())
+        train(config)
+    assert list(Path(config.output_dir).glob("reference-*"))
+    with pytest.warns(UserWarning, match="holds no checkpoint yet"):
+        assert train(replace(config, resume_from_checkpoint="true")).global_step == 1
 
 
 def make_all_nan(monkeypatch, steps) -> None:
