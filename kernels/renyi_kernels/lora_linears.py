@@ -153,7 +153,7 @@ def _gradients(
                 dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
             lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
-        # one tensor for all maps: wide enough for each of their dtypes
+        # one tensor for all maps, in a dtype that holds each of theirs
         dA = lora_products.gradient_of_A(passes, x, dS, _common_dtype(A))
     return [dx, dA, *dB]
 

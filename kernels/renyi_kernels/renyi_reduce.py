@@ -16,7 +16,8 @@ from renyi_kernels import reference
 from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import at_least_fp32
 
-# beyond these the loss does not change any more, but 1/alpha, by which a gradient passes, would overflow or vanish
+# below it, and above its inverse, the loss does not change any more, but 1/alpha, a factor of the gradient, would
+# overflow or vanish
 _LEAST_ALPHA = 1e-200
 
 
