@@ -243,7 +243,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 def differences(run: Path, truth: Path, *, other_checkpoints: bool = False, set_aside: bool = False) -> Iterator[str]:
-    """What differs, bit by bit, between a run and the undisturbed one, `truth`; times are not compared. Each text begins
+    """What differs, bit by bit, between a run and the undisturbed one, `truth`; times are left out. Each text begins
     with the kind of difference.
 
     `other_checkpoints`: the run may have saved at other steps before the last. `set_aside`: the folder in which it set
