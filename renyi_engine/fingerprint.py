@@ -10,7 +10,6 @@ on the device where they are. Checksums show accidents, not forgeries.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+from renyi_engine import files
 
 Fingerprint = Mapping[str, Any]
 
@@ -198,4 +199,4 @@ def _multipliers(device: torch.device) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return files.sha256_of_json(value)[:16]
