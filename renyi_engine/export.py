@@ -24,7 +24,7 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
     """Write the adapters of `source`, RUN/checkpoint-N or RUN for its newest, to `output`/p000, p001, ...
 
     Args:
-        trust_remote_code: run code that comes with the base; what the run's settings say of it is not obeyed.
+        trust_remote_code: run code that comes with the base; what the run's settings say about it does not count.
 
     Raises:
         ValueError: no such checkpoint, or damaged; the run's settings cannot be read, or are not those of the
@@ -60,11 +60,10 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
 
 def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
     """What a run was told: every name known, every value of its type and in its range."""
-    kind = DpoConfig if _OF_DPO & read_yaml(path).keys() else SftConfig
-    trust = f"--trust_remote_code={trust_remote_code}"
-    return parse(kind, ["--config", str(path), trust], "renyi-engine dpo" if kind is DpoConfig else "renyi-engine sft")[
-        0
-    ]
+    kind, command = (DpoConfig, "dpo") if _OF_DPO & read_yaml(path).keys() else (SftConfig, "sft")
+    argv = ["--config", str(path), f"--trust_remote_code={trust_remote_code}"]
+    config, _ = parse(kind, argv, f"renyi-engine {command}")
+    return config
 
 
 def _check(

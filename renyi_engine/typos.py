@@ -1,4 +1,4 @@
-"""What somebody may have meant who mistyped a name."""
+"""Suggestions for a mistyped name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'alpha'?" or nothing: a hint at another name than the one that was meant is worse than none."""
+    """ "; did you mean 'alpha'?", or nothing if no known name is near: a wrong suggestion is worse than none."""
     found = near_misses(name, known)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
