@@ -94,8 +94,9 @@ class LoraEnsemble(nn.Module):
         """Put fresh adapters on `model` and freeze it.
 
         Raises:
-            ValueError: no linear map matches, the model already carries an ensemble or PEFT adapters, or it does
-                something that cannot be run for several particles at once.
+            ValueError: no linear map matches, or not one for every name and layer; the model already carries an
+                ensemble or PEFT adapters, has weights that are not finite, or does something that cannot be run for
+                several particles at once. TypeError: it is no transformers model.
         """
         config = config or EnsembleConfig()
         with _claimed(model):
@@ -146,6 +147,10 @@ class LoraEnsemble(nn.Module):
         """Write `directory`/p000, p001, ...: PEFT adapter folders that PEFT and vLLM load; and ensemble.json, last.
 
         `alpha`, if given, is recorded there: the one that the ensemble was trained with.
+
+        Raises:
+            ValueError: `directory` holds a particle folder that `save_pretrained` did not write; alpha is negative or
+                not finite.
         """
         adapter_folder.write(
             Path(directory),

@@ -111,10 +111,8 @@ def group_heat_map(name: str, weights: ArrayLike, labels: Sequence[str], *, capt
     scale = pictures.colour_bar(figure, image, min(height, 160))
     scale.ax.yaxis.set_major_locator(MaxNLocator(4))
     scale.ax.yaxis.set_major_formatter(_as_percentage)
-    caption += (
-        " Each row is a group of examples and adds up to 100% over particles; the darker, the larger the particle's "
-    )
-    caption += f"mean responsibility. Even responsibilities are {1 / K:.1%}."
+    caption += " Each row is a group of examples and adds up to 100% over particles; the darker, the larger the "
+    caption += f"particle's mean responsibility. Even responsibilities are {1 / K:.1%}."
     return Picture(
         pictures.svg(figure, name, "mean responsibility of each particle for each group of examples"), caption
     )

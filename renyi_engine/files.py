@@ -1,7 +1,7 @@
 """Reading and writing safely: safetensors and JSON only, nothing is ever unpickled, what is broken is named.
 
-A file is written under a temporary name, `.tmp-NAME-RANDOM`, and renamed when it is whole: a reader finds the old file
-or the new one, also after a kill. What a kill leaves behind is removed by the next writer: see `output_folder`.
+A file is written under a temporary name, `.tmp-NAME-RANDOM`, and renamed when it is whole. So a reader finds the old
+file or the new one, also after a kill. What a kill leaves behind is removed by the next writer: see `output_folder`.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def linear_logprob(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative and one
-        in forward mode raise, except with ``backend="reference"``, which supports any order.
+        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative, or one in
+        forward mode, raises a RuntimeError, except with ``backend="reference"``, which supports any order.
 
     Raises:
         ValueError: a shape or value does not fit. TypeError: a dtype does not.

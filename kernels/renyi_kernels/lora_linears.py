@@ -39,8 +39,8 @@ def lora_linears(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative and one in forward mode
-        raise, except with ``backend="reference"``.
+        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative, or one in forward mode, raises
+        a RuntimeError, except with ``backend="reference"``.
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not.

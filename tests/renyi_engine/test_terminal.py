@@ -1,4 +1,4 @@
-"""Text of others on a terminal: what steers it is written out, what can be read stays."""
+"""Text of others on a terminal: control characters are written out, all other characters stay."""
 
 from __future__ import annotations
 
