@@ -282,8 +282,7 @@ class _Trainer:
         with must_fit("an evaluation", "lower --per_device_eval_batch_size"):
             evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
         summary = evaluation.summary(self.state.alpha)
-        # a run that is continued at its last step may have the line from before
-        if self.dataset.held_out and not self.run.has_evaluation(self.state.step):
+        if self.dataset.held_out:
             epoch = self.state.step / self.sampler.steps_per_epoch
             self.run.log({"step": self.state.step, "epoch": epoch} | {f"eval_{k}": v for k, v in summary.items()})
         self.run.write_json(
