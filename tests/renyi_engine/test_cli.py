@@ -109,7 +109,7 @@ def test_env_says_which_path_each_op_takes_and_why(capsys):
         ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
         ({"model_name_or_path": "/no/such/folder"}, "model_name_or_path: '/no/such/folder' cannot be loaded"),
         ({"dataset_name": "/no/such.jsonl"}, "dataset_name: /no/such.jsonl: no such file"),
-        ({"lora_target_modules": "no_such_proj"}, "sft: lora_target_modules: ['no_such_proj'] matches no linear map"),
+        ({"lora_target_modules": "no_such_proj"}, "sft: lora_target_modules: 'no_such_proj' matches no linear map"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flags, message):
