@@ -22,9 +22,9 @@ from typing import IO, Any
 TIME_LIMIT_S = 5
 """Processor time of one conversation, which takes some milliseconds."""
 MAX_MEMORY_MIB = 1024
-"""Memory that the worker may take beyond what it needs to start."""
+"""What the worker may ask for beyond what it needs to start."""
 
-# `python FILE` would search the folder of the file for modules first, and take this package's for others of the name
+# not by its path alone: a program's folder is where it looks for modules first, and this one holds a package's files
 _START = "import runpy, sys; sys.path[:] = filter(None, sys.path); runpy.run_path(sys.argv[1], run_name='__main__')"
 
 

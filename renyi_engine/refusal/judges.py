@@ -132,9 +132,9 @@ _AROUND = " \t*_`\"'“”‘’()[]{}<>#|.,;:-"
 def parse_answer(answer: str) -> str:
     """The label, if a judge's answer is one, whatever its case and the punctuation around it; else UNPARSED.
 
-    It may be named as such ("Label: direct_answer"), or be the last line after an explanation. A label inside a
-    sentence does not count, because the sentence may say that it does not fit; nor do two lines with different labels.
-    A thought before the answer is no part of it.
+    Also a label is one that is named as such ("Label: direct_answer"), or that the last line of an explanation is. A
+    label inside a sentence is none: the sentence may say that it does not fit. Two lines with different labels would
+    have to be guessed at. A thought before the answer is no part of it.
     """
     lines = [line.casefold() for line in (without_thought(answer) or "").splitlines() if line.strip()]
     labels = [_label_in(line) for line in lines]

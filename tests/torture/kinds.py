@@ -14,8 +14,8 @@ from pathlib import Path
 from .tally import Tally
 
 SHARES = {"ops": 0.97, "kills": 0.57, "two_processes": 0.2, "flips": 0.2}
-"""Shares of the time, in the order in which the kinds start. One process makes `ops` alone, the other one the rest.
-`flips` comes last: it reads data sets, which starts threads, and a process with threads must not fork."""
+"""Of the time, in the order in which the kinds start: one process has `ops` alone, the other one the rest.
+`flips` comes last: it reads data sets, which starts threads, and no process may fork after that."""
 FEWEST_TRIES = 3
 LINE_EVERY_S = 30.0
 
