@@ -41,7 +41,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 PLACE = "particle"
 """Key in the metadata of a particle's safetensors file: its number and how many there are, as "2/8" for p002 of 8."""
 _FORMAT = 2
-"""Of ensemble.json; format 1 had no digest."""
+"""The format of ensemble.json that is written; format 1 had no digest."""
 _PARTICLE = re.compile(r"p\d{3,}")
 _TEMPORARY = ".particles-"
 _PREFIX = "base_model.model."

@@ -135,7 +135,7 @@ class _Trainer:
         self.state = State(config.per_device_train_batch_size, skipped=[0] * K, skipped_in_a_row=[0] * K)
         self.last_checkpoint = run.resume_from
         self.loss_is_finite = True
-        """Of the last step, over the healthy particles. While it is False, no checkpoint is made."""
+        """Whether the last loss of the healthy particles is finite. While it is not, no checkpoint is made."""
         self.save_is_due = False
         if run.resume_from:
             self._restore(run.resume_from)

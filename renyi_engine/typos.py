@@ -12,9 +12,9 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def near_misses(name: str, known: Iterable[str]) -> list[str]:
-    """Those of the known names that are nearest to `name`, if they are one slip away from it, or two of a name of at
-    least 8 characters. A slip is a character too many, too few or wrong, or two neighbours exchanged. Case, and whether
-    words are joined by - or _, do not matter."""
+    """The known names nearest to `name`, if they are at most one slip away from it, or two if it has at least 8
+    characters. A slip is a character too many, too few or wrong, or two neighbours exchanged. Case, and whether words
+    are joined by - or _, do not matter."""
     distances = {other: _slips(_plain(name), _plain(other)) for other in known}
     least = min(distances.values(), default=0)
     return [other for other, slips in distances.items() if slips == least <= (2 if len(name) >= 8 else 1)]
