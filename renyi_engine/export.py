@@ -59,7 +59,7 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
 
 
 def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
-    """The settings of a run, checked as those of a command line."""
+    """What a run was told: every name known, every value of its type and in its range."""
     kind = DpoConfig if _OF_DPO & read_yaml(path).keys() else SftConfig
     trust = f"--trust_remote_code={trust_remote_code}"
     return parse(kind, ["--config", str(path), trust], "renyi-engine dpo" if kind is DpoConfig else "renyi-engine sft")[

@@ -18,7 +18,7 @@ from typing import Any
 from renyi_engine.adapted_maps import Rows
 
 _asked: ContextVar[Mapping[object, Rows]] = ContextVar("renyi_engine_rows", default=MappingProxyType({}))
-"""The rows that this thread, or asyncio task, asks for, by the key of the model's `Runs`."""
+"""What this thread, or asyncio task, asks for, by the key of the model's `Runs`."""
 
 
 class Runs:
