@@ -233,7 +233,7 @@ class Vmap:
             return -sequence_nll(output.logits, ids)
 
         # inside vmap no tensor says that it requires a gradient: cuDNN's attention and the memory-efficient one would
-        # keep nothing for their backward, and give a wrong gradient without a word
+        # keep nothing for their backward, and silently give a wrong gradient
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             return torch.vmap(one)(self.adapters)
 

@@ -1,6 +1,6 @@
 """Alpha-Renyi ensembles of LoRA adapters: K coupled particles on one frozen language model.
 
-What is named here is imported when it is first used: `import renyi_engine` alone does not wait for torch.
+A name is imported from its module when it is first used, so that `import renyi_engine` alone does not import torch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
         try:
             return importlib.metadata.version("renyi-engine")
         except importlib.metadata.PackageNotFoundError:
-            raise AttributeError("renyi-engine is not installed, so that nothing says its version") from None
+            raise AttributeError("renyi-engine is not installed, so its version is not known; pip install it") from None
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

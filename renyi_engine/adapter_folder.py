@@ -2,19 +2,18 @@
 
     DIR/p000/adapter_config.json, adapter_model.safetensors     what PEFT and vLLM load
     DIR/p001/...
-    DIR/ensemble.json                                           folders, sha256 of files, the base's fingerprint; last
+    DIR/ensemble.json                                           folders, sha256 of files, the base's fingerprint
 
-What is lost is seen. ensemble.json lists every particle, and is sealed itself. Without it, folders named p000, p001
-and so on are the particles of one ensemble, all of them: each one's file says which of how many it is. Adapter folders
-of other names are a plain set, of which nobody can say whether it is whole.
+Lost and damaged files are found when a folder is read. ensemble.json, which is written last, lists every particle, the
+checksums of its files, and a checksum of its own content. Without it, folders named p000, p001 and so on have to be all
+particles of one ensemble: the tensors file of each holds its number and how many there were. Adapter folders of other
+names are a plain set; whether it is complete cannot be checked.
 
 Layout: K particles, I/O in/out features, R rank.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor
 from renyi_engine import files, origin
 from renyi_engine.ensemble_config import EnsembleConfig
 from renyi_engine.fingerprint import Fingerprint
+from renyi_engine.messages import some
 from renyi_engine.origin import Origin
 from renyi_kernels.renyi_reduce import check_alpha
 
@@ -39,9 +39,9 @@ ENSEMBLE_FILE = "ensemble.json"
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PLACE = "particle"
-"""Where a particle's safetensors file says in its metadata which one of how many it is, as "2/8" for p002 of 8."""
+"""Key in the metadata of a particle's safetensors file: its number and how many there are, as "2/8" for p002 of 8."""
 _FORMAT = 2
-"""Of ensemble.json; 1 had no digest."""
+"""The format of ensemble.json that is written; format 1 had no digest."""
 _PARTICLE = re.compile(r"p\d{3,}")
 _TEMPORARY = ".particles-"
 _PREFIX = "base_model.model."
@@ -82,11 +82,11 @@ def write(
     fan_in_fan_out: bool,
     alpha: float | None,
 ) -> None:
-    """Write one PEFT folder a particle, then ensemble.json. Particles of an ensemble saved here before are replaced,
-    once the new ones are on the disk.
+    """Write one PEFT folder for each particle, then ensemble.json. Particles of an ensemble that was saved here before
+    are replaced, once the new ones are on the disk.
 
     Raises:
-        ValueError: something is in the way that is no particle written here before; nothing was touched then.
+        ValueError: `directory` holds a particle folder that this program did not write. Nothing was changed then.
     """
     if alpha is not None:
         check_alpha(alpha)
@@ -146,7 +146,7 @@ def write(
         _remove(previous)
         for name in names:
             (temporary / name).rename(directory / name)
-        files.write_json(directory / ENSEMBLE_FILE, ensemble | {"digest": _digest(ensemble)})
+        files.write_json(directory / ENSEMBLE_FILE, ensemble | {"digest": files.sha256_of_json(ensemble)})
     finally:
         _remove_temporary(temporary)
 
@@ -158,7 +158,7 @@ def read(directory: Path) -> SavedAdapters:
         others = _adapters_in(directory)
         if others:
             warnings.warn(
-                f"{directory}: the adapter of this folder itself is loaded, alone; those in {_some(others)} are not",
+                f"{directory}: the adapter of this folder itself is loaded, alone; those in {some(others)} are not",
                 stacklevel=3,
             )
     seeds, alpha = {}, None
@@ -201,10 +201,10 @@ def num_particles(directory: Path) -> int:
 
 
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:
-    """Hold what was read against the maps that its own config targets, {path: (in, out) features}.
+    """Compare the adapters that were read with the maps that their config targets, {path: (in, out) features}.
 
     Raises:
-        ValueError: lists what is missing, extra or misshapen.
+        ValueError: adapters are missing, extra or misshapen; the message lists them.
     """
     _same_keys(saved.directory, set(saved.adapters), set(features), "its target_modules name them in this model")
     wrong = []
@@ -214,7 +214,7 @@ def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]])
             if tuple(tensor.shape[1:]) != shape:
                 wrong.append(f"{path}.lora_{side}: {list(tensor.shape[1:])} instead of {list(shape)}")
     if wrong:
-        raise ValueError(f"{saved.directory}: adapters made for another base model; misshapen: {_some(wrong)}")
+        raise ValueError(f"{saved.directory}: adapters made for another base model; misshapen: {some(wrong)}")
 
 
 def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
@@ -226,7 +226,7 @@ def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
         unlisted = [n for n in _adapters_in(directory) if _PARTICLE.fullmatch(n) and n not in ensemble["particles"]]
         if unlisted:
             raise ValueError(
-                f"{directory}: {_some(unlisted)} is a particle that {ENSEMBLE_FILE} does not list; move it out of this "
+                f"{directory}: {some(unlisted)} is a particle that {ENSEMBLE_FILE} does not list; move it out of this "
                 "folder, if it belongs to another ensemble"
             )
         return [files.inside(directory, name) for name in ensemble["particles"]], ensemble
@@ -241,8 +241,8 @@ def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
         missing, others = sorted(set(expected) - set(names)), sorted(set(names) - set(particles))
         raise ValueError(
             f"{directory}: not the particles of one ensemble:"
-            + f" {_some(missing)} missing;" * bool(missing)
-            + f" {_some(others)} beside them;" * bool(others)
+            + f" {some(missing)} missing;" * bool(missing)
+            + f" {some(others)} beside them;" * bool(others)
             + " to load these adapters as they are, give their folders other names than p000, p001, ..."
         )
     return [files.inside(directory, name) for name in names], None
@@ -263,15 +263,17 @@ def _adapters_in(directory: Path) -> list[str]:
 
 
 def _check_places(directory: Path, folders: Sequence[Path]) -> None:
-    """Without ensemble.json, particles say themselves how many there were. One that is loaded alone, by its own folder,
-    may be any of them; so may adapters whose folders have other names."""
+    """Without ensemble.json, check by the particles' own files that none is missing.
+
+    A particle that is loaded alone, by its own folder, is not checked; nor are adapters whose folders have other names.
+    """
     if folders == [directory] or not _PARTICLE.fullmatch(folders[0].name):
         return
     for k, folder in enumerate(folders):
         place, expected = files.read_metadata(folder / TENSORS_FILE).get(PLACE), f"{k}/{len(folders)}"
         if place is not None and place != expected:
             raise ValueError(
-                f"{folder}: its file says that it is particle {place}, but it stands here as {expected}: particles, or "
+                f"{folder}: its file says that it is particle {place}, but here it is {expected}: particles, or "
                 f"{ENSEMBLE_FILE}, were lost; to load these adapters as they are, give their folders other names than "
                 "p000, p001, ..."
             )
@@ -283,7 +285,7 @@ def _check_places(directory: Path, folders: Sequence[Path]) -> None:
 
 
 def _read_ensemble(path: Path) -> dict[str, Any]:
-    """ensemble.json, held to its form: sealed, distinct particles, and a checksum for exactly their files."""
+    """Read ensemble.json, and check its form, its digest, and that it has a checksum for each file of each particle."""
     ensemble = files.read_json(path)
     kinds = {"format": int, "particles": list, "sha256": dict, "seed": int, "init": str}
     if not isinstance(ensemble, dict) or any(not isinstance(ensemble.get(key), kind) for key, kind in kinds.items()):
@@ -293,10 +295,10 @@ def _read_ensemble(path: Path) -> dict[str, Any]:
     if ensemble["format"] not in (1, _FORMAT):
         raise ValueError(f"{path}: format {ensemble['format']}; this version reads formats 1 and {_FORMAT}")
     digest = ensemble.pop("digest", None)
-    if ensemble["format"] == _FORMAT and digest != _digest(ensemble):
+    if ensemble["format"] == _FORMAT and digest != files.sha256_of_json(ensemble):
         raise ValueError(
-            f"{path}: its digest differs from its content: damaged, or changed on purpose (then remove {path.name}; "
-            "--alpha says what it said of alpha)"
+            f"{path}: its digest differs from its content: damaged, or changed on purpose (then remove {path.name}, "
+            "and pass its alpha with --alpha)"
         )
     alpha, names = ensemble.get("alpha"), ensemble["particles"]
     if alpha is not None and not (_is_number(alpha) and alpha >= 0):
@@ -310,10 +312,6 @@ def _read_ensemble(path: Path) -> dict[str, Any]:
     if different:
         raise ValueError(f"{path}: sha256: expected one for each file of each particle; missing or extra: {different}")
     return ensemble
-
-
-def _digest(ensemble: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(ensemble, sort_keys=True).encode()).hexdigest()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -338,12 +336,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / CONFIG_FILE}: {', '.join(unsupported)} cannot be represented by a plain stacked LoRA"
         )
-    layers, targets, lora_alpha = (
-        config.get("layers_to_transform"),
-        config.get("target_modules") or [],
-        config.get("lora_alpha", 8),
-    )
-    use_rslora = config.get("use_rslora", False)
+    layers, targets = config.get("layers_to_transform"), config.get("target_modules") or []
+    lora_alpha, use_rslora = config.get("lora_alpha", 8), config.get("use_rslora", False)
     if type(config["r"]) is not int or config["r"] < 1:
         raise ValueError(f"{path}: r: expected a whole number of at least 1; got {config['r']!r}")
     if not (_is_number(lora_alpha) and lora_alpha > 0):
@@ -396,7 +390,7 @@ def _read_particle(folder: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
         sides.setdefault(match["path"], {})[match["side"]] = tensor
     halves = [f"{path}.lora_{side}" for path, pair in sides.items() for side in "AB" if side not in pair]
     if halves:
-        raise ValueError(f"{folder / TENSORS_FILE}: missing {_some(halves)}")
+        raise ValueError(f"{folder / TENSORS_FILE}: missing {some(halves)}")
     return {path: (pair["A"], pair["B"]) for path, pair in sides.items()}
 
 
@@ -405,8 +399,8 @@ def _same_keys(folder: Path, found: set[str], expected: set[str], because: str) 
     if missing or extra:
         raise ValueError(
             f"{folder}: adapter tensors do not fit:"
-            + (f" missing {_some(missing)} ({because});" if missing else "")
-            + (f" extra {_some(extra)};" if extra else "")
+            + (f" missing {some(missing)} ({because});" if missing else "")
+            + (f" extra {some(extra)};" if extra else "")
         )
 
 
@@ -428,7 +422,7 @@ def _verify(directory: Path, checksums: Mapping[str, str]) -> None:
 
 def _previous(directory: Path, names: Sequence[str]) -> list[Path]:
     """The particles in `directory` that a new ensemble of these `names` replaces: those of the ensemble that was saved
-    there before, and what a save left that was cut short.
+    there before, and those that an interrupted save left.
 
     Raises:
         ValueError: one of them was not written by this program, or particles are there that belong to no ensemble.
@@ -439,7 +433,7 @@ def _previous(directory: Path, names: Sequence[str]) -> list[Path]:
         try:
             listed = [str(name) for name in files.read_json(directory / ENSEMBLE_FILE)["particles"]]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{directory / ENSEMBLE_FILE}: it is damaged, and not replaced; {way_out}") from None
+            raise ValueError(f"{directory / ENSEMBLE_FILE}: damaged, so it is not replaced; {way_out}") from None
         for name in listed:
             files.inside(directory, name)
     stray = [n for n in _adapters_in(directory) if _PARTICLE.fullmatch(n) and n not in (*listed, *names)]
@@ -453,26 +447,27 @@ def _previous(directory: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether this is a particle as `write` leaves it, even if it is killed, with nothing else in it."""
+    """Whether this folder is a particle that `write` left, whole or killed on the way, and holds nothing else."""
     if folder.is_symlink() or not folder.is_dir() or not _PARTICLE.fullmatch(folder.name):
         return False
     paths = list(folder.iterdir())
     if not all(path.is_file() and path.name.lstrip(".").startswith((CONFIG_FILE, TENSORS_FILE)) for path in paths):
         return False
-    names = {path.name for path in paths if not path.name.startswith(".")}  # the others were being written
+    names = {path.name for path in paths if not path.name.startswith(".")}  # the hidden ones are unfinished
     if not names:
         return True
     if not {TENSORS_FILE} <= names <= {CONFIG_FILE, TENSORS_FILE}:
         return False
     try:
         metadata = files.read_metadata(folder / TENSORS_FILE)
-    except Exception:  # safetensors has errors of its own for what is no such file
+    except Exception:  # safetensors raises errors of its own
         return False
     return PLACE in metadata or origin.KEY in metadata
 
 
 def _remove(folders: Iterable[Path]) -> None:
-    """Those that are particles that this program wrote; the tensors last, which tell that they are."""
+    """Remove those of the folders that are particles written by this program. The tensors file goes last: it is what
+    shows that this program wrote the folder."""
     for folder in filter(_is_own, folders):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == TENSORS_FILE):
             path.unlink()
@@ -480,7 +475,7 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def _remove_temporary(temporary: Path) -> None:
-    """A folder in which particles were written, unless something else is in it."""
+    """Remove a folder in which `write` prepared particles, unless it holds something else."""
     if not temporary.is_symlink() and temporary.is_dir():
         _remove(list(temporary.iterdir()))
         if not any(temporary.iterdir()):
@@ -494,12 +489,8 @@ def _peft_version() -> str | None:
         return None
 
 
-def _some(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _is_number(value: Any) -> bool:
-    """Whether what JSON says is a finite number, and one that a float can hold."""
+    """Whether a value of a JSON file is a finite number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

@@ -55,7 +55,7 @@ class Driver:
 
 def alpha_star(config: AlphaStarConfig) -> str:
     """Estimate the critical alpha of one adapter on a data set; results.json, examples.csv, the direction and
-    report.html go to `config.output_dir`. What was found, in a few lines.
+    report.html go to `config.output_dir`. Returns what was found, in a few lines.
 
     Raises:
         ValueError: the data, the model or the adapter cannot be used; the model cannot be differentiated twice; or

@@ -39,5 +39,5 @@ def answer(config: GenerateConfig) -> str:
 
 
 def _beside(mark: str, text: str) -> str:
-    """All lines of `text` to the right of `mark`: none of them can be taken for somebody else's."""
+    """`mark`, and all lines of `text` to the right of it, so that no line of it looks like another mark."""
     return mark + text.replace("\n", "\n" + " " * len(mark))

@@ -21,6 +21,7 @@ from renyi_engine import targets
 from renyi_engine.adapted_maps import is_plain
 from renyi_engine.head import Head
 from renyi_engine.memory import is_out_of_memory
+from renyi_engine.messages import reason
 from renyi_engine.trunk import LayerArguments, RowDimensions, row_dimensions
 
 LONG, SHORT = 12, 10
@@ -225,8 +226,8 @@ def _refuse_offloaded(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _refuse_not_finite(model: PreTrainedModel) -> None:
-    """The few tokens that are run here would not show a weight that only other tokens meet. What is quantised, or has
-    one byte, is codes."""
+    """ValueError if a weight is NaN or infinite: the few tokens that `observe` runs do not reach every weight. Weights
+    that are quantised, or have one byte, are codes and not looked at."""
     finite = {}
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1:
@@ -294,5 +295,6 @@ def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model: {type(model).__name__} cannot {what} ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"model: {type(model).__name__} cannot {what} ({type(error).__name__}: {reason(error)})"
+        ) from error

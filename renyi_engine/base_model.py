@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,13 +22,12 @@ from transformers import (
 from renyi_engine.config import ModelConfig
 from renyi_engine.limits import use_a_pad_token_within
 from renyi_engine.memory import is_out_of_memory
+from renyi_engine.messages import reason, some
 
 ARGUMENT = "model_name_or_path"
 """The setting that names a base, for errors."""
 MOST_LAYERS = 10_000
-"""Of a config that is no accident: one of more layers would be built until memory ends."""
-MOST_REASON = 500
-"""Characters of what a library says."""
+"""A config of more layers is refused: to build the model would take all memory."""
 
 
 def device_for(config: ModelConfig) -> torch.device:
@@ -76,14 +75,14 @@ def load_model(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedModel
         )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{argument}: {config.model_name_or_path} lacks {_some(missing)}, which would be random numbers; "
-            f"expected every tensor of a {type(model).__name__}: download it again, or give the model that was trained "
-            "as one"
+            f"{argument}: {config.model_name_or_path} lacks {some(missing)}, which would be random numbers; "
+            f"expected every tensor of a {type(model).__name__}: download it again, or give a model that was saved as "
+            "one"
         )
     if unread := sorted(found["unexpected_keys"]):
         warnings.warn(
             f"{argument}: {config.model_name_or_path} has tensors that a {type(model).__name__} does not use: "
-            f"{_some(unread)}",
+            f"{some(unread)}",
             stacklevel=2,
         )
     if model.dtype == torch.float16:
@@ -118,21 +117,16 @@ def _source(config: ModelConfig) -> dict:
 
 @contextmanager
 def _loading(what: str, config: ModelConfig, argument: str) -> Iterator[None]:
-    """Inside, whatever is raised becomes a ValueError of one line: each kind of file has a reader with errors of its
-    own, and what a broken file makes of them is of any kind."""
+    """Inside, any error but a lack of memory becomes a ValueError of one line. Each kind of file has a reader of its
+    own, which may raise any error on a broken file."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:MOST_REASON]
-        if not isinstance(error, (OSError, ValueError, ImportError)):
-            reason = f"{type(error).__name__}: {reason}"
+        is_plain = isinstance(error, (OSError, ValueError, ImportError))
+        said = reason(error) if is_plain else f"{type(error).__name__}: {reason(error)}"
         raise ValueError(
             f"{argument}: {config.model_name_or_path!r} cannot be loaded; expected a folder with config.json, "
-            f"a tokenizer and .safetensors weights, or the id of such a model on the hub ({what}: {reason})"
+            f"a tokenizer and .safetensors weights, or the id of such a model on the hub ({what}: {said})"
         ) from None
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

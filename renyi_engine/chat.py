@@ -229,7 +229,7 @@ class ChatTemplate:
         except LimitReached as limit:
             raise ValueError(
                 f"the chat template of {self._tokenizer.name_or_path} cannot write a conversation: it {limit}; use "
-                "another model or template, or leave out a conversation of extraordinary length"
+                "another model or template, or leave out conversations that are very long"
             ) from None
 
     def _template(self, context: Context) -> str:

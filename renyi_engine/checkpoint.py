@@ -23,6 +23,7 @@ from torch import Tensor
 
 from renyi_engine import files
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.messages import some
 
 MANIFEST_FILE = "manifest.json"
 ADAPTERS_FILE, OPTIMIZER_FILE, STATE_FILE = "adapters.safetensors", "optimizer.safetensors", "state.json"
@@ -40,7 +41,7 @@ def save(
 ) -> Path:
     """Write RUN/checkpoint-`step`, then remove of the earlier ones all but the newest `keep` - 1.
 
-    A whole checkpoint of this step is left as it is: a run reaches a step in one state only.
+    A whole checkpoint of this step is left as it is, because a run always reaches a step in the same state.
 
     Raises:
         OSError: the earlier checkpoints are untouched.
@@ -109,7 +110,7 @@ def all_of(run: Path) -> list[tuple[int, Path]]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint in one go, so that nobody finds half of it; of one that is a link, only the link."""
+    """Remove a checkpoint in one go, so that no reader finds half of it; of one that is a link, only the link."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -205,8 +206,7 @@ def _require_fitting(file: Path, tensors: Mapping[str, Tensor], shapes: Mapping[
         if name in tensors and (tensors[name].shape != shape or tensors[name].dtype != torch.float32)
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{file}: does not fit this ensemble: {'; '.join(sorted(wrong)[:3])}{more}")
+        raise ValueError(f"{file}: does not fit this ensemble: {some(sorted(wrong))}")
 
 
 def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:

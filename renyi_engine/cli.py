@@ -1,9 +1,9 @@
 """renyi-engine: the command line.
 
-Exit codes: 0 done; 1 training failed; 2 bad input, or no room for a command that does not train, told in one line; 75
-stopped by a signal after saving (resume it); 130 stopped by Ctrl-C before there was anything to save.
+Exit codes: 0 done; 1 training failed; 2 bad input, or too little memory or disk for a command that does not train, told
+in one line; 75 stopped by a signal after saving (resume it); 130 stopped by Ctrl-C before there was anything to save.
 
-A command line is read whole before torch and transformers are imported, which takes seconds.
+The whole command line is checked before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _eval(argv: Sequence[str]) -> None:
 
 
 def _alpha_star(argv: Sequence[str]) -> None:
-    """estimate the alpha from which on particles that start at an adapter part"""
+    """estimate the critical alpha of an adapter: above it, particles that start there part"""
     _print_result(AlphaStarConfig, argv, "renyi-engine alpha-star", "alpha_star", "alpha_star")
 
 
@@ -148,7 +148,7 @@ def _export(argv: Sequence[str]) -> None:
         "--trust_remote_code",
         "--trust-remote-code",
         action="store_true",
-        help="run code that comes with the base model; what the run's own settings say of it is not obeyed",
+        help="run code that comes with the base model; what the run's own settings say about it does not count",
     )
     options = parser.parse_args(argv)
     export = _imported("export", parser.prog).export
@@ -190,7 +190,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 
 def _imported(module: str, prog: str) -> Any:
-    """A module of renyi_engine, and with it torch and transformers, which are told to be quiet."""
+    """Import a module of renyi_engine, and with it torch and transformers; keep transformers quiet."""
     # one progress display, ours; errors still come through
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,6 +1,6 @@
-"""What a training run is told: of its base model, of its adapters, of its training. Names are TRL's and transformers'
-wherever they have one. Saved as resolved with every run. Settings are read before torch is imported, so nothing here
-needs it.
+"""Settings of a training run: its base model, its adapters, its training. Names are TRL's and transformers' wherever
+they have one. Every run saves its settings as resolved. They are read before torch is imported, so nothing here needs
+it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from renyi_engine.ensemble_config import ALL_LINEAR, EnsembleConfig
 from renyi_engine.settings import flag, require, require_given
 
 CONFIG_FILE = "config.yaml"
-WITH_A_SQUARE = "a number above 0 whose square is one too"
+SQUARABLE = "a number from 1e-150 to 1e150"
+"""Expected where the square has to be a number above 0 too."""
 FINITE_ALPHA = "a finite number >= 0 (0 trains the particles independently)"
+
+
+def is_squarable(value: float) -> bool:
+    return 1e-150 <= value <= 1e150
 
 
 @dataclass
@@ -30,12 +35,12 @@ class ModelConfig:
         "rank": "lora_r",
         "target_modules": "lora_target_modules",
     }
-    """What errors of `LoraEnsemble` and of whatever else takes no settings are about."""
+    """Arguments that errors of the Python API name, and the setting that each comes from."""
 
     model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
     trust_remote_code: bool = flag(
-        False, "Run code that comes with a model. Only the command line can say so, no --config file.", typed_only=True
+        False, "Run code that comes with a model. Only the command line can say so, not --config.", typed_only=True
     )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "Compute dtype; 'auto' is the checkpoint's. Adapters are fp32."
@@ -61,7 +66,7 @@ class AdapterConfig(ModelConfig):
     def adapters(
         self, num_particles: int, seed: int, init: Literal["standard", "spread"] = "standard"
     ) -> EnsembleConfig:
-        """So many of these adapters."""
+        """The ensemble of `num_particles` such adapters."""
         require(self, ("lora_r",), "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("lora_r",), "a whole number below 2^31", lambda v: v < 2**31)
         names = self.lora_target_modules
@@ -176,9 +181,8 @@ class TrainConfig(AdapterConfig):
             "save_steps", "max_consecutive_skips", "alpha_star_steps",
         )  # fmt: skip
         require(self, positive, "a number above 0", lambda v: math.isfinite(v) and v > 0)
-        require(self, ("prior_std",), WITH_A_SQUARE, lambda v: 1e-150 < v < 1e150)
-        require(self, ("kernel_bandwidth",), "a number above 0, or nothing", lambda v: v is None or v > 0)
-        require(self, ("kernel_bandwidth",), WITH_A_SQUARE, lambda v: v is None or 1e-150 < v < 1e150)
+        require(self, ("prior_std",), SQUARABLE, is_squarable)
+        require(self, ("kernel_bandwidth",), f"{SQUARABLE}, or nothing", lambda v: v is None or is_squarable(v))
         require(self, ("spike_threshold",), "a number above 1, or nothing", lambda v: v is None or v > 1)
         require(self, at_least_one, "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("eval_steps",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)

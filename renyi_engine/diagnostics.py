@@ -8,7 +8,7 @@ With p[k,t] the probability that particle k gives to token t of an example, s[k]
     out of support           the gain is below 0, or below nearly all gains of a calibration set: see `support_limit`
     contested or poisoned    not that, and the disagreement is at least `min_disagreement`
 
-The kind of an example does not depend on the others. Particles that are equal to the base put none into either.
+The flag of an example does not depend on the other examples. Particles that are equal to the base flag none.
 The disagreement is at most the distance in total variation between two particles' predictions of that token. It looks
 at one token because small differences add up over a long answer that nobody disputes, and at probabilities because
 both camps' answers then count the same: 0.99 against 0.66 is the dispute that 0.01 against 0.34 is.
@@ -70,8 +70,8 @@ class Diagnosis:
 
 
 def evaluate_nll(config: NllConfig) -> str:
-    """Diagnose every example; examples.csv, results.json and report.html go to `config.output_dir`. What was found, in
-    a few lines.
+    """Diagnose every example; examples.csv, results.json and report.html go to `config.output_dir`. Returns what was
+    found, in a few lines.
 
     Raises:
         ValueError: the data, the model or the ensemble cannot be used; or output_dir holds something.
@@ -87,7 +87,9 @@ def evaluate_nll(config: NllConfig) -> str:
         subject = load_subject(config)
         ensemble, alpha = subject.ensemble, subject.require_alpha()
         if alpha == 0:
-            raise ValueError(f"alpha: {config.ensemble} was trained at 0, where every share is 1/K; pass --alpha 1")
+            raise ValueError(
+                f"alpha: {config.ensemble} was trained at 0, where all responsibilities are 1/K; pass --alpha 1"
+            )
         if subject.num_particles < 2:
             raise ValueError(
                 f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}"
@@ -120,8 +122,8 @@ def _score(
 ) -> tuple[Evaluation, Tensor]:
     """The examples under the particles, and their log-likelihoods under the base, [N] nats.
 
-    The base is K particles that add nothing: on one path both round alike, and particles that learnt nothing gain
-    nothing. In bfloat16, a base that runs by itself is up to 0.1 nats a token off.
+    The base is scored as K particles whose B is zero. So both take the same path and round alike, and particles that
+    learnt nothing gain nothing. In bfloat16, a base that runs by itself is up to 0.1 nats a token off.
     """
     scored = evaluate(ensemble, task, examples, batch_size)
     stacked = [B for _, B in ensemble.stacked().values()]
@@ -138,7 +140,7 @@ def _score(
 
 
 class _WithDisagreement(SftTask):
-    """The task, which says too how far the particles disagree about a sequence, [B]."""
+    """The task, with scores that also say how far the particles disagree about each sequence, [B]."""
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         logp = ensemble.token_logprob(batch)
@@ -148,7 +150,7 @@ class _WithDisagreement(SftTask):
 def token_disagreement(logp: Tensor) -> Tensor:
     """max_t ( max_k p[k,t] - min_k p[k,t] ), a difference of probabilities, [K, B, T] -> [B].
 
-    logp: nats of each labelled token; 0.0 where there is no label, about which nobody disagrees.
+    logp: nats of each labelled token; 0.0 where there is no label, so the disagreement there is 0.
     """
     p = logp.exp()
     return (p.amax(dim=0) - p.amin(dim=0)).amax(dim=-1)
@@ -297,7 +299,7 @@ def _report(
         folder / "report.html",
         title="Diagnostics of examples",
         lead=f"{K} particles ({config.ensemble}) on {len(table):,} examples of {config.dataset_name}: who explains "
-        "each of them, and whether anybody does.",
+        "each of them, and whether any particle does.",
         sections=sections,
         words=[
             (

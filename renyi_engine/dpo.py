@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -251,4 +249,4 @@ def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 def _key(items: Sequence[Pair], fingerprint: str, dtype: str) -> str:
     """Of base, data and template: the tokens and labels hold the last two."""
     sequences = [[s.input_ids, s.labels] for pair in items for s in pair.sequences]
-    return hashlib.sha256(json.dumps([fingerprint, dtype, sequences]).encode()).hexdigest()[:16]
+    return files.sha256_of_json([fingerprint, dtype, sequences])[:16]

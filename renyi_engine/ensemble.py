@@ -48,8 +48,8 @@ class LoraEnsemble(nn.Module):
     While attached, the model itself runs the ensemble on particle-major rows; inside `disable_adapters()` it is the
     bare base. `detach()` gives it back as it was.
 
-    Threads may share an ensemble. Forwards, those of the model itself too, run one after the other; what they are runs
-    of belongs to the thread, or the asyncio task, that starts them. Parameters are shared: a forward beside another
+    Threads may share an ensemble. Its forwards, and those of the model itself, run one after the other. Whether the
+    adapters are on is set for each thread, or asyncio task, by itself. Parameters are shared: a forward beside another
     thread's optimizer step may read some of them before it and some after it. `copy.deepcopy` copies the model too.
 
     >>> ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=8))
@@ -94,8 +94,9 @@ class LoraEnsemble(nn.Module):
         """Put fresh adapters on `model` and freeze it.
 
         Raises:
-            ValueError: no linear map matches, the model already carries an ensemble or PEFT adapters, or it does
-                something that cannot be run for several particles at once.
+            ValueError: no linear map matches, or not one for every name and layer; the model already carries an
+                ensemble or PEFT adapters, has weights that are not finite, or does something that cannot be run for
+                several particles at once. TypeError: it is no transformers model.
         """
         config = config or EnsembleConfig()
         with _claimed(model):
@@ -146,6 +147,10 @@ class LoraEnsemble(nn.Module):
         """Write `directory`/p000, p001, ...: PEFT adapter folders that PEFT and vLLM load; and ensemble.json, last.
 
         `alpha`, if given, is recorded there: the one that the ensemble was trained with.
+
+        Raises:
+            ValueError: `directory` holds a particle folder that `save_pretrained` did not write; alpha is negative or
+                not finite.
         """
         adapter_folder.write(
             Path(directory),
@@ -302,7 +307,7 @@ class LoraEnsemble(nn.Module):
 
     @property
     def rows(self) -> Rows:
-        """What the rows of a forward are that this thread or task starts."""
+        """The rows of the forwards that this thread or task starts."""
         return self._runs.asked
 
     def disable_adapters(self) -> AbstractContextManager[None]:
@@ -433,7 +438,7 @@ class LoraEnsemble(nn.Module):
                 self._handles.append(_Takeover(layer, "_gradient_checkpointing_func", self._checkpoint))
 
     def _decode(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of the decoder's `forward`, whoever calls it."""
+        """Runs in place of the decoder's `forward`, also where the model itself calls it."""
         with self._run(self.rows):
             self._set_modes()
             return forward(*args, **kwargs)
@@ -498,7 +503,7 @@ def _detached() -> RuntimeError:
 
 @contextmanager
 def _claimed(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, an ensemble is put on the model, which no other ensemble can be put on from now on; unless it fails."""
+    """Inside, an ensemble is put on the model. From now on no other can be put on it, unless the block fails."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers PreTrainedModel; got {type(model).__name__}; "
@@ -507,7 +512,7 @@ def _claimed(model: PreTrainedModel) -> Iterator[None]:
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_A" in name for name, _ in model.named_modules()):
         raise ValueError("model: it already carries PEFT adapters; pass the bare base model")
     mine = object()
-    if vars(model).setdefault("_renyi_ensemble", mine) is not mine:  # of two threads, one is the first
+    if vars(model).setdefault("_renyi_ensemble", mine) is not mine:  # atomic: of two threads, one gets it
         raise ValueError("model: it already carries an ensemble; call detach() on that one first")
     try:
         yield

@@ -1,4 +1,4 @@
-"""What defines an ensemble. It needs no torch, so that a command line is read before torch is imported."""
+"""What defines an ensemble. Settings are read before torch is imported, so nothing here needs it."""
 
 from __future__ import annotations
 

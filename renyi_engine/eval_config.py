@@ -1,4 +1,4 @@
-"""What an evaluation is told, or whatever else looks at an ensemble: one class of settings for each command. Names are
+"""Settings of evaluations, and of whatever else looks at an ensemble: one class for each command. Names are
 transformers' wherever they have one."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from renyi_engine.config import FINITE_ALPHA, WITH_A_SQUARE, AdapterConfig, ModelConfig
+from renyi_engine.config import FINITE_ALPHA, SQUARABLE, AdapterConfig, ModelConfig, is_squarable
 from renyi_engine.settings import flag, require, require_given
 
 JUDGES = "keyword, model:FOLDER_OR_HUB_ID or endpoint:BASE_URL"
@@ -94,7 +94,7 @@ class NllConfig(EvalConfig):
         require(self, ("min_disagreement",), "a difference above 0, at most 1", lambda v: 0 < v <= 1)
         require(self, ("calibration_share",), "a share above 0, below 1", lambda v: 0 < v < 1)
         if self.alpha == 0:
-            raise ValueError("alpha: at 0 every particle has the same share of everything; expected a number above 0")
+            raise ValueError("alpha: at 0 all responsibilities are the same; expected a number above 0")
 
 
 @dataclass
@@ -183,9 +183,9 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         require(self, ("max_length", "subspace_dims"), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("max_examples", "num_resamples"), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("particle",), "a whole number of at least 0", lambda v: v >= 0)
-        require(self, ("prior_std",), WITH_A_SQUARE, lambda v: 1e-150 < v < 1e150)
+        require(self, ("prior_std",), SQUARABLE, is_squarable)
         require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
-        self.adapters(num_particles=1, seed=self.seed)  # what it takes has to make sense
+        self.adapters(num_particles=1, seed=self.seed)  # raises ValueError if they cannot be made
         if self.particle and not self.ensemble:
             raise ValueError(f"particle: expected an ensemble to take it from; got {self.particle} and no --ensemble")
         fresh, shared = asdict(AdapterConfig()), asdict(ModelConfig())

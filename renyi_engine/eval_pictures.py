@@ -89,7 +89,7 @@ def group_heat_map(name: str, weights: ArrayLike, labels: Sequence[str], *, capt
     labels = [_short(label) for label in labels]
     left, top, right, height = 14 + 4.9 * max(map(len, labels)), 46, 50, max(80, 14 * G)
     figure, ax = pictures.axes(height + top + 6, top=top, bottom=6, left=left, right=right)
-    darkest = min(1.0, max(weights.max(), 2 / K))  # even shares are half dark at most
+    darkest = min(1.0, max(weights.max(), 2 / K))  # even responsibilities are half dark at most
     image = ax.imshow(weights.T, vmin=0, vmax=darkest, **pictures.IMAGE)
     ax.spines[:].set_visible(False)
     ax.xaxis.tick_top()
@@ -111,9 +111,11 @@ def group_heat_map(name: str, weights: ArrayLike, labels: Sequence[str], *, capt
     scale = pictures.colour_bar(figure, image, min(height, 160))
     scale.ax.yaxis.set_major_locator(MaxNLocator(4))
     scale.ax.yaxis.set_major_formatter(_as_percentage)
-    caption += " Each row is a group of examples and adds up to 100% over particles; the darker, the larger the share "
-    caption += f"that the particle takes on average. An even share is {1 / K:.1%}."
-    return Picture(pictures.svg(figure, name, "mean weight of each particle on each group of examples"), caption)
+    caption += " Each row is a group of examples and adds up to 100% over particles; the darker, the larger the "
+    caption += f"particle's mean responsibility. Even responsibilities are {1 / K:.1%}."
+    return Picture(
+        pictures.svg(figure, name, "mean responsibility of each particle for each group of examples"), caption
+    )
 
 
 @pictures.style()

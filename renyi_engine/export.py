@@ -24,7 +24,7 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
     """Write the adapters of `source`, RUN/checkpoint-N or RUN for its newest, to `output`/p000, p001, ...
 
     Args:
-        trust_remote_code: run code that comes with the base; what the run's settings say of it is not obeyed.
+        trust_remote_code: run code that comes with the base; what the run's settings say about it does not count.
 
     Raises:
         ValueError: no such checkpoint, or damaged; the run's settings cannot be read, or are not those of the

@@ -1,6 +1,6 @@
 """Reading and writing safely: safetensors and JSON only, nothing is ever unpickled, what is broken is named.
 
-A file is written under a temporary name, `.tmp-NAME-RANDOM`, and renamed when it is whole: whoever reads finds the old
+A file is written under a temporary name, `.tmp-NAME-RANDOM`, and renamed when it is whole. So a reader finds the old
 file or the new one, also after a kill. What a kill leaves behind is removed by the next writer: see `output_folder`.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _CHECKSUM = "sha256"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 TEMPORARY = ".tmp-"
-"""What the name of every file and folder begins with that is not yet whole."""
+"""The names of unfinished files and folders begin with this."""
 
 
 def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         mode = temporary.stat().st_mode
         try:
             save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # of the system: the disk is full, say
+        except SafetensorError as error:  # an error of the system, such as a full disk
             raise OSError(f"{path}: cannot be written ({error})") from None
         temporary.chmod(mode)  # the library lets only the owner read what it writes
         _sort_metadata(temporary)
@@ -108,6 +108,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises ValueError, in one line, if the file is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,8 +129,8 @@ def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
     """A line for each of the rows, all of one class, under the names of its fields.
 
     An apostrophe stands in front of a text that a spreadsheet would take for a formula, or that begins with one itself.
-    So whoever reads the file takes one apostrophe off every text that begins with one, as `read_csv` does. A number is
-    written as it is.
+    To read the file, remove the first character of every text that begins with an apostrophe, as `read_csv` does. A
+    number is written as it is.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(rows[0])])
@@ -162,13 +163,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` for what will become it; nobody can guess it, and so put a link there beforehand."""
+    """A name beside `path` for its new content. Nobody can guess it, so nobody can put a link there beforehand."""
     return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A new empty file, whose mode follows the umask; when the block is done it is on the disk, and becomes `path`."""
+    """Gives a new empty file, whose mode follows the umask. After the block, what was written there becomes `path`."""
     temporary = temporary_name(path)
     try:
         temporary.touch(exist_ok=False)
@@ -192,11 +193,17 @@ def make_folder(path: Path, argument: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """The checksum of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The checksum of a value that JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def fsync(path: Path) -> None:

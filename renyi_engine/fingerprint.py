@@ -10,7 +10,6 @@ on the device where they are. Checksums show accidents, not forgeries.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+from renyi_engine import files
 
 Fingerprint = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
         quantised:4f1d2a90b3c871ee           codes of quantised weights
         unknown                              weights that are not there to be read, as those on the device "meta"
     """
-    return _sealed(_config_values(model), _checksums(model))
+    return _with_digest(_config_values(model), _checksums(model))
 
 
 def is_fingerprint(value: Any) -> bool:
@@ -60,7 +61,7 @@ def is_fingerprint(value: Any) -> bool:
         and isinstance(value["config"], dict)
         and isinstance(value["weights"], dict)
         and all(isinstance(checksum, str) for checksum in value["weights"].values())
-        and value == _sealed(value["config"], value["weights"])
+        and value == _with_digest(value["config"], value["weights"])
     )
 
 
@@ -109,7 +110,7 @@ def _kind_of_difference(found: Difference, a: str | None, b: str | None) -> list
     return found.weights if kind_a == kind_b else found.unknown
 
 
-def _sealed(config: Mapping[str, Any], weights: Mapping[str, str]) -> dict[str, Any]:
+def _with_digest(config: Mapping[str, Any], weights: Mapping[str, str]) -> dict[str, Any]:
     return {"digest": _short([config, weights]), "config": config, "weights": weights}
 
 
@@ -198,4 +199,4 @@ def _multipliers(device: torch.device) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return files.sha256_of_json(value)[:16]

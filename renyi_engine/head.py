@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from renyi_engine.adapted_maps import is_matrix
 from renyi_engine.memory import is_out_of_memory
+from renyi_engine.messages import reason
 from renyi_kernels import linear_logprob
 
 EXACT = 1e-5
@@ -124,10 +125,9 @@ def _ask(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: {type(model).__name__} makes no logits of the hidden states of text alone "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {reason(error)})"
         ) from error
     finally:
         handle.remove()

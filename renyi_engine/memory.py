@@ -29,7 +29,8 @@ def must_fit(what: str, remedy: str | None = None) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ended: the device's, or this machine's."""
-    if isinstance(error, MemoryError):
+    # torch.OutOfMemoryError by its name: a command line is read without an import of torch
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 

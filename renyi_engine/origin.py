@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from renyi_engine import files
 from renyi_engine.fingerprint import Fingerprint, difference, fingerprint, is_fingerprint
+from renyi_engine.messages import some
 
 KEY = "base"
 """Where the fingerprint stands in ensemble.json and in the metadata."""
@@ -79,7 +80,7 @@ def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
         if found.weights:
             raise ValueError(
                 f"{there}another base than this model{f' ({own_name})' * bool(own_name)}: the weights of "
-                f"{_some(found.weights)} differ; {remedy}, or adapters of this model as --ensemble (directory); "
+                f"{some(found.weights)} differ; {remedy}, or adapters of this model as --ensemble (directory); "
                 "LoraEnsemble.from_pretrained(..., check_base=False) loads them without this check"
             )
         if found.values:
@@ -87,7 +88,7 @@ def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
         if found.unknown:
             _warn(
                 f"{there}{origin.name or 'a base'!r}; whether this model is the same cannot be told, as the weights of "
-                f"{_some(found.unknown)} are quantised, or missing, in one of the two"
+                f"{some(found.unknown)} are quantised, or missing, in one of the two"
             )
 
 
@@ -95,10 +96,6 @@ def _last_name(name: str) -> str:
     """ "qwen2.5-0.5b" of Qwen/Qwen2.5-0.5B, of a folder of that name, and of the hub's cache."""
     cached = re.search(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", name)
     return (cached[1] if cached else Path(name).name).casefold()
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _warn(message: str) -> None:

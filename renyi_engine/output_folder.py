@@ -12,15 +12,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from renyi_engine import files
+from renyi_engine.messages import some
 
 LOCK_FILE = ".lock"
 """An empty file. The lock on it ends with the process that holds it, however that ends; a kill leaves the file."""
-NUM_NAMED = 5
 
 
 @contextmanager
 def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
-    """Inside the block, `path`, made if need be, is this process's alone, for results to come.
+    """Make `path` if need be. Inside the block, no other process writes results into it.
 
     Raises:
         ValueError, naming `argument`: it is not free, see `require_free`; cannot be written; another process is writing
@@ -34,8 +34,8 @@ def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
-    """As `claimed`, for a command that can go on with its own earlier work: it asks for itself what the folder holds,
-    and clears away leftovers when it has found that they are its own."""
+    """`claimed` without a look at what the folder holds, for a command that can continue its own earlier work. Such a
+    command checks the folder itself, and calls `clear_away_leftovers` once it knows that the folder is its own."""
     lock = FileLock(files.make_folder(path, argument) / LOCK_FILE, timeout=0)
     try:
         lock.acquire()
@@ -46,7 +46,7 @@ def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
     try:
         yield path
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: nobody else's lock is on it yet
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release, while no other process can hold it
         lock.release()
 
 
@@ -54,9 +54,8 @@ def require_free(path: Path, argument: str = "output_dir") -> None:
     """ValueError, naming `argument`, unless the folder is empty. Hidden files do not count."""
     held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     if held:
-        more = f" and {len(held) - NUM_NAMED} more" if len(held) > NUM_NAMED else ""
         raise ValueError(
-            f"{argument}: {path} already holds {', '.join(held[:NUM_NAMED])}{more}, which would be lost or mixed up; "
+            f"{argument}: {path} already holds {some(held)}, which would be lost or mixed up; "
             f"choose another --{argument}, or remove them"
         )
 
@@ -71,4 +70,4 @@ def clear_away_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-            warnings.warn(f"{leftover}: removed; its writer was killed before it was whole", stacklevel=2)
+            warnings.warn(f"{leftover}: removed; its writer was killed before it was finished", stacklevel=2)

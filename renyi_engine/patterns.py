@@ -14,7 +14,7 @@ import regex
 
 _MOST_CHARACTERS = 10_000
 _PATIENCE_S = 2.0
-"""What one may take for all paths of a model."""
+"""Seconds that one expression may take for all paths of a model."""
 
 
 def check(pattern: str) -> None:
@@ -24,7 +24,7 @@ def check(pattern: str) -> None:
             f"target_modules: a regular expression of {len(pattern)} characters; expected at most {_MOST_CHARACTERS}"
         )
     try:
-        re.compile(pattern)  # what PEFT uses, and it is to load the adapters
+        re.compile(pattern)  # PEFT, which has to load the adapters, uses this one
         regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ValueError(
@@ -34,7 +34,11 @@ def check(pattern: str) -> None:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether `pattern` matches a whole path. Raises ValueError, as does what it returns if all calls take too long."""
+    """A function that says whether `pattern` matches a whole path.
+
+    Raises:
+        ValueError: see `check`. The function raises it too, once all of its calls together take too long.
+    """
     check(pattern)
     compiled, end = regex.compile(pattern), time.monotonic() + _PATIENCE_S
 

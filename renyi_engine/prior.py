@@ -81,8 +81,8 @@ def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> T
 
 
 def squared_distances(stacked: list[Tensor]) -> Tensor:
-    """||phi_k - phi_j||^2, [K, K]. They are measured from the particle that is nearest to zero: the Gram matrix must
-    not cancel where particles are close, nor lose them where one is far away."""
+    """||phi_k - phi_j||^2, [K, K]. The particle nearest to zero is first subtracted from all, so that the Gram matrix
+    loses no digits where particles are close, nor where one is far away."""
     origin = _squared_norms(stacked).argmin().view(1)
     gram = torch.stack([(c := p - p.detach().index_select(0, origin)) @ c.mT for p in stacked]).sum(dim=0)
     norms = gram.diagonal()
@@ -95,12 +95,12 @@ def _squared_norms(stacked: list[Tensor]) -> Tensor:
 
 
 def _sound(norms: Tensor) -> Tensor:
-    """Which particles, of these squared norms, are finite, and so are their squared distances from each other."""
+    """Whether each of these squared norms is finite, and so small that squared distances are finite too, [K]."""
     return norms < torch.finfo(norms.dtype).max / 16
 
 
 def _median_bandwidth_squared(squared: Tensor, sound: Tensor) -> Tensor:
-    """Of the pairs of sound particles; 1 where there are none."""
+    """h^2 by the median heuristic, over the pairs of sound particles; 1 if there is no pair."""
     num_particles = len(sound)
     if num_particles == 1:
         return squared.new_ones(())

@@ -22,7 +22,7 @@ from renyi_engine.terminal import visible
 T = TypeVar("T")
 
 LONGEST_ETA_S = 10**10
-"""Seconds, three hundred years: where somebody gives a number of steps that will never be reached."""
+"""The longest ETA that is shown: 300 years. --max_steps may be a number that no run reaches."""
 
 QUIET_S = 30.0
 """Seconds from one line to the next where there is no terminal."""

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from renyi_engine.adapted_maps import Rows
 from renyi_engine.limits import changing_positions
 from renyi_engine.memory import is_out_of_memory
+from renyi_engine.messages import reason
 
 if TYPE_CHECKING:
     from renyi_engine.ensemble import LoraEnsemble
@@ -117,7 +118,7 @@ def _cache_agrees(ensemble: LoraEnsemble) -> bool:
                 if is_out_of_memory(error):
                     raise
                 # a model may take no cache at all, or one of a class of its own; models raise different errors then
-                agrees, problem = False, str(error).splitlines()[0]
+                agrees, problem = False, reason(error)
         ensemble.reads_from_cache = agrees
         if not agrees:
             warnings.warn(

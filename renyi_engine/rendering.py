@@ -1,9 +1,9 @@
-"""A chat template is a program that came with a model: it runs in a process of its own, where time and memory end.
+"""Renders chat templates in a process of its own, whose time and memory are limited.
 
-transformers renders in a sandbox that keeps a template from files and modules, but lets it loop for ever, or double a
-text until the machine has no memory left. So this file is also a program: a worker that renders one conversation after
-the other, and that the kernel ends when one of them takes too long. It is started once, at the first conversation, and
-needs transformers and jinja, but not torch.
+A chat template is a program that comes with a model. transformers runs it in a sandbox, which keeps it from files and
+modules, but lets it loop for ever, or double a text until the machine has no memory left. So this file is also a
+program: a worker that renders one conversation after the other. If one of them takes too long, the operating system
+ends the worker. It is started at the first conversation, and needs transformers and jinja, but not torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TemplateRefuses(Exception):
 
 
 class LimitReached(Exception):
-    """The template did not end within the time and the memory that it is given; the text says what it did instead."""
+    """The template needs more than its time or memory; the text says which, as "takes more than 5 s"."""
 
 
 def render(**arguments: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -55,12 +55,13 @@ def render(**arguments: Any) -> tuple[str, list[tuple[int, int]]]:
 
 @cache
 def _worker(process_id: int) -> _Worker:
-    """That of this process. A fork has one of its own: with one between them, they would read each other's replies."""
+    """The worker of this process. A forked process gets one of its own: two processes with the same worker would read
+    each other's replies."""
     return _Worker()
 
 
 class _Worker:
-    """The process, started when it is first asked, and again after it was ended."""
+    """The worker's process, started at the first request, and again if it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,7 +73,7 @@ class _Worker:
             try:
                 return self._ask(request)
             except BaseException:
-                self._stop()  # a reply that is still to come would be taken for the next one's
+                self._stop()  # a late reply would be taken for that to the next request
                 raise
 
     def _ask(self, request: Any) -> dict[str, Any]:

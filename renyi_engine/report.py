@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from renyi_engine import page, pictures
 from renyi_engine.alpha import alpha_rule, parse_controller
 from renyi_engine.files import read_json
+from renyi_engine.messages import reason
 from renyi_engine.objective import data_term
 from renyi_engine.page import Table
 from renyi_engine.pictures import ACCENT, INK, MUTED, PAPER, Array, order_examples, particle_colours
@@ -78,7 +79,7 @@ def write_report(
 
 
 def responsibilities(logp_nats: Array, alpha: float) -> Array:
-    """Shares [K, N] of each example, exactly as training takes them: softmax over particles of alpha * logp (8)."""
+    """Responsibilities [K, N], exactly as training takes them: softmax over particles of alpha * logp (8)."""
     return data_term(torch.from_numpy(logp_nats), alpha, logp_nats.shape[1])[1].responsibilities.numpy()
 
 
@@ -101,8 +102,7 @@ def _read_run(folder: Path) -> _Run:
         controller = config.get("alpha_controller")
         name, value = parse_controller(str(controller)) if controller else ("", 0.0)
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{path}: no num_particles and alpha to be read ({problem}); restore it") from None
+        raise ValueError(f"{path}: no num_particles and alpha to be read ({reason(error)}); restore it") from None
     facts = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     if not isinstance(facts, dict):
         raise ValueError(f"{folder / 'run.json'}: expected a JSON object; remove the file to do without it")

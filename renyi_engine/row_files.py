@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from renyi_engine.messages import reason
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -181,7 +183,7 @@ def _parquet(path: Path) -> list[Row]:
         try:
             return from_arrow(pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())))
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"not a whole parquet file ({one_line(error)})") from None
+            raise ValueError(f"not a whole parquet file ({reason(error)})") from None
 
 
 def _plain(kind: pyarrow.DataType, value: Any) -> Any:
@@ -196,9 +198,3 @@ def _plain(kind: pyarrow.DataType, value: Any) -> Any:
     if getattr(kind, "extension_name", None) == "arrow.json":
         return json.loads(value)
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, or of the one that caused it, in one line."""
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split()) or type(cause).__name__

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from renyi_engine import typos
-from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, one_line, read_file, suffix
+from renyi_engine.messages import reason
+from renyi_engine.row_files import SUFFIXES, Row, from_arrow, kind_of, read_file, suffix
 
 # options that a folder's README.md may give to a reader, beside the files themselves
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
 # TRL and others call the rows of a file the split train; whoever asks for that split gets the file
 _SPLIT_OF_A_FILE = "train"
-MOST_REASON = 500
-"""Characters of what `datasets` says of a data set that it cannot read: it may list all files of a folder."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
         else:
             found = _from_hub(name, config_name)
     except ValueError as error:
-        raise ValueError(f"{argument}: {name}: {one_line(error)}") from None
+        raise ValueError(f"{argument}: {name}: {reason(error)}") from None
     except MemoryError:
         raise ValueError(f"{argument}: {name}: does not fit into memory; give a part of it") from None
     return Splits(name, argument, found)
@@ -193,7 +192,7 @@ def _told_by_datasets() -> Iterator[None]:
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a reader of its own for every kind of file, each with errors of its own
-        raise ValueError(f"cannot be read as a data set ({one_line(error)[:MOST_REASON]})") from None
+        raise ValueError(f"cannot be read as a data set ({reason(error.__cause__ or error)})") from None
 
 
 def _plainly_named(folder: Path, scratch: Path) -> Path:

@@ -20,8 +20,8 @@ from renyi_engine import checkpoint, files, output_folder
 from renyi_engine.config import CONFIG_FILE, TrainConfig
 from renyi_engine.settings import changes, read_yaml, to_yaml
 
-# what may differ between a run and its continuation: none of it changes how a step is computed, but that a run may be
-# let off the watchdog that stopped it
+# settings that may differ when a run is continued. None of them changes how a step is computed, but for
+# spike_threshold: a run that was stopped after too many spikes may go on with a larger one
 _MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
@@ -32,7 +32,7 @@ _MAY_CHANGE = {
 class RunFolder:
     """RUN/config.yaml, run.json, metrics.jsonl, evaluation.json, checkpoint-N/, particles/, report.html.
 
-    RUN/set-aside-1/ holds the same of what was abandoned, where the run went on from an older checkpoint.
+    Where the run went on from an older checkpoint, RUN/set-aside-1/ holds the same files of what came after it.
     """
 
     def __init__(self, path: Path, resume_from: Path | None) -> None:
@@ -43,7 +43,7 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(cls, config: TrainConfig) -> Iterator[RunFolder]:
-        """Make or take up the folder `config` names, which is this process's alone inside the block.
+        """Make the folder that `config` names, or continue in it. Inside the block, no other process writes into it.
 
         Raises:
             ValueError: it cannot be written; another process writes into it; it holds another run; or is to be resumed
@@ -75,8 +75,8 @@ class RunFolder:
                 )
 
     def begin(self, config: TrainConfig, step: int) -> None:
-        """Save the settings. Set aside what an abandoned branch left after `step`; forget lines of metrics after it,
-        which will be measured again."""
+        """Save the settings. Where the run goes back to `step`, set aside the later checkpoints, and remove the later
+        lines of metrics, which will be measured again."""
         self._set_aside(step)
         self.save_settings(config)
         for path in (self._metrics, self.skips):

@@ -1,8 +1,9 @@
-"""What the rows of a forward are: it belongs to the call, and no other thread's forward comes between.
+"""The forwards of one model: what the rows of each are, and that only one runs at a time.
 
-Hooks and adapted maps keep what they need in the model, which is one for all threads. So one forward runs at a time,
-and another thread's waits. A layer that gradient checkpointing runs again is a run as well, with the rows of the first;
-autograd may run it in a thread of its own.
+Each thread or asyncio task says for itself what the rows of its forwards are. Hooks and adapted maps keep what they
+need in the model, which all threads share, so only one forward runs at a time; other threads wait. A layer that
+gradient checkpointing runs again counts as a forward too, with the rows of the first; autograd may run it in a thread
+of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _asked: ContextVar[Mapping[object, Rows]] = ContextVar("renyi_engine_rows", defa
 
 
 class Runs:
-    """The forwards of one model. A deep copy is for a copy of the model: nothing is running there yet."""
+    """The forwards of one model. A deep copy belongs to a copy of the model, where nothing runs yet."""
 
     def __init__(self) -> None:
         self._one_at_a_time = threading.RLock()
@@ -47,13 +48,13 @@ class Runs:
             _asked.set(before)
 
     def rows(self) -> Rows:
-        """Those of the forward that is running."""
+        """The rows of the forward that is running."""
         return self._rows or self.asked
 
     @contextmanager
     def run(self, rows: Rows) -> Iterator[bool]:
-        """Around one forward, or a part of one that runs again; other threads wait. Gives whether it is the outermost
-        of the runs that this thread is in."""
+        """Around one forward, or a part of one that runs again; other threads wait. Gives True for the outermost of
+        the runs that this thread is in."""
         with self._one_at_a_time:
             before, self._rows = self._rows, rows
             try:

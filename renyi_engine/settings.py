@@ -35,7 +35,7 @@ _LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)\S*(=|$)")
 
 
 def _short(value: Any) -> str:
-    """Its repr, of bounded length: a YAML file of a few lines can stand for a value of gigabytes."""
+    """The repr of a value, of bounded length: a YAML file of a few lines can stand for a value of gigabytes."""
     shortened = reprlib.Repr()
     shortened.maxstring = shortened.maxother = 200
     shortened.maxlist = shortened.maxdict = 12
@@ -44,7 +44,7 @@ def _short(value: Any) -> str:
 
 
 def flag(default: Any, help: str, *, typed_only: bool = False) -> Any:
-    """A setting. `typed_only`: a file may not say yes, as it may come from somebody else; the command line has to."""
+    """A setting. `typed_only`: only the command line can switch it on, as a file may come from somebody else."""
     metadata = {"help": help, "typed_only": typed_only}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -83,7 +83,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> di
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Collection[str]) -> str:
-    """What differs between settings and those that were saved, a line each; empty if that is only what may."""
+    """The settings that differ from those that were saved, a line each, but for those that `may_change`."""
     # through YAML and back, so that both sides have the same types
     values = yaml.safe_load(yaml.safe_dump(dict(now)))
     names = sorted((values.keys() | before.keys()) - set(may_change))
@@ -96,8 +96,13 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Colle
 
 @dataclass(frozen=True)
 class Source:
-    """The --config file, if there is one, and the settings that have their value from it; and the settings that are
-    called otherwise in Python, by the name that they have there."""
+    """Where the values of settings come from.
+
+    Attributes:
+        path: the --config file, or None.
+        names: the settings that have their value from that file.
+        setting_of: of an argument of the Python API, the setting that its value comes from, as "lora_r" of "rank".
+    """
 
     path: Path | None
     names: Collection[str]
@@ -150,8 +155,8 @@ def parse(
         for setting in dataclasses.fields(cls):
             if setting.metadata.get("typed_only") and setting.name in source.names and getattr(options, setting.name):
                 raise ValueError(
-                    f"{setting.name}: a file may not say so, as it may come from somebody else; pass --{setting.name} "
-                    "on the command line, if you do"
+                    f"{setting.name}: a file cannot switch this on, as it may come from somebody else; pass "
+                    f"--{setting.name} on the command line if you want it"
                 )
         options.source = source
         return cls(**{name: getattr(options, name) for name in known}), options

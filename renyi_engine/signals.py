@@ -15,7 +15,7 @@ from typing import Any
 class StopSignals:
     """Inside the block SIGINT and SIGTERM only set `received`; a second one exits at once. Handlers are put back after.
 
-    Outside the main thread, where Python lets nobody handle signals, nothing changes.
+    Outside the main thread, where Python does not allow signal handlers, nothing changes.
     """
 
     received = 0

@@ -80,7 +80,7 @@ def match_targets(
 
     `target_modules`: "all-linear" (those that PEFT can load), a regular expression that matches the whole path, or a
     list of names, each a path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
-    `each` False: as in PEFT, names and layers of a list that match nothing are passed over, if others match.
+    `each` False: as in PEFT, names and layers that match nothing are ignored, as long as others match.
 
     Raises:
         ValueError: nothing matches (the message lists what could have), or one of several names matches no map of the

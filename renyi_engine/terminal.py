@@ -1,8 +1,8 @@
-"""What others wrote, on a terminal: it can be read, and cannot steer the terminal.
+"""Makes control characters visible before they are printed, so that text of others cannot steer the terminal.
 
 Data, models, files and error messages that quote them may hold control characters: an escape that clears the screen,
-renames the window or hides a line, or a mark that makes a terminal write from right to left. They are shown as what
-they are. Text of any language and emoji stay as they are.
+renames the window or hides a line, or a mark that makes a terminal write from right to left. They are written out, as
+in "\\x1b". Text of any language and emoji stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, Any, cast
 
-# C0 but tab and newline, delete and C1; Unicode's line ends; marks that turn the direction of writing; half characters
+# C0 but tab and newline, delete and C1; Unicode's line ends; marks that turn the direction of writing; surrogates
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -44,13 +44,13 @@ def only_text() -> Iterator[None]:
     with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
-        except Exception:  # which Python would print outside
+        except Exception:  # Python would print it after this block
             traceback.print_exc()
             raise SystemExit(1) from None
 
 
 class _Visible:
-    """A stream before which everything becomes `visible`. It is no terminal: no codes for colours come through."""
+    """A stream that makes everything `visible` before it writes it. It is no terminal, so libraries send no colours."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

@@ -51,7 +51,7 @@ def without_thought(text: str) -> str | None:
 
 
 def _without_blocks(text: str) -> str:
-    """`text` without every thought that has both marks. In one pass: a reply may be long, and made to take long."""
+    """`text` without the thoughts that have both marks. In one pass, so that no text can make it slow."""
     closing, kept, at = dict(_TAGS), [], 0
     for start in _START.finditer(text):
         if start.start() < at or start.group() not in closing:

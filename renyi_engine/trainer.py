@@ -53,7 +53,7 @@ class TrainResult:
 
 
 class TrainingInterrupted(Exception):
-    """A signal asked to stop; the step was finished. `checkpoint` is where a resumed run goes on, None for step 0."""
+    """A signal asked to stop; the step was finished. `checkpoint` is where a resumed run goes on; None: at step 0."""
 
     def __init__(self, signum: int, step: int, path: Path | None, saved: str) -> None:
         self.signum, self.step, self.checkpoint = signum, step, path
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> TrainResult:
         ValueError: a setting, the data, the model or the folder cannot be used; nothing was trained.
         TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
         TrainingDiverged: a particle's gradient stayed NaN or infinite, the loss beyond `spike_threshold`, or the last
-            loss is NaN or infinite; checkpoints of the time before are kept.
+            loss is NaN or infinite; earlier checkpoints are kept.
         DoesNotFit: memory ended, in a step even with one example at a time; what was trained is saved.
     """
     base_model.load_config(config)
@@ -137,7 +137,7 @@ class _Trainer:
         self.state = State(config.per_device_train_batch_size, skipped=[0] * K, skipped_in_a_row=[0] * K)
         self.last_checkpoint = run.resume_from
         self.loss_is_finite = True
-        """Of the last step, over the healthy particles. A checkpoint is only ever made of a step for which it is."""
+        """Whether the last loss of the healthy particles is finite. While it is not, no checkpoint is made."""
         self.save_is_due = False
         if run.resume_from:
             self._restore(run.resume_from)
@@ -399,7 +399,7 @@ class _Trainer:
             )
 
     def _require_finite_loss(self) -> None:
-        """Particles whose last loss is NaN or infinite are not what anybody wants to use."""
+        """TrainingDiverged if the last loss is NaN or infinite: such particles are of no use."""
         if not self.loss_is_finite:
             raise TrainingDiverged(
                 f"the loss of the last step, {self.state.step}, is not finite, so the particles are not written; "
@@ -412,7 +412,7 @@ class _Trainer:
         return f"the last checkpoint whose loss was finite is {self.last_checkpoint}"
 
     def _save(self) -> str:
-        """Save a checkpoint, unless the last loss is not finite; what was done, for a message."""
+        """Save a checkpoint, unless the last loss is not finite. Returns what was done, for a message."""
         if not self.loss_is_finite:
             return f"not saved: the loss is not finite; {self._describe_last_checkpoint()}"
         state = asdict(self.state)

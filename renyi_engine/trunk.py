@@ -82,8 +82,8 @@ class SharedTrunk:
         num_particles: int,
         running: Callable[[], Rows],
     ) -> None:
-        """layers: from the first adapted one on; rows: `row_dimensions` of them; running: what the rows of the forward
-        are that is running."""
+        """layers: from the first adapted one on; rows: `row_dimensions` of them; running: gives the rows of the forward
+        that is running."""
         self._num_particles, self._running = num_particles, running
         self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles = [

@@ -1,4 +1,4 @@
-"""What somebody may have meant who mistyped a name."""
+"""Suggestions for a mistyped name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'alpha'?" or nothing: a hint at another name than the one that was meant is worse than none."""
+    """ "; did you mean 'alpha'?", or nothing if no known name is near: a wrong suggestion is worse than none."""
     found = near_misses(name, known)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def near_misses(name: str, known: Iterable[str]) -> list[str]:
-    """Those of the known names that are nearest to `name`, if they are one slip away from it, or two of a name of at
-    least 8 characters. A slip is a character too many, too few or wrong, or two neighbours exchanged. Case, and whether
-    words are joined by - or _, do not matter."""
+    """The known names nearest to `name`, if they are at most one slip away from it, or two if it has at least 8
+    characters. A slip is a character too many, too few or wrong, or two neighbours exchanged. Case, and whether words
+    are joined by - or _, do not matter."""
     distances = {other: _slips(_plain(name), _plain(other)) for other in known}
     least = min(distances.values(), default=0)
     return [other for other, slips in distances.items() if slips == least <= (2 if len(name) >= 8 else 1)]

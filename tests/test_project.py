@@ -40,7 +40,7 @@ LAYERS = [
     ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
     ["output_folder", "ensemble_config"],
     ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts", "signals"],
-    ["rendering", "terminal", "typos"],
+    ["rendering", "terminal", "typos", "messages"],
 ]
 KERNEL_LAYERS = [
     ["__init__", "aot"],

@@ -58,7 +58,7 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
 
 
 def refuse_tangents(op: str, *tensors: torch.Tensor | None) -> None:
-    """RuntimeError for a tensor with a forward-mode derivative: PyTorch's operators would drop it without a word."""
+    """RuntimeError for a tensor with a forward-mode derivative: PyTorch's operators would silently drop it."""
     if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(no_forward_mode(op))
 

@@ -33,7 +33,7 @@ def grouped_lora(
 
     Returns:
         ``[K, M, O]``. Differentiable in x, A, B and base_out; twice too, and in forward mode, except on the "triton"
-        path, where either raises.
+        path, where either raises a RuntimeError.
 
     Raises:
         ValueError: a shape does not fit. TypeError: the dtypes differ, or are not floating point.

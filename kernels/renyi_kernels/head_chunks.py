@@ -91,8 +91,8 @@ def _products_into(out: Tensor, hidden: Tensor, weight: Tensor, widened: Tensor 
     elif widened is None:
         torch.mm(hidden, weight.mT, out_dtype=out.dtype, out=out)
     else:
-        # oneDNN could multiply these values in bf16 and lose nothing, but only if a setting of the whole process said
-        # so: the products of every other thread would lose their digits
+        # oneDNN could multiply these values in bf16 without a loss, but only by a setting of the whole process, with
+        # which the products of other threads would lose digits
         hidden = hidden.to(out.dtype)
         for logits, block in zip(out.split(len(widened), dim=1), weight.split(len(widened)), strict=True):
             torch.mm(hidden, widened[: len(block)].copy_(block).mT, out=logits)

@@ -15,7 +15,7 @@ from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 
 CHUNK_MIB = 256.0
-# a cap beyond the upper one changes no logit, and one below the lower one leaves none; fp32 holds what lies between,
+# a cap above 1e30 would change no logit, and one below 1e-30 would make all logits alike; fp32 holds those between,
 # also times an upstream gradient
 _SOFTCAPS = 1e-30, 1e30
 
@@ -49,8 +49,8 @@ def linear_logprob(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative and one
-        in forward mode raise, except with ``backend="reference"``, which supports any order.
+        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative, or one in
+        forward mode, raises a RuntimeError, except with ``backend="reference"``, which supports any order.
 
     Raises:
         ValueError: a shape or value does not fit. TypeError: a dtype does not.

@@ -39,8 +39,8 @@ def lora_linears(
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
-        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative and one in forward mode
-        raise, except with ``backend="reference"``.
+        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative, or one in forward mode, raises
+        a RuntimeError, except with ``backend="reference"``.
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not.
@@ -153,7 +153,7 @@ def _gradients(
                 dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
             lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
-        # one tensor for all maps: wide enough for each of their dtypes
+        # one tensor for all maps, in a dtype that holds each of theirs
         dA = lora_products.gradient_of_A(passes, x, dS, _common_dtype(A))
     return [dx, dA, *dB]
 

@@ -16,7 +16,8 @@ from renyi_kernels import reference
 from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import at_least_fp32
 
-# beyond these the loss does not change any more, but 1/alpha, by which a gradient passes, would overflow or vanish
+# below it, and above its inverse, the loss does not change any more, but 1/alpha, a factor of the gradient, would
+# overflow or vanish
 _LEAST_ALPHA = 1e-200
 
 
@@ -45,13 +46,13 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
     Args:
         logp: ``[K, B]`` sequence log-likelihoods in nats, or ``[K, B, T]`` token ones, summed over T.
         alpha: finite, >= 0.
-        mask: ``[B, T]``, true where a token counts; only with token log-likelihoods. None: all count.
+        mask: ``[B, T]`` of any dtype, nonzero where a token counts; only with token log-likelihoods. None: all count.
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 
     Returns:
         RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``), fp32, or fp64 for fp64.
         `loss` is differentiable with respect to logp, twice too, and in forward mode, except on the "triton" path,
-        where either raises; the others are detached.
+        where either raises a RuntimeError; the others are detached.
 
     Raises:
         ValueError: alpha negative, NaN or infinite; a shape does not fit. TypeError: not a number, not floating point.

@@ -169,7 +169,7 @@ def _shares(questions: Sequence[Question], weights: Tensor, wrong_base: Tensor, 
         subjects = _by_group([_spoken(questions[i]) for i in chosen.nonzero().flatten().tolist()])
         means = torch.stack([part[:, inside].mean(dim=1) for inside in subjects.values()], dim=1)
         caption = f"Responsibilities on {where}"
-        maps.append(eval_pictures.heat_map(f"shares-{name}", part, caption=f"{caption}."))
+        maps.append(eval_pictures.heat_map(f"responsibilities-{name}", part, caption=f"{caption}."))
         subject_maps.append(
             eval_pictures.group_heat_map(f"subjects-{name}", means, list(subjects), caption=f"{caption}, by subject.")
         )
@@ -178,7 +178,7 @@ def _shares(questions: Sequence[Question], weights: Tensor, wrong_base: Tensor, 
         f"answer. Effective number of particles, of {len(weights)}: {', '.join(sizes)}."
     )
     if alpha == 0:
-        text += " At alpha = 0 every particle has an even share of every question by definition."
+        text += " At alpha = 0 all of them are 1/K by definition."
     return Section("Which particle answers what?", text, (), [*maps, *subject_maps])
 
 

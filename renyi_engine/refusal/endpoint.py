@@ -1,5 +1,5 @@
-"""A server that a judge is asked at. Nobody vouches for it, so that it can neither hold the evaluation up, nor fill the
-memory, nor send the question on to somebody else."""
+"""The server that an endpoint judge asks. It is not trusted: it cannot hold up the evaluation, fill the memory, or send
+the prompt on to somebody else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 
 MAX_REPLY_MIB = 4
-"""Of a reply, unpacked. One of 4096 tokens, all of them escaped, has less than 1 MiB."""
+"""Largest reply, unpacked. One of 4096 tokens, all of them escaped, has less than 1 MiB."""
 
 
 class ReplyTooLarge(Exception):

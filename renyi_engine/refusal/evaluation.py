@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -102,12 +101,10 @@ def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> No
 
 def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, str]:
     """Checksums of what the settings only name, and what may therefore change unseen."""
-    texts = json.dumps([(prompt.split, prompt.prompt) for prompt in prompts])
     weights = sorted(Path(config.ensemble).rglob("*.safetensors")) if config.ensemble else []
-    checksums = "".join(map(files.sha256_of, weights))
     return {
-        "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        "ensemble_sha256": hashlib.sha256(checksums.encode()).hexdigest(),
+        "prompts_sha256": files.sha256_of_json([(prompt.split, prompt.prompt) for prompt in prompts]),
+        "ensemble_sha256": files.sha256_of_json([files.sha256_of(path) for path in weights]),
     }
 
 

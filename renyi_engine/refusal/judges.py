@@ -1,10 +1,10 @@
 """Who decides whether a response refuses: a list of phrases, a local model, or a server that speaks OpenAI's protocol.
 
 The labels are OR-Bench's (Cui et al. 2024, arXiv 2405.20947): a response answers, refuses openly, or refuses without
-saying so; both refusals count as one. What a judge says counts as a label if it is one or ends in one; else it is
-`unparsed`. What it fails to say is `failed`. Neither is ever guessed into a label. What a model thinks before it
-answers is no part of a response, nor of a judge's reply: no judge is shown it. What was cut off inside a thought,
-response or reply, is `unparsed`.
+saying so; both refusals count as one. A judge's reply counts if it is a label, or ends in one; else the verdict is
+`unparsed`. Where there is no reply, it is `failed`. Neither is ever guessed into a label. What a model thinks before it
+answers belongs neither to a response nor to a judge's reply: no judge sees it. A response or a reply that was cut off
+inside a thought makes the verdict `unparsed`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def make_judge(
         if not model:
             raise ValueError("judge_model: needed with an endpoint; pass the name that the judge goes by there")
         if is_offline_mode():
-            # these say that this process is not to go to the network
+            # these forbid this process the network
             raise ValueError(
                 "judge: no endpoint is asked in offline mode; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
             )
@@ -130,7 +130,7 @@ _AROUND = " \t*_`\"'“”‘’()[]{}<>#|.,;:-"
 
 
 def parse_answer(answer: str) -> str:
-    """The label that a judge's answer is, whatever its case and the punctuation around it; else UNPARSED.
+    """The label, if a judge's answer is one, whatever its case and the punctuation around it; else UNPARSED.
 
     Also a label is one that is named as such ("Label: direct_answer"), or that the last line of an explanation is. A
     label inside a sentence is none: the sentence may say that it does not fit. Two lines with different labels would

@@ -1,8 +1,8 @@
 """What was generated and how it was judged, in a .jsonl that grows line by line and can be taken up again.
 
-A line holds one response and a checksum of what the line says. It is written when the response is there, and again when
-it is judged; of the same response the last line counts. `finish` leaves one line each, in order: the same bytes whether
-or not the work was interrupted.
+A line holds one response and a checksum of it. It is written when the response is generated, and again when it is
+judged; of several lines with the same response, the last one counts. `finish` leaves one line for each response, in
+order: the same bytes whether or not the work was interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import warnings
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from renyi_engine import files
 BASE = "base"
 """Stands in the place of a particle's number for the frozen base."""
 
-CHECKSUM = "crc32"
-"""Field of a line beside those of the response: of their JSON."""
+CHECKSUM = "sha256"
+"""A line has this field beside those of the response: the first 16 digits of the checksum of these."""
 
 Speaker = int | str
 """A particle's number, or BASE."""
@@ -70,8 +69,8 @@ class ResponseFile:
                 response = _response(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}: line {number} is not a response as it was written ({error}); remove the line, and what "
-                    "it held is made again"
+                    f"{path}: line {number} is not a response as it was written ({error}); remove the line, and the "
+                    "response is generated again"
                 ) from None
             self.responses[response.key] = response
 
@@ -101,7 +100,7 @@ def _response(value: Any) -> Response:
         raise ValueError(f"expected an object; got {type(value).__name__}")
     checksum = value.pop(CHECKSUM, None)
     if checksum != _checksum(value):
-        raise ValueError(f"its {CHECKSUM} does not belong to it")
+        raise ValueError(f"its {CHECKSUM} does not fit its content")
     response = Response(**value)
     numbers = [response.prompt_id, response.sample, 0 if response.particle == BASE else response.particle]
     if not isinstance(response.response, str) or not all(isinstance(number, int) for number in numbers):
@@ -110,4 +109,4 @@ def _response(value: Any) -> Response:
 
 
 def _checksum(fields: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(fields).encode()):08x}"
+    return files.sha256_of_json(fields)[:16]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from renyi_engine import seeding
+from renyi_engine.messages import reason
 
 
 class Batch(NamedTuple):
@@ -321,7 +322,7 @@ def _twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequen
         return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, materialize_grads=True)
     except RuntimeError as error:
         raise ValueError(
-            f"model: it cannot be differentiated twice ({str(error).splitlines()[0]}); "
+            f"model: it cannot be differentiated twice ({reason(error)}); "
             "use plain kernels, such as attn_implementation eager"
         ) from None
 

@@ -88,7 +88,7 @@ def write_peft(model, folder, names=("a", "b", "c"), *, seed=0, **config):
 
 
 def edit_json(path, **changes):
-    """Set entries; ensemble.json is sealed again, so that the seal is not what refuses."""
+    """Set entries; ensemble.json gets a new digest, so that it is not refused for its digest."""
     content = json.loads(path.read_text())
     content.update(changes)
     if path.name == ENSEMBLE_FILE:

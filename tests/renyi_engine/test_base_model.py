@@ -106,7 +106,7 @@ def test_a_wrong_value_in_the_config_is_one_line(base, tmp_path, key, value):
 
 
 def refusals(config):
-    """What each way to load it is refused with: ValueErrors of one line that name the setting, and nothing else."""
+    """The errors of each way to load the base: all have to be a ValueError of one line that names the setting."""
     problems = []
     for load in (base_model.load_config, base_model.load_tokenizer, base_model.load_model, base_model.skeleton):
         try:

@@ -1,4 +1,4 @@
-"""Checkpoints are believed as a whole or not at all, whatever was done to one of their files."""
+"""A checkpoint is used as a whole or refused, whatever was done to one of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables for spreadsheets: a text is no formula there, and can be had back as it was."""
+"""Tables for spreadsheets: no text is a formula there, and each can be read back as it was."""
 
 from __future__ import annotations
 

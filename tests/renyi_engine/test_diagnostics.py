@@ -252,8 +252,8 @@ def test_with_a_calibration_set_what_gains_less_than_its_rows_is_out_of_support(
 @pytest.mark.parametrize(
     ("ensemble", "change", "message"),
     [
-        ({"alpha": 0.0}, [], "was trained at 0, where every share is 1/K; pass --alpha 1"),
-        ({}, ["--alpha=0"], "alpha: at 0 every particle has the same share"),
+        ({"alpha": 0.0}, [], "was trained at 0, where all responsibilities are 1/K; pass --alpha 1"),
+        ({}, ["--alpha=0"], "alpha: at 0 all responsibilities are the same"),
         ({"alpha": None}, [], "alpha: .* does not record"),
         ({"num_particles": 1}, [], "ensemble: expected at least 2 particles"),
         ({}, ["--ensemble="], "ensemble: needed"),

@@ -92,7 +92,7 @@ def test_a_group_heat_map_shows_and_prints_the_weights_of_57_subjects(K: int) ->
         assert f">{subject}</text>" in picture.svg
     for (k, subject), weight in np.ndenumerate(weights):
         assert f">{100 * weight:.0f}</text>" in group(picture.svg, f"subjects-cell-{k}-{subject}")
-    assert f"An even share is {1 / K:.1%}." in picture.caption
+    assert f"Even responsibilities are {1 / K:.1%}." in picture.caption
 
 
 def test_even_shares_do_not_look_like_specialists() -> None:

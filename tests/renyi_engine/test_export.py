@@ -141,7 +141,7 @@ def test_a_config_that_was_cut_short_is_told_as_that(edited, exported, text):
 
 @pytest.mark.parametrize("most_bytes", [1, 300, 800])
 def test_a_disk_that_is_full_is_one_line(trained, exported, most_bytes):
-    """Files of this process may grow to so many bytes: the system's error is the one of a full disk in all but name."""
+    """Files of this process may grow to so many bytes. To write more is an error like that of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
     try:

@@ -30,7 +30,7 @@ def test_one_that_holds_something_is_refused_by_name_with_the_ways_out(tmp_path)
     with pytest.raises(ValueError) as error, claimed(tmp_path, "output"):
         pass
     assert str(error.value) == (
-        f"output: {tmp_path} already holds a, b, c, d, e and 2 more, which would be lost or mixed up; "
+        f"output: {tmp_path} already holds a, b, c and 4 more, which would be lost or mixed up; "
         "choose another --output, or remove them"
     )
     with pytest.raises(ValueError, match=r"output_dir: .* cannot be written"), claimed(tmp_path / "a"):

@@ -1,4 +1,4 @@
-"""A chat template is somebody else's program: what it may do to us, and that it renders as transformers does."""
+"""A chat template is a program of somebody else: its time and memory are limited, and it renders as in transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from renyi_engine.rendering import LimitReached, TemplateRefuses, render
 from .test_chat import CHATML, ONE, TWO
 from .tokenizers_for_tests import byte_pair_tokenizer
 
-# what ends in no time worth waiting for, in Python code and inside of one operation
+# templates that take too long, in Python code and inside of one operation
 SLOW = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "power": "{{ 9 ** (9 ** 9) }}",

@@ -1,4 +1,4 @@
-"""Text of others on a terminal: what steers it is written out, what can be read stays."""
+"""Text of others on a terminal: control characters are written out, all other characters stay."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_whatever_a_command_prints_warns_or_dies_of_is_shown(monkeypatch, capsys
         raise {"bad input": ValueError, "failed": OSError, "a bug": ZeroDivisionError}[kind](HOSTILE)
 
     monkeypatch.setitem(cli._COMMANDS, "env", command)
-    for kind, code in {"bad input": 2, "failed": 1, "a bug": 1}.items():
+    for kind, code in {"bad input": 2, "failed": 2, "a bug": 1}.items():
         if kind == "a bug":
             with pytest.raises(SystemExit) as stop:
                 main(["env"])

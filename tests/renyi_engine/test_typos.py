@@ -1,4 +1,4 @@
-"""A hint is right or not there."""
+"""A suggestion is right, or there is none."""
 
 from __future__ import annotations
 

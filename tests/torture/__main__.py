@@ -5,7 +5,9 @@
     flips           flipped bits and cut files in what a run wrote
     two_processes   two trainings of one folder; readers beside a training
 
-Two kinds run at a time. The exit code is 1 if any of them found a failure.
+Two kinds run at a time. At the end a table says of each kind how many tries were made, how many of them were "refused"
+(ended with one clear line, as they may), were "equal" (ended with the right result), or were failures. Below the table,
+each class of failure stands with examples and the commands that repeat them. The exit code is 1 if there is a failure.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all kinds together (default: 10)")
-    parser.add_argument("--only", choices=SHARES, metavar="KIND", help="one kind, for all of the time")
-    parser.add_argument("--seed", type=int, help="repeats what was drawn with it; a new one if not given")
-    parser.add_argument("--first", type=int, default=0, help="number of the first try (default: 0)")
-    parser.add_argument("--tries", type=int, help="most tries of each kind")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long all kinds together take (default: 10)")
+    parser.add_argument("--only", choices=SHARES, metavar="KIND", help="only this kind, for all of the time")
+    parser.add_argument("--seed", type=int, help="the same seed makes the same tries; a new one if not given")
+    parser.add_argument("--first", type=int, default=0, help="begin with the try of this number (default: 0)")
+    parser.add_argument("--tries", type=int, help="end after so many tries of each kind, if the time is not up before")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)

@@ -1,5 +1,5 @@
-"""Bits flipped and ends cut off in what a run wrote: whoever reads it refuses it in one line that names it, or falls
-back on the checkpoint before and names both, or gets exactly what was written.
+"""Bits flipped and ends cut off in files that a run wrote. A reader must refuse such a file in one line that names it,
+or fall back on the checkpoint before and name both, or get exactly what was written.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .runs import STEPS, Bench, bench_in
 from .tally import Tally
 
 ONE_IN = 20
-"""One of so many tries damages anything; the others flip every bit of a checkpoint's JSON, one after the other."""
+"""One try of so many damages any file in any way; the others flip each bit of a checkpoint's JSON once."""
 
 
 class Wrong(Exception):
-    """A reader that did none of what it may do."""
+    """A reader did none of what it may do."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Reader:
     name: str
     read: Callable[[], Any]
     truths: list[Any]
-    """What it finds in the undamaged files; where it may fall back on another checkpoint, that comes second."""
+    """What it finds in the undamaged files, and, where it may fall back on another checkpoint, what it finds there."""
 
 
 class Subject:
@@ -180,7 +180,7 @@ class Attack:
             (s.reference, s.prepare),
         ]
 
-    def trial(self, number: int) -> None:
+    def one_try(self, number: int) -> None:
         nth, left = divmod(number, ONE_IN)
         bit = nth * (ONE_IN - 1) + left - 1
         if left and bit < len(self.bits):
@@ -241,7 +241,7 @@ class Attack:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Not by `write_bytes`: to empty a file and fill it again takes longer than to read a checkpoint."""
+    """Write in place. `write_bytes` would empty the file first, which takes longer than to read a checkpoint."""
     if not path.exists():
         path.write_bytes(content)
         return
@@ -263,4 +263,4 @@ def _equal(a: Any, b: Any) -> bool:
 
 @contextmanager
 def prepare(seed: int, tally: Tally, folder: Path) -> Iterator[Callable[[int], None]]:
-    yield Attack(Subject(bench_in(folder)), seed, tally).trial
+    yield Attack(Subject(bench_in(folder)), seed, tally).one_try

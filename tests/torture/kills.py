@@ -1,5 +1,5 @@
-"""Runs that are killed at a system call, or asked to stop, and continued: what they leave is what an undisturbed run
-leaves, bit by bit.
+"""Runs that are killed at a system call, or stopped by SIGTERM, and then continued: they must leave what an undisturbed
+run leaves, bit by bit.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ MOST_ATTEMPTS = 8
 
 
 class Attack:
-    """Trial after trial on one bench."""
-
     def __init__(self, bench: Bench, seed: int, tally: Tally) -> None:
         self.bench, self.seed, self.tally = bench, seed, tally
         points = [(objective, call + 1) for objective in OBJECTIVES for call in range(bench.num_calls[objective])]
         self.points = random.Random(seed).sample(points, len(points))
-        """Where each try strikes first: all calls of both objectives, each before any comes again."""
+        """Where each try strikes first: every call of both objectives once, before one comes again."""
         tally.counts["calls to be killed at"] = len(points)
 
-    def trial(self, number: int) -> None:
-        """Number `number` of this seed: one run, struck once or more, continued to its end and compared."""
+    def one_try(self, number: int) -> None:
+        """One run that is struck once or more, continued to its end, and compared with the undisturbed one."""
         rng = random.Random(f"{self.seed}/{number}")
         objective, first_call = self.points[number % len(self.points)]
         run, truth = self.bench.new("run"), self.bench.undisturbed[objective]
@@ -120,4 +118,4 @@ def _outcome(ended: Ended) -> str:
 
 @contextmanager
 def prepare(seed: int, tally: Tally, folder: Path) -> Iterator[Callable[[int], None]]:
-    yield Attack(bench_in(folder), seed, tally).trial
+    yield Attack(bench_in(folder), seed, tally).one_try

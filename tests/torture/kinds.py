@@ -1,7 +1,7 @@
 """The kinds of attacks.
 
-Each is a module with `prepare(seed, tally, folder)`: a context that gives a function, which makes the try of a number
-and counts in the tally how it ended.
+Each is a module with `prepare(seed, tally, folder)`, a context manager. It gives a function that makes the try of a
+given number, and counts in the tally how the try ended.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ LINE_EVERY_S = 30.0
 
 
 def attack(kind: str, seed: int, seconds: float, most_tries: int | None, first: int, folder: Path) -> Tally:
-    """Try after try, from number `first` on, until the time is up; imports and preparations count.
-
-    What is written goes into `folder`.
+    """Make one try after the other, from number `first` on, until the time is up. The time includes imports and
+    preparations. Files are written into `folder`.
     """
     start = shown = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch

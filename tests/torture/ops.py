@@ -1,8 +1,8 @@
 """Every op on random, strided, mixed and extreme inputs, forward and backward, against fp64.
 
-How large an error may be follows from what rounding can do: of a sum of products, it is held against the same sum of
-absolute values. What lies between the entries of a strided input is NaN, and so is memory that was asked for and not
-yet written: who reads a wrong cell is found out.
+How large an error may be follows from what rounding can do: for a sum of products, the limit is a multiple of the same
+sum of absolute values. The memory between the entries of a strided input is NaN, and so is new memory that was not yet
+written. So an op that reads a wrong cell gives NaN.
 
 Layout: K particles, B sequences, T tokens, N labels, M rows, I/O in/out features, R rank, D hidden size, V vocabulary.
 """
@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from renyi_kernels import IGNORE_INDEX, grouped_lora, linear_logprob, lora_linears, reference, renyi_loss, renyi_reduce
+from renyi_kernels.reference import at_least_fp32
 
 ON_GPU = torch.cuda.is_available()
 SHARE_OF_TRITON = 0.05
@@ -53,21 +54,21 @@ class Call:
     """One call of an op on inputs of its own."""
 
     text: str
-    """How the inputs look."""
+    """The inputs in one line: dtypes, shapes, strides."""
     leaves: Tensors
-    """The inputs that gradients may be asked of."""
+    """The inputs that may require gradients."""
     constants: Tensors
     """The other inputs."""
     run: Callable[[Tensors], Sequence[Tensor]]
     check: Callable[[Sequence[Tensor], Tensors, Sequence[Tensor | None]], None]
-    """(outputs, upstream of those that carry a gradient, gradients) -> nothing, or raises Wrong."""
+    """Of outputs, upstream gradients of the differentiable ones, and gradients of the leaves: raises Wrong, or not."""
     plain: Callable[[Tensors], Sequence[Tensor]]
-    """What carries a gradient, by the reference, of leaves in fp64."""
+    """The differentiable outputs, by the reference, of leaves in fp64."""
     num_differentiable: int = 1
     must_refuse: bool = False
     may_refuse: bool = False
     tame: bool = True
-    """Whether derivatives are also compared along directions, and a second time."""
+    """Whether forward-mode and second derivatives are compared too."""
 
 
 class Draw:
@@ -172,10 +173,6 @@ def eps(*dtypes: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def require_close(
     name: str,
     ours: Tensor,
@@ -185,7 +182,8 @@ def require_close(
     largest: Tensor | None = None,
     computed_in: torch.dtype | None = None,
 ) -> None:
-    """Entry by entry within `allowed`, but where `largest`, what is added up, is more than the dtypes hold."""
+    """Raise Wrong unless each entry is within `allowed` of the truth. An entry may overflow, and is not compared, where
+    `largest`, the sum of absolute values, is more than the dtypes hold."""
     if ours.shape != truth.shape:
         raise Wrong(f"{name}: wrong shape: {list(ours.shape)} instead of {list(truth.shape)}")
     if ours.dtype != dtype:
@@ -361,7 +359,7 @@ class Head:
 
     @property
     def may_be_refused(self) -> bool:
-        """A cap that fp32 cannot hold."""
+        """Whether fp32 cannot hold its cap."""
         return self.softcap is not None and self.softcap < torch.finfo(torch.float32).tiny
 
     @property
@@ -446,7 +444,7 @@ def draw_linear_logprob(draw: Draw) -> Call:
     unlabelled = (labels == IGNORE_INDEX).cpu()
     blind = not stray and draw.chance(0.2)
     if blind:
-        # nobody has to look at what has no label
+        # an op must not look at hidden states that have no label
         hidden = draw.laid_out(hidden.cpu().where(~unlabelled[..., None], draw.one_of(math.nan, math.inf)))
 
     def run(leaves: Tensors) -> Sequence[Tensor]:
@@ -747,7 +745,7 @@ def _second(draw: Draw, call: Call) -> str:
 
 
 def _roughly(name: str, ours: Sequence[Tensor], truth: Sequence[Tensor], call: Call) -> None:
-    """By the largest entry: what is told apart here is right and wrong, not one rounding and another."""
+    """Compare up to a part of the largest entry: this finds wrong formulas, not rounding errors."""
     relative = 30 * math.sqrt(eps(*(x.dtype for x in call.leaves)))
     for x, right in zip(ours, truth, strict=True):
         if x is not None and right.numel() and right.isfinite().all():
@@ -760,14 +758,14 @@ _WAYS = {"gradient": _gradient, "value": _value, "direction": _direction, "secon
 
 
 def _clear(error: Exception) -> str:
-    """The message of a refusal. Raises Wrong if it is none that a user understands."""
+    """The message of a refusal. Raises Wrong if it is not one line that begins with an argument."""
     if not CLEAR.fullmatch(str(error)):
         raise Wrong(f"unclear refusal ({type(error).__name__}): {' '.join(str(error).split())[:300]}") from None
     return str(error)
 
 
 def _global_state() -> tuple[Any, ...]:
-    """What an op must leave as the process has it."""
+    """Settings of the process, which no op may change."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     return (
         getattr(matmul, "fp32_precision", None),

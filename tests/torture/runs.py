@@ -1,4 +1,4 @@
-"""Training runs of a tiny model in processes of their own, and whether two runs made the same.
+"""Training runs of a tiny model in processes of their own, and what differs between two runs.
 
 The process that attacks imports everything once and forks for each command, so that a command takes a second or less.
 It starts no thread, which a fork does not survive.
@@ -43,7 +43,7 @@ TIMINGS = {"elapsed_s", "tokens_per_s"}
 CRASHED = 70
 """The exit code of a command that ended in a traceback."""
 LONGEST_S = 120.0
-"""A command that takes longer hangs."""
+"""A command that takes longer is killed, and said to hang."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Child:
     """A command in a process of its own."""
 
     def __init__(self, argv: list[str], log: Path, before: Callable[[], None] = lambda: None) -> None:
-        """`before` is called in that process first."""
+        """`before` is called first, in that process."""
         self.log, self.started = log, time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -158,7 +158,7 @@ class Bench:
             "dpo": write_jsonl(root / "dpo_held_out.jsonl", pairs[:3]),
         }
 
-        # what every command would do again: transformers' tables of models
+        # done once here, so that a forked command does not do it again: transformers makes its tables of models
         base_model.load_model(SftConfig(**self.settings("sft", self.new("nothing"))))
         gc.collect()
         gc.freeze()
@@ -243,9 +243,11 @@ def files_of(folder: Path) -> set[str]:
 
 
 def differences(run: Path, truth: Path, *, other_checkpoints: bool = False, set_aside: bool = False) -> Iterator[str]:
-    """What a run left that the undisturbed one did not leave, bit by bit, but for times. Each begins with its kind.
+    """What differs, bit by bit, between a run and the undisturbed one, `truth`; times are left out. Each text begins
+    with the kind of difference.
 
-    `other_checkpoints`: it may have saved at other steps before the last. `set_aside`: what it went back from may stay.
+    `other_checkpoints`: the run may have saved at other steps before the last. `set_aside`: the folder in which it set
+    something aside is allowed.
     """
     ours, right = files_of(run), files_of(truth)
     temporary = {name for name in ours if any(part.endswith(".tmp") or "tmp-" in part for part in name.split("/"))}
@@ -294,6 +296,6 @@ def _lasting(run_json: bytes) -> bytes:
 
 
 def _config(text: bytes) -> dict[str, Any]:
-    """But for where the run is, and what it may be given anew when it goes on."""
+    """Without the run's folder, and the settings that may change when it goes on."""
     anew = ("output_dir", "save_steps", "save_total_limit")
     return {name: value for name, value in yaml.safe_load(text).items() if name not in anew}

@@ -1,6 +1,6 @@
 """A signal that ends a process at a system call which changes a file.
 
-The process ends right before the call, so that each state that a folder passes through is a state that somebody finds.
+The process ends right before the call. So every state that a folder passes through may be the one that is found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Calls:
         self.cutting = False
 
     def watch(self) -> None:
-        """From now on; there is no way back."""
+        """Count from now on, until the process ends: an audit hook cannot be removed."""
         sys.addaudithook(self._audit)
         fsync, write = os.fsync, safetensors.torch.serialize_file
 

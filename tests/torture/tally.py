@@ -15,18 +15,18 @@ class Tally:
     kind: str
     seed: int
     number: int = 0
-    """Of the try that is being made: with the seed it says everything about it."""
+    """Of the try that is being made. Seed and number together determine a try."""
     tries: int = 0
     equal: int = 0
-    """Tries that ended as if nothing had happened."""
+    """Tries that ended with the right result."""
     refused: int = 0
     """Tries that ended with one clear line."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What else is worth a number, by name."""
+    """Other counts, by name."""
     failures: Counter[str] = field(default_factory=Counter)
-    """How often each class of failure came."""
+    """The number of failures of each class."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """Of each class the first few, with what repeats them."""
+    """The first few failures of each class, with the commands that repeat them."""
 
     def fail(self, what: str, example: str) -> None:
         self.failures[what] += 1

@@ -1,5 +1,5 @@
-"""Two processes at one run: of two writers one goes on and the other is told in one line; readers change nothing and
-never see half of something.
+"""Two processes at one run. Of two trainings, one must go on and the other be refused in one line. Readers must change
+nothing and never see a half-written file.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from .strikes import Calls, Strike
 from .tally import Tally
 
 MOST_READS = 12
-"""Of each trial, beside the training."""
+"""Of each try, beside the training."""
 
 
 class Attack:
     def __init__(self, bench: Bench, seed: int, tally: Tally) -> None:
         self.bench, self.seed, self.tally = bench, seed, tally
-        self.trials = (self.two_trainings, self.readers_beside_a_training, self.readers_of_what_a_kill_left)
+        self.kinds = (self.two_trainings, self.readers_beside_a_training, self.readers_of_what_a_kill_left)
 
-    def trial(self, number: int) -> None:
+    def one_try(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
         run = self.bench.new("run")
         self.failed = False
-        self.trials[number % len(self.trials)](rng, rng.choice(OBJECTIVES), run)
+        self.kinds[number % len(self.kinds)](rng, rng.choice(OBJECTIVES), run)
         self.tally.equal += not self.failed
         shutil.rmtree(run, ignore_errors=True)
 
     # ------------------------------------------------------------------ two writers
 
     def two_trainings(self, rng: random.Random, objective: str, run: Path) -> None:
-        """Of one folder, at once or a moment apart; new, or both resumed after a kill."""
+        """Two trainings of one folder, at once or a moment apart: both new, or both resumed after a kill."""
         argv = self.bench.argv(objective, run)
         if rng.random() < 0.5:
             self._killed(argv, run, rng)
@@ -66,7 +66,7 @@ class Attack:
     # ------------------------------------------------------------------ a writer and readers
 
     def readers_beside_a_training(self, rng: random.Random, objective: str, run: Path) -> None:
-        """A run that goes on from the middle, or over a finished one's particles, while others read it."""
+        """A new run, or one that is resumed after a kill, while others read it."""
         argv = self.bench.argv(objective, run)
         if rng.random() < 0.5:
             self._killed(argv, run, rng)
@@ -87,7 +87,7 @@ class Attack:
             self._fail(f"training beside readers: {problem.partition(': ')[0]}", "\n".join([problem, *story]))
 
     def readers_of_what_a_kill_left(self, rng: random.Random, objective: str, run: Path) -> None:
-        """Every file that a reader finds is there afterwards, as it was."""
+        """Readers of a run that was killed must leave every file as it was."""
         self._killed(self.bench.argv(objective, run), run, rng)
         if not run.exists():
             return
@@ -109,7 +109,7 @@ class Attack:
         ]
 
     def _read(self, argv: list[str], run: Path) -> str:
-        """Runs a reader. It may find nothing to read, and then says so in one line."""
+        """Run a reader. Where there is nothing to read yet, it must say so in one line."""
         ended = self.bench.run(argv)
         self.tally.counts["reads"] += 1
         said = f"{command(argv)}\n  -> {_told(ended)}"
@@ -155,4 +155,4 @@ def _changes(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int
 
 @contextmanager
 def prepare(seed: int, tally: Tally, folder: Path) -> Iterator[Callable[[int], None]]:
-    yield Attack(bench_in(folder), seed, tally).trial
+    yield Attack(bench_in(folder), seed, tally).one_try

@@ -23,7 +23,7 @@ from renyi_kernels.triton_ops.tuning import blocks
 
 @triton.jit
 def _wide(index, FAR: tl.constexpr):
-    """The index, in 64 bits where FAR: then every offset made of it is, too"""
+    """The index, in 64 bits if FAR; every offset computed from it is then in 64 bits too"""
     return tl.cast(index, tl.int64) if FAR else index
 
 
@@ -225,7 +225,7 @@ def grouped_lora_down_backward_kernel(
     tl.store(dA_ptrs, dA.to(dA_ptr.dtype.element_ty), mask=in_i[:, None] & in_r[None, :])
 
 
-# Launchers. What they read may lie in memory in any way; S of `shrink` and `out` of `expand` have to be packed
+# Launchers. Their inputs may have any strides; `S` of `shrink` and `out` of `expand` have to be packed
 
 
 @on_its_device
@@ -323,6 +323,7 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _packed(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless `_is_packed`."""
     return tensor if _is_packed(tensor) else tensor.contiguous()
 
 

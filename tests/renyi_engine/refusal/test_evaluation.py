@@ -196,7 +196,7 @@ def test_failed_verdicts_are_asked_for_again_and_nothing_else_is_changed(
 
 
 def test_a_verdict_that_flipped_on_the_disk_is_named_and_made_again(whole, config, tmp_path):
-    """As a label nobody knows, it would be counted nowhere."""
+    """It would be an unknown label, which no count includes."""
     path = tmp_path / "whole" / "responses.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     lines[3] = lines[3].replace('"verdict": "d', '"verdict": "e').replace('"verdict": "i', '"verdict": "h')

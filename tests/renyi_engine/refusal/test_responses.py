@@ -7,12 +7,12 @@ import json
 import random
 import re
 import warnings
-import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from renyi_engine import files
 from renyi_engine.refusal.responses import BASE, CHECKSUM, Response, ResponseFile
 
 TEXTS = ["", "plain", "two\nlines\r\n", "Grüße \u2028 \U0001f600", '{"a": 1}', "\ud800", "\x1b[31m"]
@@ -63,7 +63,7 @@ def test_in_order_is_by_prompt_particle_and_sample_with_the_base_last(tmp_path):
 def summed(line):
     """The line with the checksum that belongs to it."""
     fields = json.loads(line)
-    return json.dumps(fields | {CHECKSUM: f"{zlib.crc32(json.dumps(fields).encode()):08x}"})
+    return json.dumps(fields | {CHECKSUM: files.sha256_of_json(fields)[:16]})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""What messages quote, each in one line of bounded length: an error of a library, and a list of names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MOST_CHARACTERS = 1000
+
+
+def reason(error: BaseException) -> str:
+    """The message of an error, in one line of at most 1000 characters; its class if it has no message."""
+    return " ".join(str(error).split())[:MOST_CHARACTERS] or type(error).__name__
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of the names, and how many more there are: "a, b, c and 2 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
