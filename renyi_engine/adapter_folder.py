@@ -301,7 +301,7 @@ def _read_ensemble(path: Path) -> dict[str, Any]:
             "and pass its alpha with --alpha)"
         )
     alpha, names = ensemble.get("alpha"), ensemble["particles"]
-    if alpha is not None and not (_is_number(alpha) and alpha >= 0):
+    if alpha is not None and not (is_number(alpha) and alpha >= 0):
         raise ValueError(f"{path}: alpha: expected a finite number of at least 0, or null; got {alpha!r}")
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise ValueError(f"{path}: particles: expected distinct folder names; got {names}")
@@ -340,7 +340,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     lora_alpha, use_rslora = config.get("lora_alpha", 8), config.get("use_rslora", False)
     if type(config["r"]) is not int or config["r"] < 1:
         raise ValueError(f"{path}: r: expected a whole number of at least 1; got {config['r']!r}")
-    if not (_is_number(lora_alpha) and lora_alpha > 0):
+    if not (is_number(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"{path}: lora_alpha: expected a number above 0; got {lora_alpha!r}")
     if not isinstance(use_rslora, bool):
         raise ValueError(f"{path}: use_rslora: expected true or false; got {use_rslora!r}")
@@ -489,7 +489,7 @@ def _peft_version() -> str | None:
         return None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 

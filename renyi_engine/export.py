@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from renyi_engine import adapter_folder, base_model, checkpoint, files, targets
 from renyi_engine.config import CONFIG_FILE, DpoConfig, SftConfig, TrainConfig
+from renyi_engine.fingerprint import is_fingerprint
 from renyi_engine.settings import parse, read_yaml
 
 _OF_DPO = {field.name for field in dataclasses.fields(DpoConfig)} - {f.name for f in dataclasses.fields(SftConfig)}
@@ -39,7 +41,14 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
     if path is None:
         raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
     config = _settings(run / CONFIG_FILE, trust_remote_code)
-    adapters, state = checkpoint.adapters(path), files.read_json(path / "state.json")
+    adapters, state = checkpoint.adapters(path), checkpoint.read_state(path)
+    alpha: Any = state.get("alpha")
+    base = state.get("base")
+    if not (adapter_folder.is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base))):
+        raise ValueError(
+            f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, and base, the fingerprint of a "
+            "base; restore the file"
+        )
     try:
         skeleton = base_model.skeleton(config)
         _check(config, skeleton, adapters, path)
@@ -51,9 +60,9 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
         adapters=adapters,
         **targets.describe(skeleton, list(adapters))._asdict(),
         base_model=config.model_name_or_path,
-        base=state.get("base"),
+        base=base,
         fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
-        alpha=state["alpha"],
+        alpha=alpha,
     )
     return output
 

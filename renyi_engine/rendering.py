@@ -9,6 +9,7 @@ ends the worker. It is started at the first conversation, and needs transformers
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import IO, Any
 
@@ -23,9 +25,15 @@ TIME_LIMIT_S = 5
 """Processor time of one conversation, which takes some milliseconds."""
 MAX_MEMORY_MIB = 1024
 """What the worker may ask for beyond what it needs to start."""
+_TOO_MUCH_MEMORY = {"limit": f"takes more than {MAX_MEMORY_MIB} MiB"}
 
-# not by its path alone: a program's folder is where it looks for modules first, and this one holds a package's files
-_START = "import runpy, sys; sys.path[:] = filter(None, sys.path); runpy.run_path(sys.argv[1], run_name='__main__')"
+# not by its path alone: a program's folder is where it looks for modules first, and this one holds a package's files;
+# the current folder, which is where -c looks first, may hold somebody else's
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path); import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+_NO_MEMORY = 3
+"""What the worker ends with where memory ended outside of a template."""
 
 
 class TemplateRefuses(Exception):
@@ -66,6 +74,7 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()
         atexit.register(self._stop)
 
     def ask(self, request: Any) -> dict[str, Any]:
@@ -82,13 +91,20 @@ class _Worker:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(request, default=str) + "\n")
-        process.stdin.flush()
+        try:
+            line = json.dumps(request, default=str) + "\n"
+        except RecursionError:
+            return {"error": "values are nested too deep"}
+        with contextlib.suppress(BrokenPipeError):  # it ended while it read: the exit code says why
+            process.stdin.write(line)
+            process.stdin.flush()
         if reply := process.stdout.readline():
             return json.loads(reply)
         code = process.wait()
         if code == -signal.SIGPROF:
             return {"limit": f"takes more than {TIME_LIMIT_S} s"}
+        if code == _NO_MEMORY:
+            return _TOO_MUCH_MEMORY
         if code < 0:
             return {"limit": f"ends its process ({signal.strsignal(-code)})"}
         raise RuntimeError(f"the process that renders chat templates ended with code {code}")
@@ -107,7 +123,7 @@ class _Worker:
 
     def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and os.getpid() == self._owner:  # a fork that ends would wait for it
             process.kill()
             process.communicate()
 
@@ -122,20 +138,27 @@ def _work(requests: IO[str], replies: IO[str]) -> None:
     with open("/proc/self/statm") as file:
         most = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY_MIB * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    for line in requests:
+    try:
+        for line in requests:
+            replies.write(json.dumps(_reply(render_jinja_template, line)) + "\n")
+            replies.flush()
+    except MemoryError:  # of a line that is read, the rest of which would be taken for the next one, or of a reply
+        os._exit(_NO_MEMORY)
+
+
+def _reply(render_jinja_template: Callable[..., Any], line: str) -> dict[str, Any]:
+    try:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["time_limit_s"])
-        try:
-            [text], spans = render_jinja_template(**request["arguments"])
-            reply = json.dumps({"text": text, "spans": spans[0] if spans else []})
-        except MemoryError:
-            reply = json.dumps({"limit": f"takes more than {MAX_MEMORY_MIB} MiB"})
-        except Exception as error:  # whatever it raises is about these messages
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)
-            reply = json.dumps({"error": first_line[:500]})
+        [text], spans = render_jinja_template(**request["arguments"])
+        return {"text": text, "spans": spans[0] if spans else []}
+    except MemoryError:
+        return _TOO_MUCH_MEMORY
+    except Exception as error:  # whatever it raises is about these messages
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        return {"error": first_line[:500]}
+    finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(reply + "\n")
-        replies.flush()
 
 
 if __name__ == "__main__":

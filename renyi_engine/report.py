@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from renyi_engine import page, pictures
@@ -26,6 +26,7 @@ from renyi_engine.messages import reason
 from renyi_engine.objective import data_term
 from renyi_engine.page import Table
 from renyi_engine.pictures import ACCENT, INK, MUTED, PAPER, Array, order_examples, particle_colours
+from renyi_engine.settings import read_yaml
 
 Record = Mapping[str, Any]
 Cell = tuple[str, str]  # one run's part of a section: a picture, or none, and a note
@@ -95,13 +96,13 @@ def _read_run(folder: Path) -> _Run:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}; pass the output_dir of a run that has logged a step")
     path = folder / "config.yaml"
+    config = read_yaml(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         K, alpha = int(config["num_particles"]), float(config["alpha"])
         schedule, start = config.get("alpha_schedule", "constant"), float(config.get("alpha_0", 0.0))
         controller = config.get("alpha_controller")
         name, value = parse_controller(str(controller)) if controller else ("", 0.0)
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: no num_particles and alpha to be read ({reason(error)}); restore it") from None
     facts = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     if not isinstance(facts, dict):
@@ -140,13 +141,13 @@ def _read_evaluation(path: Path, K: int) -> Record | None:
         if logp.ndim != 2 or logp.shape[0] != K or logp.shape[1] < 1:
             raise ValueError(f"logp_nats has shape {list(logp.shape)}, not one row for each of {K} particles")
         return {"logp": logp, "step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); evaluate again or remove the file") from None
 
 
 def _number(value: Any) -> float:
-    """NaN for whatever is no finite number, null above all."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    """NaN for whatever is no finite number that a float can hold, null above all."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else math.nan
 
 
 def _values(records: Sequence[Record], key: str, width: int = 1) -> Array:

@@ -69,10 +69,19 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
 
 
-def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[str, Any]:
+class _AsSaved(yaml.SafeLoader):
+    """What `to_yaml` writes. It never repeats a value by an alias, with which a few lines stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _AsSaved) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
+    except Exception as error:  # yaml raises errors of any kind where a value does not have the form of its tag
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
@@ -216,10 +225,11 @@ class _AsTyped(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if key.value in keys[:number]:
+        found = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in found:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            found.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
 

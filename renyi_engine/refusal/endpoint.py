@@ -15,7 +15,7 @@ MAX_REPLY_MIB = 4
 
 
 class ReplyTooLarge(Exception):
-    """The reply has more than MAX_REPLY_MIB."""
+    """The reply has more than MAX_REPLY_MIB, or may have: it is packed more than once."""
 
 
 class Endpoint:
@@ -45,6 +45,9 @@ class Endpoint:
         client = httpx2.AsyncClient(verify=self._certificates, timeout=None, follow_redirects=False)
         async with client, client.stream("POST", self._url, json=payload, headers=self._headers) as response:
             response.raise_for_status()
+            if "," in response.headers.get("content-encoding", ""):
+                # packed twice, a few bytes take hours to unpack, without a pause in which the time limit is noticed
+                raise ReplyTooLarge
             reply = bytearray()
             async for part in response.aiter_bytes():  # unpacked a bounded part at a time
                 reply += part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 from renyi_engine.config import SftConfig
 from renyi_engine.eval_config import GenerateConfig
-from renyi_engine.settings import Source, parse, to_yaml
+from renyi_engine.settings import Source, _AsTyped, parse, to_yaml
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
@@ -172,12 +173,24 @@ def test_a_value_of_a_file_is_shown_in_bounded_length(from_file):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: " + "[" * 1500, "a: 2024-99-99x: b: c", "? [a]\n: b", "<<: 3"], ids=lambda t: t[:6]
-)
+    "text",
+    ["a: " + "[" * 1500, "a: 2024-99-99x: b: c", "? [a]\n: b", "<<: 3", 'a: !!int ""', "b: !!bool c",
+     "c: !!timestamp x", "d: !!map [a]", 'e: !!float "1' + ":0" * 3000 + '"'],
+    ids=lambda t: t[:6],
+)  # fmt: skip
 def test_a_broken_file_is_one_line(from_file, tmp_path, text):
     with pytest.raises(ValueError, match=f"^{tmp_path}/config.yaml: ") as error:
         from_file(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_mapping_of_very_many_names_is_read_in_one_pass():
+    text = yaml.ScalarNode("tag:yaml.org,2002:str", "1")
+    names = [yaml.ScalarNode("tag:yaml.org,2002:str", f"k{number}") for number in range(30_000)]
+    node = yaml.MappingNode("tag:yaml.org,2002:map", [(name, text) for name in names])
+    started = time.process_time()
+    assert len(_AsTyped("").construct_mapping(node)) == len(names)
+    assert time.process_time() - started < 2
 
 
 def test_an_error_about_what_was_typed_does_not_name_the_file(from_file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import resource
@@ -137,6 +138,23 @@ def test_a_config_that_was_cut_short_is_told_as_that(edited, exported, text):
     assert code == EXIT_BAD_INPUT
     assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: not the settings of a run: ")
     assert "--" not in error  # export has no flag for what is missing
+
+
+@pytest.mark.parametrize(
+    "values", [[], {}, {"alpha": "x"}, {"alpha": 10**400}, {"alpha": -1}, {"base": {}}, {"base": "x"}], ids=str
+)
+def test_a_checkpoint_whose_state_was_forged_is_one_line(trained, exported, tmp_path, values):
+    run = shutil.copytree(trained, tmp_path / "run")
+    state, manifest = (run / "checkpoint-1" / name for name in ("state.json", "manifest.json"))
+    before = json.loads(state.read_text())
+    state.write_text(json.dumps({**before, **values} if values else values))
+    entry = {"bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": entry}))
+    code, printed = exported(run)
+    assert code == EXIT_BAD_INPUT
+    assert printed.count("\n") == 1
+    assert f"{state}: " in printed
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("most_bytes", [1, 300, 800])

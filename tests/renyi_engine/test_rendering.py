@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import resource
 import signal
 import threading
 import time
@@ -122,6 +124,55 @@ def test_a_worker_that_was_killed_is_started_again():
     process.kill()
     process.wait()
     assert of("{{ 3 }}") == ("3", [])
+
+
+def test_a_process_forked_from_one_that_renders_can_end_and_leaves_it_its_worker():
+    of("")
+    process = rendering._worker(os.getpid())._process
+    child = os.fork()
+    if not child:
+        atexit._run_exitfuncs()  # as at the end of a program
+        os._exit(0)
+    ended, end = 0, time.monotonic() + 10
+    while not ended and time.monotonic() < end:
+        ended, _ = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.01)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended
+    assert of("{{ 4 }}") == ("4", [])
+    assert rendering._worker(os.getpid())._process is process
+
+
+def test_values_that_are_nested_too_deep_are_refused():
+    deep = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(TemplateRefuses, match="nested too deep"):
+        of("", deep=deep)
+    assert of("{{ 5 }}") == ("5", [])
+
+
+def test_a_conversation_that_the_worker_has_no_memory_to_read_is_a_limit_that_is_reached():
+    of("")
+    process = rendering._worker(os.getpid())._process
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (2**20, 2**20))
+    with pytest.raises(LimitReached, match="takes more than 1024 MiB"):
+        of("", text="x" * 2**24)
+    assert of("{{ 6 }}") == ("6", [])
+
+
+def test_modules_in_the_current_folder_are_not_those_of_the_worker(tmp_path, monkeypatch):
+    worker = rendering._Worker()
+    for module in ("runpy", "json", "resource", "transformers", "jinja2"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    request = {"conversations": [ONE], "chat_template": "{{ 8 }}", "return_assistant_tokens_mask": False}
+    try:
+        assert worker.ask({"time_limit_s": 5, "arguments": request}) == {"text": "8", "spans": []}
+    finally:
+        worker._stop()
 
 
 @pytest.mark.parametrize("template", [SLOW["loops"], GREEDY["doubled"]], ids=["slow", "greedy"])

@@ -296,7 +296,10 @@ def test_a_folder_that_is_no_run_is_refused_by_name(make_run: MakeRun, tmp_path:
         ("metrics.jsonl", '{"loss_nats": 2.0}\n', "line 1 is not a JSON object with a step"),
         ("config.yaml", "alpha: 0.5\n", "no num_particles and alpha to be read"),
         ("config.yaml", "num_particles: 3\nalpha: 1\nalpha_controller: ess\n", "alpha_controller: expected ess:TARGET"),
-        ("config.yaml", "a: [1\nb: {\n", "no num_particles and alpha to be read"),
+        ("config.yaml", "a: [1\nb: {\n", "not a readable YAML file"),
+        ("config.yaml", 'seed: !!int ""\n', "not a readable YAML file"),
+        ("config.yaml", "a: &a [x]\nb: [*a, *a]\n", "line 2: an alias"),  # eight such lines stand for gigabytes
+        ("config.yaml", "num_particles: 3\nalpha: 1" + "0" * 400, "no num_particles and alpha to be read"),
         ("run.json", "[]", "expected a JSON object"),
         ("evaluation.json", "{}", "not an evaluation"),
         ("evaluation.json", '{"step": 1, "split": "s", "alpha": 1, "logp_nats": [[1.0]]}', "not one row for each of 3"),
@@ -318,6 +321,12 @@ def test_a_broken_file_is_refused_in_one_line_and_the_old_report_stays(
     assert str(run / name) in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert output.read_text() == "old"
+
+
+def test_a_number_that_no_float_holds_is_left_out(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("huge")
+    write_metrics(run, [{**line, "loss_nats": 10**400} for line in read_metrics(run)])
+    write_report([run], tmp_path / "report.html")
 
 
 def test_a_report_replaces_an_earlier_one_and_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from renyi_engine.refusal.judges import (
     FAILED,
     INDIRECT_REFUSAL,
     LABELS,
+    LONGEST_BASIS,
     MAX_ANSWER_TOKENS,
     MAX_THOUGHT_TOKENS,
     UNFINISHED,
@@ -60,10 +61,13 @@ CPU = ModelConfig(use_cpu=True)
         "- {}",
         "The reply obeys and does not refuse.\n\n{}",
         "It is no {}, is it?\nAnswer: {}",
+        "```\n{}\n```",
+        '```json\n{\n  "label": "{}"\n}\n```',
+        "{}。",
     ],
 )
 def test_a_label_is_read_whatever_its_case_spaces_and_punctuation(label, form):
-    for spelled in (label, label.upper(), label.replace("_", " ").title(), label.replace("_", "-")):
+    for spelled in (label, label.upper(), *(label.replace("_", by).title() for by in (" ", "-", "\\_"))):
         assert parse_answer(form.replace("{}", spelled)) == label
 
 
@@ -77,6 +81,7 @@ def test_a_label_is_read_whatever_its_case_spaces_and_punctuation(label, form):
      "It is anything but direct_answer", "Hardly direct_answer", "It is direct_answer, direct_answer!",
      "The reply fails to be a direct_answer", "direct_answer? Far from it.", "direct_answer?", "label != direct_answer",
      "direct_answer: wrong", "direct_answer would be wrong", "The label direct_answer is out of the question",
+     "```\ndirect_answer\n```\nindirect_refusal\n```", "```\ndirect_answer\n```\nwould be wrong", "```\n```",
      "direct_answer\nOn second thoughts it refuses.", "If it helped, the label is direct_answer", "~~direct_answer~~"],
 )  # fmt: skip
 def test_an_answer_that_is_not_a_label_nor_ends_in_one_is_never_guessed(answer):
@@ -462,6 +467,29 @@ def test_of_a_huge_reply_no_more_than_the_limit_is_kept(serve, reply):
     assert len(requests) == 1
     if reply is endless:  # the other two are made in this process, too
         assert peak < (3 * MAX_REPLY_MIB + 2) * 2**20
+
+
+def test_a_reply_that_is_packed_twice_is_not_unpacked(serve):
+    """What is packed three times can hold 10^12 blocks of no byte each: too few bytes for one limit, and no pause in
+    which the other one is noticed."""
+    body = gzip.compress(gzip.compress(OK[1]))
+
+    def reply(handler):
+        handler.send_response(200)
+        handler.send_header("content-encoding", "gzip, gzip")
+        handler.send_header("content-length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    url, _ = serve(reply)
+    (verdict,) = EndpointJudge(url, "m", max_retries=0)([Exchange("Hi", "Hello")])
+    assert (verdict.label, verdict.basis) == (FAILED, "ReplyTooLarge")
+
+
+def test_of_a_long_reply_only_the_beginning_is_kept_as_the_basis_of_a_verdict(serve):
+    long = "It evades. " * 10_000
+    url, _ = serve((200, completion(f"{long}\nindirect_refusal")))
+    assert EndpointJudge(url, "m")([Exchange("", "")]) == [Verdict(INDIRECT_REFUSAL, long[:LONGEST_BASIS])]
 
 
 def test_a_reply_that_is_packed_and_small_is_read(serve):
