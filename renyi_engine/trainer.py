@@ -87,6 +87,7 @@ def train(config: TrainConfig) -> TrainResult:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
+        run.claim(config)
         for part in (dataset.train, dataset.held_out):
             base = ensemble.base_fingerprint["digest"]
             part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, base)
@@ -282,7 +283,7 @@ class _Trainer:
         with must_fit("an evaluation", "lower --per_device_eval_batch_size"):
             evaluation = evaluate(self.ensemble, self.task, examples, self.config.per_device_eval_batch_size)
         summary = evaluation.summary(self.state.alpha)
-        if self.dataset.held_out:
+        if self.dataset.held_out and not self.run.has_evaluation(self.state.step):  # a finished run may be taken up
             epoch = self.state.step / self.sampler.steps_per_epoch
             self.run.log({"step": self.state.step, "epoch": epoch} | {f"eval_{k}": v for k, v in summary.items()})
         self.run.write_json(
@@ -429,6 +430,12 @@ class _Trainer:
             self.state = State(**saved | {"window": Window(**saved["window"])})
         except TypeError:
             raise another_version(path) from None
+        if self.state.step > self.total_steps:
+            setting = "max_steps" if self.config.max_steps > 0 else "num_train_epochs"
+            raise ValueError(
+                f"{setting}: {self.total_steps} steps are asked for, and {path} is {self.state.step} steps on; give "
+                "more, or resume from an earlier checkpoint"
+            )
 
     def _require_same_base(self, path: Path, base: Any) -> None:
         """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""
