@@ -108,7 +108,7 @@ def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _eval(argv: Sequence[str]) -> None:
+def _eval(argv: Sequence[str]) -> int | None:
     """evaluate an ensemble, or a base alone: mmlu, refusal or nll"""
     parser = Parser(
         prog="renyi-engine eval", description="Evaluate.", epilog="renyi-engine eval KIND --help tells more"
@@ -116,7 +116,15 @@ def _eval(argv: Sequence[str]) -> None:
     parser.add_argument("kind", choices=sorted(_EVALUATIONS))
     kind = parser.parse_args(argv[:1] or ["--help"]).kind
     settings, module, function = _EVALUATIONS[kind]
-    _print_result(settings, argv[1:], f"renyi-engine eval {kind}", module, function)
+    prog = f"renyi-engine eval {kind}"
+    try:
+        _print_result(settings, argv[1:], prog, module, function)
+    except KeyboardInterrupt:
+        if kind != "refusal":
+            raise
+        stopped = "stopped by Ctrl-C; the same command goes on from the responses that are saved"
+        return _told(prog, stopped, EXIT_INTERRUPTED)
+    return None
 
 
 def _alpha_star(argv: Sequence[str]) -> None:

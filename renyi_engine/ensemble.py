@@ -32,7 +32,7 @@ from renyi_engine.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter,
 from renyi_engine.architecture import Architecture
 from renyi_engine.ensemble_config import EnsembleConfig
 from renyi_engine.fingerprint import Fingerprint, fingerprint
-from renyi_engine.memory import is_out_of_memory
+from renyi_engine.memory import is_out_of_memory, size_of_memory
 from renyi_engine.objective import sum_tokens
 from renyi_engine.runs import Runs
 from renyi_engine.trunk import RowDimensions, SharedTrunk, repeat_rows
@@ -480,7 +480,19 @@ def _stay_deterministic(layer: nn.Module, part: nn.Module, args: tuple) -> None:
 
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Fresh (A, B) of every map; particle k draws from a generator of its own, seeded by (seed, k)."""
+    """Fresh (A, B) of every map; particle k draws from a generator of its own, seeded by (seed, k).
+
+    Raises:
+        ValueError: the device has not that much memory.
+    """
+    K, R = config.num_particles, config.rank
+    num_bytes = 4 * K * R * sum(sum(targets.features(linear)) for linear in maps.values())
+    room = min((size_of_memory(next(linear.parameters()).device) for linear in maps.values()), default=num_bytes)
+    if num_bytes > room:
+        raise ValueError(
+            f"{'num_particles' if K >= R else 'rank'}: {K} adapters of rank {R} do not fit into memory: they take "
+            f"{num_bytes / 2**30:.0f} GiB of {room / 2**30:.0f}; give fewer, or a lower rank"
+        )
     generators = [seeding.generator(config.seed, k) for k in range(config.num_particles)]
     adapters = {}
     for path, linear in maps.items():

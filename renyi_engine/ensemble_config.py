@@ -10,6 +10,8 @@ from typing import Literal
 from renyi_engine import patterns
 
 ALL_LINEAR = "all-linear"
+SMALLEST_SCALING, LARGEST_SCALING = 2.0**-126, 2.0**127
+"""Which float32 holds with all its digits."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class EnsembleConfig:
                 raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
+        if not SMALLEST_SCALING <= self.scaling <= LARGEST_SCALING:
+            raise ValueError(
+                f"lora_alpha: expected a scaling (lora_alpha / rank) that float32 can hold; got {self.lora_alpha!r}, "
+                f"which makes {self.scaling:g}"
+            )
         if isinstance(self.target_modules, str):
             patterns.check(self.target_modules)
         elif not all(isinstance(name, str) for name in self.target_modules):

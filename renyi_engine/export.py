@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from renyi_engine import adapter_folder, base_model, checkpoint, files, targets
+from renyi_engine import adapter_folder, base_model, checkpoint, output_folder, targets
 from renyi_engine.config import CONFIG_FILE, DpoConfig, SftConfig, TrainConfig
 from renyi_engine.fingerprint import is_fingerprint
 from renyi_engine.settings import parse, read_yaml
@@ -30,7 +30,7 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
 
     Raises:
         ValueError: no such checkpoint, or damaged; the run's settings cannot be read, or are not those of the
-            checkpoint; the base's configuration cannot be had.
+            checkpoint; the base's configuration cannot be had; `output` is not free, see `output_folder.claimed`.
     """
     run = source if (source / CONFIG_FILE).is_file() else source.parent
     if not (run / CONFIG_FILE).is_file():
@@ -54,16 +54,17 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
         _check(config, skeleton, adapters, path)
     except ValueError as error:
         raise ValueError(f"{run / CONFIG_FILE}: {error}") from None
-    adapter_folder.write(
-        files.make_folder(output, "output_dir"),
-        config=config.ensemble_config(),
-        adapters=adapters,
-        **targets.describe(skeleton, list(adapters))._asdict(),
-        base_model=config.model_name_or_path,
-        base=base,
-        fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
-        alpha=alpha,
-    )
+    with output_folder.claimed(output) as folder:
+        adapter_folder.write(
+            folder,
+            config=config.ensemble_config(),
+            adapters=adapters,
+            **targets.describe(skeleton, list(adapters))._asdict(),
+            base_model=config.model_name_or_path,
+            base=base,
+            fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
+            alpha=alpha,
+        )
     return output
 
 

@@ -167,13 +167,30 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
 
 
+def append_text(path: Path, text: str) -> None:
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError says that it is about `path`; writing to an open file, Python does not say it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Gives a new empty file, whose mode follows the umask. After the block, what was written there becomes `path`."""
     temporary = temporary_name(path)
     try:
         temporary.touch(exist_ok=False)
-        yield temporary
+        with naming(path):
+            yield temporary
         fsync(temporary)
         temporary.replace(path)
     except BaseException:
@@ -187,6 +204,8 @@ def make_folder(path: Path, argument: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except FileExistsError:
+        raise ValueError(f"{argument}: {path} cannot be written (it is no folder)") from None
     except OSError as error:
         raise ValueError(f"{argument}: {path} cannot be written ({os.strerror(error.errno or 0)})") from None
     return path

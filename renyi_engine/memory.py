@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # what PyTorch's allocators on a GPU and on a CPU, Triton, and cuBLAS say, each in a RuntimeError
 _SIGNS = (
@@ -25,6 +30,15 @@ def must_fit(what: str, remedy: str | None = None) -> Iterator[None]:
             raise
         problem = f"{what} does not fit into memory ({first_line(error)})"
         raise DoesNotFit(f"{problem}; {remedy}" if remedy else problem) from None
+
+
+def size_of_memory(device: torch.device) -> int:
+    """Bytes of a device, used or not; of this machine where the device is no GPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

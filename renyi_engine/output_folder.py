@@ -61,8 +61,10 @@ def require_free(path: Path, argument: str = "output_dir") -> None:
 
 
 def clear_away_leftovers(folder: Path) -> None:
-    """Remove what was half written when its writer was killed. Links to other folders are not followed."""
+    """Remove what was half written when its writer was killed. Links to other folders are not followed, and a folder
+    below that another command writes, or was killed in, is left to the next writer there."""
     for directory, names_of_folders, names_of_files in os.walk(folder):
+        names_of_folders[:] = [name for name in names_of_folders if not Path(directory, name, LOCK_FILE).exists()]
         for name in [name for name in names_of_folders + names_of_files if name.startswith(files.TEMPORARY)]:
             leftover = Path(directory, name)
             if name in names_of_folders and not leftover.is_symlink():

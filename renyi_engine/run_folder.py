@@ -74,11 +74,17 @@ class RunFolder:
                     "now; give what the run was begun with, or begin another run in a new output_dir"
                 )
 
+    def claim(self, config: TrainConfig) -> None:
+        """Save the settings, if none are there: with them, what is written before `begin` belongs to a run that can be
+        taken up."""
+        if not (self.path / CONFIG_FILE).exists():
+            self._save(config)
+
     def begin(self, config: TrainConfig, step: int) -> None:
         """Save the settings. Where the run goes back to `step`, set aside the later checkpoints, and remove the later
         lines of metrics, which will be measured again."""
         self._set_aside(step)
-        self.save_settings(config)
+        self._save(config)
         for path in (self._metrics, self.skips):
             if path.exists():
                 lines = _lines(path)
@@ -87,14 +93,16 @@ class RunFolder:
                         warnings.warn(f"{path}: line {number} is damaged and is left out", stacklevel=2)
                 files.write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 
-    def save_settings(self, config: TrainConfig) -> None:
-        files.write_text(self.path / CONFIG_FILE, to_yaml(dataclasses.replace(config, resume_from_checkpoint=None)))
+    def _save(self, config: TrainConfig) -> None:
+        saved = dataclasses.replace(config, resume_from_checkpoint=None)
+        files.write_text(self.path / CONFIG_FILE, to_yaml(saved))
 
     def _set_aside(self, step: int) -> None:
-        """Where checkpoints are newer than `step`, move them, and what else was made after it, into a run folder of
-        their own. The newest go first: after a kill, what is left still ends at one step."""
+        """Where checkpoints are newer than `step`, or a finished run has none left and begins again: move them, and
+        what else was made after `step`, into a run folder of their own. The newest go first: after a kill, what is left
+        still ends at one step."""
         later = [path for number, path in checkpoint.all_of(self.path) if number > step]
-        if not later:
+        if not later and (step > 0 or not self.particles.exists()):
             return
         number = 1
         while (aside := self.path / f"set-aside-{number}").exists():
@@ -104,13 +112,14 @@ class RunFolder:
             if path.exists():
                 shutil.copy2(path, aside)
         made_at_the_end = [self.particles, self.path / "evaluation.json", self.path / "report.html"]
-        for path in [*filter(Path.exists, made_at_the_end), *reversed(later)]:
+        moved = [*filter(Path.exists, made_at_the_end), *reversed(later)]
+        for path in moved:
             if path.is_symlink():  # a relative link would lead elsewhere from there
                 (aside / path.name).symlink_to(path.resolve())
                 path.unlink()
             else:
                 path.rename(aside / path.name)
-        names = ", ".join(path.name for path in later)
+        names = ", ".join(path.name for path in later or moved)
         warnings.warn(f"{self.path} goes on from step {step}; what came after it ({names}) is in {aside}", stacklevel=3)
 
     def has_evaluation(self, step: int) -> bool:
@@ -121,16 +130,14 @@ class RunFolder:
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is not a finite number becomes null."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(files.finite(values)) + "\n")
+        files.append_text(self._metrics, json.dumps(files.finite(values)) + "\n")
 
     def write_json(self, name: str, value: Any) -> None:
         files.write_json(self.path / name, files.finite(value))
 
     def log_skip(self, values: dict[str, Any]) -> None:
         """Append one line to skipped.jsonl: a step at which particles were not updated, and its rows."""
-        with self.skips.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        files.append_text(self.skips, json.dumps(values) + "\n")
 
     @property
     def command(self) -> str:
@@ -168,17 +175,33 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
     if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
         raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
     if wanted == "true":
-        found = checkpoint.newest(path)
+        with _resuming():
+            found = checkpoint.newest(path)
         if found is None:
             warnings.warn(f"{path} holds no checkpoint yet; starting from step 0", stacklevel=3)
         return found
     explicit = Path(wanted)
     if not explicit.is_dir():
         raise ValueError(f"resume_from_checkpoint: {explicit}: no such folder; 'true' takes the newest of output_dir")
+    if explicit.resolve() == path.resolve():
+        raise ValueError(
+            f"resume_from_checkpoint: {wanted!r} is output_dir itself; expected one of its folders checkpoint-N, or "
+            "true for the newest"
+        )
     if explicit.absolute().parent.resolve() != path.resolve():
         raise ValueError(f"resume_from_checkpoint: {explicit} belongs to another run than output_dir {path}")
-    checkpoint.verify(explicit)
+    with _resuming():
+        checkpoint.verify(explicit)
     return explicit
+
+
+@contextmanager
+def _resuming() -> Iterator[None]:
+    """Inside, a ValueError about a checkpoint names the setting that asked for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"resume_from_checkpoint: {error}") from None
 
 
 def another_version(path: Path) -> ValueError:
@@ -197,7 +220,8 @@ def versions() -> dict[str, str]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    """Each with its end, that of the last one too, which a kill may have cut off."""
+    return [f"{line}\n" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
 
 
 def _step_of(line: str) -> float:

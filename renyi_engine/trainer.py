@@ -87,8 +87,7 @@ def train(config: TrainConfig) -> TrainResult:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
-        if run.resume_from is None:
-            run.save_settings(config)  # before anything else: they tell that the folder is a run's
+        run.claim(config)
         for part in (dataset.train, dataset.held_out):
             base = ensemble.base_fingerprint["digest"]
             part[:] = task.prepare(ensemble, part, run.path, config.per_device_eval_batch_size, base)
@@ -432,6 +431,12 @@ class _Trainer:
             self.state = State(**saved | {"window": Window(**saved["window"])})
         except TypeError:
             raise another_version(path) from None
+        if self.state.step > self.total_steps:
+            setting = "max_steps" if self.config.max_steps > 0 else "num_train_epochs"
+            raise ValueError(
+                f"{setting}: {self.total_steps} steps are asked for, and {path} is {self.state.step} steps on; give "
+                "more, or resume from an earlier checkpoint"
+            )
 
     def _require_same_base(self, path: Path, base: Any) -> None:
         """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""

@@ -77,8 +77,7 @@ class ResponseFile:
     def write(self, responses: Iterable[Response]) -> None:
         """Append responses, or verdicts on them; they are handed to the system before this returns."""
         responses = list(responses)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(map(_line, responses)))
+        files.append_text(self._path, "".join(map(_line, responses)))
         self.responses |= {response.key: response for response in responses}
 
     def in_order(self) -> list[Response]:

@@ -170,7 +170,11 @@ def test_a_data_set_that_memory_ends_in_is_one_line(sft_flags, capsys, monkeypat
         ({"prior_std": 1e300}, "prior_std: expected a number from 1e-150 to 1e150; got 1e+300"),
         ({"prior_std": 1e-300}, "prior_std: expected a number from 1e-150 to 1e150; got 1e-300"),
         ({"lora_r": 2**63}, "lora_r: expected a whole number below 2^31"),
-        ({"lora_r": 2**31 - 1}, "memory"),
+        ({"lora_r": 2**31 - 1}, "lora_r: 2 adapters of rank 2147483647 do not fit into memory"),
+        ({"num_particles": 10**9}, "num_particles: 1000000000 adapters of rank 2 do not fit into memory"),
+        ({"lora_alpha": 1e300}, "lora_alpha: expected a scaling (lora_alpha / rank) that float32 can hold; got 1e+300"),
+        ({"lora_alpha": 1e-300}, "lora_alpha: expected a scaling (lora_alpha / rank) that float32 can hold"),
+        ({"output_dir": __file__}, "output_dir: " + __file__ + " cannot be written (it is no folder)"),
         ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
         ({"report_to": "none"}, "unknown flag '--report_to'; see --help"),
         ({"dry_rum": "none"}, "unknown flag '--dry_rum'; did you mean '--dry_run'?"),
@@ -350,3 +354,14 @@ def test_an_error_that_comes_up_later_names_the_file_that_the_value_is_from(sft_
     assert capsys.readouterr().err == f"renyi-engine sft: {config}: dataset_name: {gone}: no such file\n"
     assert main([*flags, "--config", str(config), f"--dataset-name={gone}"]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err == f"renyi-engine sft: dataset_name: {gone}: no such file\n"
+
+
+def test_ctrl_c_in_an_evaluation_that_keeps_what_it_has_says_how_to_go_on(capsys, monkeypatch):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("renyi_engine.refusal.evaluate_refusal", stopped)
+    flags = ["--model_name_or_path=a", "--output_dir=b", "--dataset_name=c"]
+    assert main(["eval", "refusal", *flags]) == EXIT_INTERRUPTED
+    expected = "stopped by Ctrl-C; the same command goes on from the responses that are saved"
+    assert capsys.readouterr().err == f"renyi-engine eval refusal: {expected}\n"

@@ -14,6 +14,7 @@ import yaml
 from renyi_engine import train
 from renyi_engine.cli import EXIT_BAD_INPUT, main
 from renyi_engine.config import DpoConfig, SftConfig
+from renyi_engine.output_folder import locked
 from renyi_engine.settings import to_yaml
 
 
@@ -185,3 +186,15 @@ def test_a_run_of_preferences_is_read_with_its_own_settings(edited, exported):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(to_yaml(DpoConfig(**settings, beta=0.2)))
     assert exported(run)[0] == 0
+
+
+def test_what_the_folder_holds_already_is_not_replaced(trained, exported, tmp_path):
+    """Particles of another run, say; nor does a second export write beside a first."""
+    assert exported(trained)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    code, error = exported(trained)
+    assert code == EXIT_BAD_INPUT
+    assert f"output_dir: {tmp_path / 'out'} already holds ensemble.json, p000" in error
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    with locked(tmp_path / "out"):
+        assert "output_dir: another process is writing into" in exported(trained)[1]

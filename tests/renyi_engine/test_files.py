@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 
 import pytest
@@ -76,3 +77,19 @@ def test_every_flipped_bit_of_checksummed_tensors_is_noticed(tmp_path):
         path.write_bytes(flipped)
         with pytest.raises(ValueError, match=r"file\.safetensors"):
             files.read_tensors(path)
+
+
+@pytest.mark.parametrize("write", [files.write_text, files.append_text])
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path, write):
+    """Files of this process may grow to one byte. Python names no file where writing to an open one fails."""
+    path = tmp_path / "file"
+    path.write_text("before\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write(path, "0123456789\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(path)
+    assert path.read_text() == "before\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -14,9 +15,10 @@ import torch
 
 import renyi_engine.trainer as trainer
 from renyi_engine import DpoConfig, LoraEnsemble, TrainingDiverged, TrainingInterrupted, checkpoint, train
+from renyi_engine.dpo import DpoTask
 from renyi_engine.export import export
 from renyi_engine.files import read_json, sha256_of
-from renyi_engine.output_folder import locked
+from renyi_engine.output_folder import claimed, locked
 from renyi_engine.report import write_report
 from renyi_engine.run_folder import RunFolder
 from renyi_engine.sft import SftTask
@@ -131,6 +133,83 @@ def test_a_damaged_checkpoint_that_was_passed_over_is_set_aside_too(long_run):
     assert [path.name for path in (run / "set-aside-1").glob("checkpoint-*")] == ["checkpoint-8"]
 
 
+def test_a_finished_run_without_checkpoints_is_set_aside_before_it_begins_again(sft_config):
+    config = sft_config(max_steps=2)
+    train(config)
+    run = Path(config.output_dir)
+    shutil.rmtree(run / "checkpoint-2")
+    metrics, particles = (run / "metrics.jsonl").read_text(), sorted(contents(run / "particles").values())
+    with pytest.warns(UserWarning, match=r"from step 0; what came after it \(particles, .*\) is in .*set-aside-1"):
+        train(replace(config, resume_from_checkpoint="true", max_steps=1))
+    assert (run / "set-aside-1" / "metrics.jsonl").read_text() == metrics
+    assert sorted(contents(run / "set-aside-1" / "particles").values()) == particles
+    assert steps_of(run) == [1]
+
+
+def test_fewer_steps_than_are_done_are_refused_and_change_nothing(long_run):
+    run, config = long_run
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"max_steps: 3 steps are asked for, and .*checkpoint-8 is 8 steps on"):
+        train(replace(config, resume_from_checkpoint="true", max_steps=3))
+    assert contents(run) == before
+
+
+def test_a_line_of_metrics_whose_end_is_cut_off_does_not_run_into_the_next(sft_config):
+    config = sft_config(max_steps=2)
+    train(config)
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().removesuffix("\n"))
+    train(replace(config, resume_from_checkpoint="true", max_steps=3))
+    assert steps_of(Path(config.output_dir)) == [1, 2, 3]
+
+
+def test_a_run_killed_before_its_first_step_can_be_taken_up(model_folder, jsonl, tmp_path, monkeypatch):
+    """A pass over all pairs may take hours: it is neither lost nor in the way."""
+    pairs = [{"prompt": f"{i}: ", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    config = DpoConfig(
+        model_name_or_path=str(model_folder),
+        dataset_name=str(jsonl(tmp_path / "pairs.jsonl", pairs)),
+        eval_dataset_name=str(jsonl(tmp_path / "held_out.jsonl", pairs[:2])),
+        dataset_test_split="train",
+        output_dir=str(tmp_path / "run"),
+        num_particles=2,
+        lora_r=2,
+        max_steps=1,
+        use_cpu=True,
+    )
+    prepare, passes = DpoTask.prepare, []
+
+    def killed_in_the_second(self, *args):
+        passes.append(None)
+        return prepare(self, *args) if len(passes) == 1 else kill()
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DpoTask, "prepare", killed_in_the_second)
+        train(config)
+    (kept,) = Path(config.output_dir).glob("reference-*")
+    before = kept.stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"already holds a run; .* --resume_from_checkpoint true"):
+        train(config)
+    with pytest.warns(UserWarning, match="starting from step 0"):
+        assert train(replace(config, resume_from_checkpoint="true")).global_step == 1
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("", r"resume_from_checkpoint: '.*' is output_dir itself; expected one of"),
+        ("particles", r"resume_from_checkpoint: .*particles: no manifest.json"),
+        ("../elsewhere", "resume_from_checkpoint: .*elsewhere belongs to another run"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_under_the_name_of_its_setting(long_run, wanted, message):
+    run, config = long_run
+    (run / "../elsewhere").mkdir()
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, resume_from_checkpoint=str(run / wanted)))
+
+
 # ---------------------------------------------------------------------- one writer, readers that change nothing
 
 
@@ -191,6 +270,16 @@ def test_leftovers_of_a_killed_run_are_removed_wherever_they_are_but_not_through
     assert (elsewhere / ".tmp-mine").exists()
 
 
+def test_what_another_command_writes_in_a_folder_below_is_not_taken_for_a_leftover(sft_config):
+    config = sft_config(max_steps=1)
+    train(config)
+    with claimed(Path(config.output_dir) / "evaluated") as folder:
+        being_written = folder / ".tmp-results.json-1"
+        being_written.touch()
+        train(replace(config, resume_from_checkpoint="true"))
+        assert being_written.exists()
+
+
 # ---------------------------------------------------------------------- stopped at an evaluation, ended by NaN
 
 
@@ -226,20 +315,6 @@ def test_a_run_that_is_taken_up_at_its_end_has_its_last_evaluation_once(sft_conf
         train(replace(config, resume_from_checkpoint="true"))
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         assert [(line["step"], "loss_nats" in line) for line in lines] == [(1, True), (2, True), (2, False)]
-
-
-def test_a_run_that_is_killed_before_its_first_step_can_be_taken_up(sft_config, tmp_path, monkeypatch):
-    """What preferences are compared with is made before that, and is in the folder already."""
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
-    settings = vars(sft_config(max_steps=1, dataset_name=str(pairs)))
-    config = DpoConfig(**settings)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer, "_Trainer", lambda *_: kill())
-        train(config)
-    assert list(Path(config.output_dir).glob("reference-*"))
-    with pytest.warns(UserWarning, match="holds no checkpoint yet"):
-        assert train(replace(config, resume_from_checkpoint="true")).global_step == 1
 
 
 def make_all_nan(monkeypatch, steps) -> None:
