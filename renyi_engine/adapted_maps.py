@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,10 @@ class MapGroup:
         self._scaling, self._shared_input = scaling, shared_input
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nothing is running there."""
+        return {**vars(self), "_input": None, "_waiting": {}}
 
     def install(self, rows: Callable[[], Rows]) -> None:
         for place, linear in enumerate(self._linears):

@@ -213,8 +213,6 @@ class LoraEnsemble(nn.Module):
             input_ids: ``[B, T]``. attention_mask: ``[B, T]``, 0 on padding, left or right; None: no padding. On the
                 model's device or on the CPU.
         """
-        if not self._maps:
-            raise _detached()
         fits = attention_mask is None or attention_mask.shape == input_ids.shape
         if input_ids.dim() != 2 or input_ids.numel() == 0 or not fits:
             raise ValueError(
@@ -222,17 +220,18 @@ class LoraEnsemble(nn.Module):
                 f"{None if attention_mask is None else list(attention_mask.shape)}"
             )
         device = self.model.get_input_embeddings().weight.device
-        input_ids = input_ids.to(device, non_blocking=True)
-        input_ids, positions = self._for_all(input_ids), None
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(device, non_blocking=True)
-            if not self.pads_left and not attention_mask[:, 0].all():
-                raise ValueError(f"attention_mask: {type(self.model).__name__} needs padding on the right")
-            attention_mask = self._for_all(attention_mask)
-            positions = architecture.positions(attention_mask)
-        hidden: Tensor = self._found.decoder(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        with self._run(self.rows):  # until it is over, no other thread detaches the model
+            input_ids = input_ids.to(device, non_blocking=True)
+            input_ids, positions = self._for_all(input_ids), None
+            if attention_mask is not None:
+                attention_mask = attention_mask.to(device, non_blocking=True)
+                if not self.pads_left and not attention_mask[:, 0].all():
+                    raise ValueError(f"attention_mask: {type(self.model).__name__} needs padding on the right")
+                attention_mask = self._for_all(attention_mask)
+                positions = architecture.positions(attention_mask)
+            hidden: Tensor = self._found.decoder(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
         return hidden.view(self.num_running, -1, *hidden.shape[1:])
 
     def _for_all(self, rows: Tensor) -> Tensor:
@@ -280,19 +279,20 @@ class LoraEnsemble(nn.Module):
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head; the cache, which
         `attention_mask` covers too, grows by T."""
-        input_ids, attention_mask = self._for_all(input_ids), self._for_all(attention_mask)
-        positions = architecture.positions(attention_mask)[:, -input_ids.shape[1] :]
-        argument = architecture.cache_argument(self._found.decoder)
-        if argument == "cache_params":
-            # Mamba: there is no attention to what was read, and its mask is that of the tokens read now
-            attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        hidden = self._found.decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            use_cache=True,
-            **{argument: cache},
-        ).last_hidden_state
+        with self._run(self.rows):
+            input_ids, attention_mask = self._for_all(input_ids), self._for_all(attention_mask)
+            positions = architecture.positions(attention_mask)[:, -input_ids.shape[1] :]
+            argument = architecture.cache_argument(self._found.decoder)
+            if argument == "cache_params":
+                # Mamba: there is no attention to what was read, and its mask is that of the tokens read now
+                attention_mask = attention_mask[:, -input_ids.shape[1] :]
+            hidden = self._found.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=True,
+                **{argument: cache},
+            ).last_hidden_state
         return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:

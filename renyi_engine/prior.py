@@ -75,6 +75,7 @@ def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> T
         h2 = torch.as_tensor(bandwidth**2, dtype=squared.dtype, device=squared.device)
     else:
         h2 = _median_bandwidth_squared(squared.detach(), sound)
+    h2 = h2.clamp(min=torch.finfo(h2.dtype).tiny)  # of a tiny bandwidth, and of particles that coincide exactly
     log_kernel = (-squared / (2.0 * h2)).masked_fill(~sound, -torch.inf)
     log_density = torch.logsumexp(log_kernel, dim=1) - num_sound.log()
     return log_density.where(sound, 0.0).sum() / len(norms) + potential(stacked, std)
@@ -106,6 +107,5 @@ def _median_bandwidth_squared(squared: Tensor, sound: Tensor) -> Tensor:
         return squared.new_ones(())
     distances = squared.masked_fill(~(sound[:, None] & sound), torch.nan)
     pairs = distances[tuple(torch.triu_indices(num_particles, num_particles, offset=1, device=squared.device))]
-    tiny = torch.finfo(squared.dtype).tiny  # particles that coincide exactly
     h2 = pairs.nanmedian() / (2.0 * (sound.sum() + 1).log())
-    return h2.clamp(min=tiny).where(sound.sum() > 1, 1.0)
+    return h2.where(sound.sum() > 1, 1.0)

@@ -9,16 +9,16 @@ of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any
 
 from renyi_engine.adapted_maps import Rows
 
-_asked: ContextVar[Mapping[object, Rows]] = ContextVar("renyi_engine_rows", default=MappingProxyType({}))
-"""What this thread, or asyncio task, asks for, by the key of the model's `Runs`."""
+_asked: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("renyi_engine_rows", default=())
+"""What this thread, or asyncio task, asks for: (the key of a model's `Runs`, rows) of each block that it is in, the
+last one entered at the end."""
 
 
 class Runs:
@@ -35,17 +35,18 @@ class Runs:
     @property
     def asked(self) -> Rows:
         """The rows of the forwards that this thread or task starts."""
-        return _asked.get().get(self._key, Rows.SHARED)
+        return next((rows for key, rows in reversed(_asked.get()) if key is self._key), Rows.SHARED)
 
     @contextmanager
     def asking(self, rows: Rows) -> Iterator[None]:
         """Inside, the forwards that this thread or task starts have these rows; those of others are as they were."""
-        before = _asked.get()
-        _asked.set({**before, self._key: rows})
+        mine = (self._key, rows)
+        _asked.set((*_asked.get(), mine))
         try:
             yield
         finally:
-            _asked.set(before)
+            # a generator may leave its block after one that was entered later, and even in another thread
+            _asked.set(tuple(block for block in _asked.get() if block is not mine))
 
     def rows(self) -> Rows:
         """The rows of the forward that is running."""

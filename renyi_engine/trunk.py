@@ -91,6 +91,10 @@ class SharedTrunk:
             for place, (layer, known) in enumerate(zip(layers, rows, strict=True))
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nothing is running there, and its tensors have other ids."""
+        return {**vars(self), "_repeated": {}}
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()

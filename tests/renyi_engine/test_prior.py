@@ -45,6 +45,15 @@ def test_smoothed_kl_and_its_gradient_equal_the_formula(num_particles):
     torch.testing.assert_close(torch.autograd.grad(ours, stacked), torch.autograd.grad(theirs, stacked))
 
 
+@pytest.mark.parametrize("bandwidth", [2e-150, 1e-30, 1e30, 9e149])
+def test_a_bandwidth_whose_square_fp32_does_not_hold_gives_the_limit(bandwidth):
+    """Of a tiny one every particle is alone, of a huge one all are together: what pulls them apart has no gradient."""
+    stacked = [p.flatten(1).float().requires_grad_() for p in particles(3)]
+    ours, alone = smoothed_kl(stacked, 0.7, bandwidth), potential(stacked, 0.7)
+    torch.testing.assert_close(ours, alone - (math.log(3) if bandwidth < 1 else 0.0))
+    torch.testing.assert_close(torch.autograd.grad(ours, stacked), torch.autograd.grad(alone, stacked))
+
+
 def test_median_heuristic_is_svgds_and_is_constant_to_the_derivative():
     stacked = [p.requires_grad_() for p in particles(4)]
     distances = torch.pdist(flat(stacked).detach()).square()

@@ -112,6 +112,27 @@ def test_adapters_are_off_for_the_task_alone_that_is_inside(model, batch):
     assert torch.equal(of_particles, enabled)
 
 
+def test_blocks_that_generators_leave_out_of_order_end_each_for_itself(model, batch):
+    ensemble = attach(model)
+
+    def suspended():
+        with ensemble.disable_adapters():
+            yield
+
+    def closed_inside(generator):
+        with ensemble.disable_adapters():
+            generator.close()
+            return ensemble.num_running
+
+    generator = suspended()
+    next(generator)
+    assert closed_inside(generator) == 1
+    assert ensemble.num_running == K
+    generator = suspended()
+    next(generator)
+    assert elsewhere(closed_inside, generator) == 1
+
+
 @pytest.mark.parametrize("layers", [None, [1, 2]])
 @pytest.mark.parametrize("other", ["generate", "base", "base by the model itself", "score"])
 def test_a_gradient_is_that_of_a_run_alone_whatever_another_thread_runs_meanwhile(
@@ -214,7 +235,41 @@ def test_an_error_in_one_thread_leaves_the_model_free_for_the_next(model, batch)
     assert torch.equal(ensemble.sequence_logprob(batch), expected)
 
 
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_an_ensemble_that_was_detached_does_not_go_on_with_the_bare_base(model, batch, moment, monkeypatch):
+    ensemble = attach(model)
+    generate = lambda: ensemble.generate(batch["input_ids"], max_new_tokens=4, temperature=0, eos_token_id=[])
+    generate()
+    if moment == "before":
+        ensemble.detach()
+    else:  # after the first new token
+        logits = ensemble.logits
+        monkeypatch.setattr(ensemble, "logits", lambda hidden: (logits(hidden), elsewhere(ensemble.detach))[0])
+    with pytest.raises(RuntimeError, match="was detached"):
+        generate()
+
+
 # ---------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_a_deep_copy_is_right_even_if_it_is_made_while_a_forward_runs(tiny_model, make_batch, learning):
+    """Python gives a new tensor the id of one that is gone: nothing in the copy may know tensors by their ids."""
+    ensemble = attach(tiny_model("llama", attn_implementation="eager"), layers_to_transform=[1, 2])
+    for seed in range(5):
+        twins = []
+
+        def copy_once(*_, twins=twins):
+            if not twins:
+                twins.append(copy.deepcopy(ensemble))
+
+        handle = ensemble.layers[2].self_attn.k_proj.register_forward_pre_hook(copy_once)
+        with torch.set_grad_enabled(learning):
+            ensemble.sequence_logprob(make_batch([6, 8, 5], seed=seed))
+        handle.remove()
+        other = make_batch([8, 3, 4], seed=seed + 10)
+        (twin,) = twins
+        assert torch.equal(twin.sequence_logprob(other), ensemble.sequence_logprob(other))
 
 
 @pytest.mark.parametrize("layers", [None, [1, 2]])
