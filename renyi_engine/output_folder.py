@@ -43,6 +43,11 @@ def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
         raise ValueError(
             f"{argument}: another process is writing into {path}; wait until it has ended, or give another folder"
         ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: {path} cannot be locked ({LOCK_FILE}: {os.strerror(error.errno or 0)}); remove that file, "
+            "unless a process of its owner is writing there"
+        ) from None
     try:
         yield path
     finally:

@@ -37,10 +37,11 @@ from renyi_engine.thoughts import decode_answer
 
 RESPONSES_FILE, RUN_FILE = "responses.jsonl", "run.json"
 
-# what may differ when an evaluation goes on: none of it changes a response, and verdicts know their judge
+# what may differ when an evaluation goes on: none of it changes a response, and verdicts know their judge; the base is
+# compared when it is loaded
 _MAY_CHANGE = {
     "output_dir", "alpha", "label_column", "judge", "judge_model", "judge_api_key_env", "judge_timeout_s",
-    "judge_max_retries",
+    "judge_max_retries", "base_sha256",
 }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def evaluate_refusal(config: RefusalConfig) -> str:
     with output_folder.locked(Path(config.output_dir)) as folder:
         _begin(folder, config, prompts)
         responses = ResponseFile(folder / RESPONSES_FILE)
-        num_particles = _generate(config, prompts, responses)
+        num_particles = _generate(config, prompts, responses, folder / RUN_FILE)
         _judge(judge, prompts, responses, config.per_device_eval_batch_size)
         responses.finish()
         results = summarise(prompts, responses.responses, num_particles, config.num_samples, config.label_column)
@@ -95,7 +96,8 @@ def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> No
                 f"output_dir: the responses in {folder} were made with other settings; choose another:{diff}"
             )
     output_folder.clear_away_leftovers(folder)
-    files.write_json(folder / RUN_FILE, fingerprint)
+    base = {"base_sha256": before["base_sha256"]} if isinstance(before, dict) and "base_sha256" in before else {}
+    files.write_json(folder / RUN_FILE, fingerprint | base)
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
 
 
@@ -111,7 +113,7 @@ def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, 
 # ---------------------------------------------------------------------- responses and verdicts
 
 
-def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile) -> int:
+def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile, run_file: Path) -> int:
     """Add every response that is missing; returns K. If none is, the model is not loaded: a judge may need its room.
 
     Batches follow from the whole list of prompts, and one that is not complete is generated again: so a response does
@@ -127,6 +129,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     if not any(missing(speakers, prompts) for speakers in speakers_at_once):
         return num_particles
     subject = load_subject(config)
+    _check_base(subject, responses, run_file)
     encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
     num_embeddings = subject.ensemble.model.get_input_embeddings().weight.shape[0]
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -142,6 +145,18 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
                 made = _sample(config, subject, stops, speakers, asked, [encoded[i] for i in batch])
                 responses.write(response for response in made if response.key not in responses.responses)
     return num_particles
+
+
+def _check_base(subject: Subject, responses: ResponseFile, run_file: Path) -> None:
+    """ValueError unless this is the base, to the bit, that gave the responses that are there; its name may stay while
+    its weights change."""
+    facts, base = files.read_json(run_file), {"base_sha256": subject.ensemble.base_fingerprint["digest"]}
+    if responses.responses and not base.items() <= facts.items():
+        raise ValueError(
+            f"model_name_or_path: the responses in {run_file.parent} are not of this base: its weights or config "
+            "differ, or an earlier version made them; give the base as it was, or choose another --output_dir"
+        )
+    files.write_json(run_file, facts | base)
 
 
 def _speakers(num_particles: int) -> list[list[Speaker]]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from renyi_engine.cli import EXIT_BAD_INPUT, main
-from renyi_engine.output_folder import claimed
+from renyi_engine.output_folder import LOCK_FILE, claimed
 
 
 def contents(folder):
@@ -81,3 +81,12 @@ def test_every_command_refuses_a_folder_of_something_else_and_leaves_it_as_it_is
     assert f"output_dir: {folder} already holds {min(held)[:5]}" in said
     assert said.count("\n") == 1
     assert contents(folder) == before
+
+
+def test_a_lock_that_cannot_be_had_names_the_argument_and_the_way_out(tmp_path):
+    (tmp_path / LOCK_FILE).mkdir()
+    with (
+        pytest.raises(ValueError, match=rf"output_dir: {tmp_path} cannot be locked \({LOCK_FILE}: .*\); remove"),
+        claimed(tmp_path),
+    ):
+        pass

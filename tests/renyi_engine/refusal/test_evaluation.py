@@ -12,6 +12,7 @@ import zlib
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from renyi_engine import generation
@@ -154,6 +155,23 @@ def test_an_error_in_the_middle_loses_nothing_that_was_done(whole, config, tmp_p
     assert len(calls) == 3  # of the six calls that all of it takes
     assert evaluate_refusal(settings) == table
     assert contents(tmp_path / "run") == expected
+
+
+def test_a_base_that_changed_under_its_name_does_not_go_on_with_the_responses_of_the_old_one(
+    config, judge, model_folder, tmp_path
+):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    settings = config(model_name_or_path=str(base), ensemble="")
+    evaluate_refusal(settings)
+    responses = tmp_path / "run" / "responses.jsonl"
+    lines = responses.read_text().splitlines(keepends=True)
+    responses.write_text("".join(lines[:-1]))  # one is to be made again
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1.5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model_name_or_path: the responses in .*run are not of this base"):
+        evaluate_refusal(settings)
+    assert responses.read_text() == "".join(lines[:-1])
 
 
 def test_a_finished_run_loads_no_model_and_judges_nothing_again(whole, config, judge, tmp_path, monkeypatch):
