@@ -240,12 +240,16 @@ def inside(directory: Path, name: str) -> Path:
     The hub's cache keeps a repository's files in its folder "blobs" and links to them in "snapshots"; they are inside.
 
     Raises:
-        ValueError: name is absolute, has a slash or "..", or is a link to elsewhere.
+        ValueError: name is absolute, has a slash or "..", or is a link to elsewhere, or to itself.
     """
     path = directory / name
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{directory}: {name!r} is not a plain name inside it")
-    if path.resolve().parent != directory.resolve() and not _is_blob_of_its_repository(path):
+    try:
+        leads_out = path.resolve().parent != directory.resolve() and not _is_blob_of_its_repository(path)
+    except RuntimeError:  # what older Pythons say of a link that leads back to itself
+        leads_out = True
+    if leads_out:
         raise ValueError(f"{path}: a link that leads out of {directory}")
     return path
 

@@ -131,6 +131,27 @@ def test_what_is_no_regular_expression_is_refused_before_there_is_a_model(patter
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(" * 40 + "a" + "){1,9}" * 40,
+        "((a){1000}){1000}",
+        "(?x)" + "(a # )\n" * 40 + ")+" * 40,
+        r"(\)[)]" * 40 + ")+" * 40,
+    ],
+)
+def test_a_regular_expression_that_would_fill_the_memory_is_not_compiled(pattern):
+    re.compile(pattern)  # it is one
+    with pytest.raises(ValueError, match=r"target_modules: .* takes too much memory"):
+        EnsembleConfig(target_modules=pattern)
+
+
+def test_a_regular_expression_of_many_groups_beside_each_other_is_compiled():
+    EnsembleConfig(
+        target_modules=r"(?:.*(?:text|model)\.layers\.\d{1,2}\.(?:self_attn|mlp)\.(?:(?:q|k|v|o)_proj))|" * 20 + "x"
+    )
+
+
 def test_a_regular_expression_that_would_take_years_is_refused(tiny_model):
     """Python's own takes twice as long for every two letters more, and cannot be stopped."""
     began = time.monotonic()
