@@ -24,19 +24,16 @@ def _logit(z, v, in_v, bias_ptr, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOF
     z *= scale
     slope = scale
     if HAS_SOFTCAP:
-        x = z / softcap
-        # tanh x = x (1 + shrinkage): of a small x a polynomial in x^2, whose largest error is 3e-9 of tanh x
+        # c tanh(z / c) = z times tanh(x) / x, of x = |z| / c: a cap far above the logit leaves it as it is
+        x = tl.abs(z) / softcap
         u = x * x
-        shrinkage = -0.33333327 + u * (0.13332961 + u * (-0.05389886 + u * (0.02129668 + u * -0.0066456)))
-        shrinkage *= u
-        # else from exp(-2|x|), which cannot overflow; near zero 1 - e would cancel
-        e = tl.exp(-2.0 * tl.abs(x))
-        tanh = (1.0 - e) / (1.0 + e)
-        tanh = tl.where(x < 0, -tanh, tanh)
-        small = u < 0.25
-        # a cap far above the logit leaves it as it is: no rounding of x or of tanh x is multiplied by the cap
-        z = tl.where(small, z + z * shrinkage, softcap * tanh)
-        tanh = tl.where(small, x + x * shrinkage, tanh)
+        # of a small x a polynomial in x^2, whose largest error is 3e-9
+        near_zero = 1.0 + u * (-0.33333327 + u * (0.13332961 + u * (-0.05389886 + u * (0.02129668 + u * -0.0066456))))
+        # else from exp(-2 x), which cannot overflow; near zero 1 - e would cancel
+        e = tl.exp(-2.0 * x)
+        ratio = tl.where(u < 0.25, near_zero, (1.0 - e) / ((1.0 + e) * x))
+        z *= ratio
+        tanh = x * ratio
         slope = scale * (1.0 - tanh * tanh)
     return tl.where(in_v, z, float("-inf")), slope
 
