@@ -31,10 +31,8 @@ def _logit(z, v, in_v, bias_ptr, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOF
         near_zero = 1.0 + u * (-0.33333327 + u * (0.13332961 + u * (-0.05389886 + u * (0.02129668 + u * -0.0066456))))
         # else from exp(-2 x), which cannot overflow; near zero 1 - e would cancel
         e = tl.exp(-2.0 * x)
-        ratio = tl.where(u < 0.25, near_zero, (1.0 - e) / ((1.0 + e) * x))
-        z *= ratio
-        tanh = x * ratio
-        slope = scale * (1.0 - tanh * tanh)
+        z *= tl.where(u < 0.25, near_zero, (1.0 - e) / ((1.0 + e) * x))
+        slope = scale * (4.0 * e / ((1.0 + e) * (1.0 + e)))  # 1 - tanh^2 x, of which nothing cancels
     return tl.where(in_v, z, float("-inf")), slope
 
 
