@@ -16,7 +16,7 @@ from renyi_engine.ensemble_config import ALL_LINEAR, EnsembleConfig
 from renyi_engine.settings import flag, require, require_given
 
 CONFIG_FILE = "config.yaml"
-SQUARABLE = "a number from 1e-150 to 1e150"
+SQUARABLE = "a number above 0, from 1e-150 to 1e150"
 """Expected where the square has to be a number above 0 too."""
 FINITE_ALPHA = "a finite number >= 0 (0 trains the particles independently)"
 

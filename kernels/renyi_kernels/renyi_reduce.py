@@ -45,7 +45,8 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
 
     Args:
         logp: ``[K, B]`` sequence log-likelihoods in nats, or ``[K, B, T]`` token ones, summed over T.
-        alpha: finite, >= 0.
+        alpha: finite, >= 0. One that is not 0 is brought between 1e-200 and 1e200, so that 1 / alpha is a number too;
+            beyond these the loss does not change any more, by 1e-199 nats or where it is above 1e100.
         mask: ``[B, T]`` of any dtype, nonzero where a token counts; only with token log-likelihoods. None: all count.
         backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
 

@@ -225,7 +225,7 @@ def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
         ("max_steps", "0", "max_steps: expected -1, or a whole number of at least 1; got 0"),
         ("save_total_limit", "1", "save_total_limit: expected a whole number of at least 2; got 1"),
         ("max_length", "1", "max_length: expected a whole number of at least 2"),
-        ("kernel_bandwidth", "-1", "kernel_bandwidth: expected a number from 1e-150 to 1e150, or nothing"),
+        ("kernel_bandwidth", "-1", "kernel_bandwidth: expected a number above 0, from 1e-150 to 1e150, or nothing"),
         ("init", "zeros", "init.*invalid choice: 'zeros'"),
         ("adam_beta2", "1", "adam_beta2: expected a number from 0 to 1, 1 excluded"),
         ("warmup_steps", "-3", "warmup_steps: expected a number of at least 0"),

@@ -241,13 +241,13 @@ def beyond(model_folder, tmp_path):
 def test_training_and_answers_are_those_with_a_pad_token_that_fits(model_folder, beyond, sft_config, tmp_path, capsys):
     adapters, answers = [], []
     for name, model in (("fits", model_folder), ("beyond", beyond)):
-        config = sft_config(model_name_or_path=str(model), output_dir=str(tmp_path / name), max_steps=2)
+        config = sft_config(model_name_or_path=str(model), output_dir=str(tmp_path / f"run-{name}"), max_steps=2)
         adapters.append(dict(train(config).ensemble.named_parameters()))
         capsys.readouterr()
         argv = [
             "generate",
             f"--model_name_or_path={model}",
-            f"--ensemble={tmp_path / name}/particles",
+            f"--ensemble={tmp_path}/run-{name}/particles",
             "--use_cpu=true",
         ]
         assert main([*argv, "--prompts", "a", "a longer one", "--max_new_tokens=20"]) == 0
