@@ -494,7 +494,7 @@ def check_reduction(alpha: float, outputs: Sequence[Tensor], dtype: torch.dtype)
         scores = np.longdouble(alpha) * below
         right = -peak - np.log1p(np.expm1(scores).mean(axis=0)) / np.longdouble(alpha)
         r = np.exp(scores) / np.exp(scores).sum(axis=0)
-    # alpha is brought between 1e-200 and 1e200. So a loss above 1e100 nats, where some particles give no mass, counts as
+    # alpha is brought between 1e-200 and 1e200: a loss above 1e100 nats, where some particles give no mass, counts as
     # infinite, and 1e-199 nats count as none
     right = np.where(impossible | (right > 1e100), np.inf, right)
     loss = loss.where(loss < 1e100, torch.inf)
