@@ -74,10 +74,15 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    from_newest = [path for number, path in reversed(all_of(run)) if number < step]
-    for old in from_newest[keep - 1 :]:
-        remove(old)
+    keep_newest(run, step, keep)
     return final
+
+
+def keep_newest(run: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to `step`, remove all but the newest `keep`."""
+    from_newest = [path for number, path in reversed(all_of(run)) if number <= step]
+    for old in from_newest[keep:]:
+        remove(old)
 
 
 def newest(run: Path) -> Path | None:

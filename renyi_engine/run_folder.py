@@ -84,6 +84,7 @@ class RunFolder:
         """Save the settings. Where the run goes back to `step`, set aside the later checkpoints, and remove the later
         lines of metrics, which will be measured again."""
         self._set_aside(step)
+        checkpoint.keep_newest(self.path, step, config.save_total_limit)  # a kill may have come before it
         self._save(config)
         for path in (self._metrics, self.skips):
             if path.exists():

@@ -195,6 +195,12 @@ def test_a_run_killed_before_its_first_step_can_be_taken_up(model_folder, jsonl,
     assert kept.stat().st_mtime_ns == before
 
 
+def test_a_kill_before_retention_leaves_no_checkpoint_too_many(long_run, tmp_path):
+    run, config = long_run
+    train(replace(config, resume_from_checkpoint="true", max_steps=8, save_total_limit=3))
+    assert checkpoints(run) == [4, 6, 8]
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
