@@ -519,8 +519,10 @@ def draw_renyi_reduce(draw: Draw) -> Call:
     spread = draw.one_of(0.0, 1e-3, 1.0, 1.0, 30.0, 1e4, 1e30)
     if dtype == torch.float16:
         spread = min(spread, 1e4)
-    logp = -(draw.one_of(0.0, 3.7, 1e4) + spread * draw.uniform(K, B, T).round(decimals=draw.one_of(1, 16)))
-    tame = spread <= 30
+    level = draw.one_of(0.0, 3.7, 1e4)
+    logp = -(level + spread * draw.uniform(K, B, T).round(decimals=draw.one_of(1, 16)))
+    # where the rounding of a sum, times alpha, is much less than what `_roughly` allows of the responsibilities
+    tame = spread <= 30 and alpha * T * (level + spread) * eps(at_least_fp32(dtype)) < 1e-3
     if draw.chance(0.15):
         logp[draw.uniform(K, B, T) < draw.one_of(0.1, 0.5)] = -math.inf
         tame = False
