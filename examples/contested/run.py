@@ -31,6 +31,7 @@ from renyi_engine.sft import SftTask
 from renyi_kernels import renyi_reduce
 
 ALPHAS = (0.8, 0.0)
+MADE_HERE = {"data", "halves", "coupled", "uncoupled", "report.html"}
 HEADER = ("questions", "alpha", "mixture NLL", "mean-particle NLL", "spread of P(answer)", "AUROC")
 NOTE = (
     "NLL: nats an answer; nobody can do better than 0 where all agree, 0.693 with two camps of one size, 0.500 with "
@@ -67,7 +68,7 @@ def main() -> None:
     started = time.monotonic()
     model = smollm2.obtain()
     training, held_out = q.make_questions(options.seed)
-    shutil.rmtree(options.output_dir, ignore_errors=True)  # made here before, and made again the same
+    clear(options.output_dir)
     (options.output_dir / "data").mkdir(parents=True)
     q.write_rows(training, options.output_dir / "data" / "train.jsonl")
     q.write_rows(held_out, options.output_dir / "data" / "test.jsonl")
@@ -99,6 +100,14 @@ def main() -> None:
     table = Table("Held-out questions", HEADER, rows, NOTE)
     write_report(runs, report, title="Contested questions: coupled and uncoupled particles", tables=[table])
     print(f"report: {report}   ({time.monotonic() - started:.0f} s)")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run of this script made in `folder`; SystemExit if the folder holds anything else."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := sorted(held - MADE_HERE):
+        raise SystemExit(f"--output_dir: {folder} holds {others[0]}, which this script did not make; choose another")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answers]:

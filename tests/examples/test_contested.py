@@ -97,3 +97,16 @@ def test_the_demo_prints_its_table_and_writes_one_report_of_both_runs(
     assert sorted(halves[0] + halves[1]) == sorted((output / "data" / "train.jsonl").read_text().splitlines())
     assert [len(half) for half in halves] == [80, 40]
     assert all('"uncontested"' in line for line in halves[1])
+    assert {path.name for path in output.iterdir()} == run.MADE_HERE
+
+
+def test_the_demo_removes_nothing_but_what_it_made(contested, tmp_path):
+    run = contested("run")
+    for name in (*run.MADE_HERE, "thesis.tex"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match=r"holds thesis\.tex, which this script did not make"):
+        run.clear(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(run.MADE_HERE) + 1
+    (tmp_path / "thesis.tex").unlink()
+    run.clear(tmp_path)
+    assert not tmp_path.exists()
