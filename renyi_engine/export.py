@@ -7,6 +7,7 @@ that code is to be run.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from renyi_engine import adapter_folder, base_model, checkpoint, output_folder, targets
 from renyi_engine.config import CONFIG_FILE, DpoConfig, SftConfig, TrainConfig
 from renyi_engine.fingerprint import is_fingerprint
-from renyi_engine.settings import parse, read_yaml
+from renyi_engine.settings import changes, parse, read_yaml
 
 _OF_DPO = {field.name for field in dataclasses.fields(DpoConfig)} - {f.name for f in dataclasses.fields(SftConfig)}
 
@@ -52,6 +53,7 @@ def export(source: Path, output: Path, *, trust_remote_code: bool = False) -> Pa
     try:
         skeleton = base_model.skeleton(config)
         _check(config, skeleton, adapters, path)
+        _check_unseen(config, state.get("ensemble"), path)
     except ValueError as error:
         raise ValueError(f"{run / CONFIG_FILE}: {error}") from None
     with output_folder.claimed(output) as folder:
@@ -76,7 +78,20 @@ def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
             raise ValueError(f"{path}: not the settings of a run: {name} is missing; restore the file")
     kind, command = (DpoConfig, "dpo") if _OF_DPO & values.keys() else (SftConfig, "sft")
     flags = ["--config", str(path), f"--trust_remote_code={trust_remote_code}"]
-    return parse(kind, flags, f"renyi-engine {command}")[0]
+    try:
+        return parse(kind, flags, f"renyi-engine {command}")[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _check_unseen(config: TrainConfig, trained: Any, path: Path) -> None:
+    """ValueError unless what no tensor shows, lora_alpha for one, is what the checkpoint at `path` was trained with."""
+    if trained is None:  # a checkpoint of an earlier version
+        return
+    now = json.loads(json.dumps(dataclasses.asdict(config.ensemble_config())))
+    if now != trained:
+        different = "; ".join(changes(now, trained, ()).strip().splitlines())
+        raise ValueError(f"other settings than those of {path}: {different}; restore the file")
 
 
 def _check(

@@ -416,7 +416,7 @@ class _Trainer:
             return f"not saved: the loss is not finite; {self._describe_last_checkpoint()}"
         state = asdict(self.state)
         state |= {"coupling": self.coupling.state(), "base": self.ensemble.base_fingerprint}
-        state["data_sha256"] = self.dataset.sha256
+        state |= {"data_sha256": self.dataset.sha256, "ensemble": asdict(self.ensemble.config)}
         keep = self.config.save_total_limit
         path = checkpoint.save(self.run.path, self.state.step, self.ensemble, self.optimizer, state, keep)
         self.last_checkpoint = path
@@ -425,6 +425,7 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         saved = checkpoint.load(path, self.ensemble, self.optimizer)
         del saved["data_sha256"]  # compared before the model was loaded
+        saved.pop("ensemble", None)  # for `export`; the settings of the run were compared
         self._require_same_base(path, saved.pop("base", None))
         self.coupling.restore(saved.pop("coupling"))
         try:

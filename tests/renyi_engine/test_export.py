@@ -131,6 +131,17 @@ def test_a_broken_config_is_one_line(edited, exported, text):
     assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: ")
 
 
+@pytest.mark.parametrize(
+    "values", [{"lora_alpha": 17}, {"use_rslora": True}, {"seed": 43}, {"init": "spread"}], ids=str
+)
+def test_settings_that_no_tensor_shows_are_held_against_the_checkpoint(edited, exported, values):
+    run = edited(**values)
+    code, error = exported(run)
+    assert code == EXIT_BAD_INPUT
+    assert error.startswith(f"renyi-engine export: {run / 'config.yaml'}: other settings than those of ")
+    assert next(iter(values)) in error
+
+
 @pytest.mark.parametrize("text", ["{}", "dataset_name: a", "model_name_or_path: a\ndataset_name: b"])
 def test_a_config_that_was_cut_short_is_told_as_that(edited, exported, text):
     run = edited()
