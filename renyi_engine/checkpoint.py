@@ -167,6 +167,7 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
     Raises:
         ValueError: damaged, not finite, or of another shape than `ensemble`; nothing was put in place.
     """
+    verify(path)
     state = read_state(path)
     parameters = dict(_named(ensemble))
     saved = files.read_tensors(path / ADAPTERS_FILE, stacked=True)
@@ -192,8 +193,11 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as the state, with its step. Raises ValueError if the checkpoint is damaged."""
-    verify(path)
+    """What `save` was given as the state, with its step, from a checkpoint that was verified before.
+
+    Raises:
+        ValueError: it is the state of another checkpoint.
+    """
     state = files.read_json(path / STATE_FILE)
     name = path.absolute().name
     if not isinstance(state, dict) or name != f"checkpoint-{state.get('step')}":
