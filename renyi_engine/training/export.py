@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from renyi_engine import base_model
 from renyi_engine.core import CONFIG_FILE, changes, output_folder, parse, read_yaml
-from renyi_engine.ensemble import adapter_folder, is_fingerprint, targets
+from renyi_engine.ensemble import adapter_folder, is_fingerprint, is_number, targets
 from renyi_engine.training import checkpoint
 from renyi_engine.training.config import DpoConfig, SftConfig, TrainConfig
 
@@ -46,7 +46,7 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
     adapters, state = checkpoint.adapters(path), checkpoint.read_state(path)
     alpha: Any = state.get("alpha")
     base = state.get("base")
-    if not (adapter_folder.is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base))):
+    if not (is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base))):
         raise ValueError(
             f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, and base, the fingerprint of a "
             "base; restore the file"
@@ -62,7 +62,7 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
             folder,
             config=config.ensemble_config(),
             adapters=adapters,
-            **targets.describe(skeleton, list(adapters))._asdict(),
+            targets=targets.describe(skeleton, list(adapters)),
             base_model=config.model_name_or_path,
             base=base,
             fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
@@ -90,6 +90,8 @@ def _check_unseen(config: TrainConfig, trained: Any, path: Path) -> None:
     if trained is None:  # a checkpoint of an earlier version
         return
     now = json.loads(json.dumps(dataclasses.asdict(config.ensemble_config())))
+    # earlier versions called r "rank"
+    trained = {"r" if name == "rank" else name: value for name, value in trained.items()}
     if now != trained:
         different = "; ".join(changes(now, trained, ()).strip().splitlines())
         raise ValueError(f"other settings than those of {path}: {different}; restore the file")

@@ -25,12 +25,11 @@ from safetensors.torch import load_file, save_file
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.core import files
 from renyi_engine.core.files import inside, sha256_of
-from renyi_engine.ensemble import adapter_folder
+from renyi_engine.ensemble import ensemble_file, own_particles
 from renyi_engine.ensemble.adapter_folder import (
     CONFIG_FILE,
     ENSEMBLE_FILE,
     TENSORS_FILE,
-    _read_ensemble,
     num_particles,
     read,
 )
@@ -254,7 +253,7 @@ def test_particles_that_disagree_in_config_are_refused(llama, tiny_model, tmp_pa
 def test_particles_that_disagree_in_rank_are_refused(llama, tiny_model, tmp_path):
     write_peft(tiny_model("llama"), tmp_path, names=("a", "b"))
     write_peft(tiny_model("llama"), tmp_path, names=("c", "d"), r=2)
-    refused(llama, tmp_path, tmp_path / "c", "rank is 2 beside 4")
+    refused(llama, tmp_path, tmp_path / "c", "r is 2 beside 4")
 
 
 def test_particles_whose_tensors_disagree_in_rank_are_refused(llama, tiny_model, tmp_path):
@@ -749,9 +748,9 @@ def test_a_save_that_was_killed_can_be_done_again(saved, tiny_model, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "rename", kill)
-        patch.setattr(adapter_folder, "_remove_temporary", lambda path: None)
+        patch.setattr(own_particles, "_remove_unfinished", lambda path: None)
         ensemble.save_pretrained(saved)
-    assert list(saved.glob(".particles-*"))
+    assert list(saved.glob(".tmp-particles-*"))
     ensemble.save_pretrained(saved, alpha=0.7)
     assert sorted(path.name for path in saved.iterdir()) == [ENSEMBLE_FILE, "p000", "p001", "p002"]
     assert LoraEnsemble.from_pretrained(tiny_model("llama"), saved).alpha == 0.7
@@ -759,11 +758,11 @@ def test_a_save_that_was_killed_can_be_done_again(saved, tiny_model, monkeypatch
 
 def test_a_folder_that_only_looks_like_a_leftover_stays(saved, tiny_model):
     for name in ("p000", "notes"):
-        (saved / ".particles-x" / name).mkdir(parents=True)
-        (saved / ".particles-x" / name / "thesis.txt").write_text("years of work")
-    before = tree(saved / ".particles-x")
+        (saved / ".tmp-particles-x" / name).mkdir(parents=True)
+        (saved / ".tmp-particles-x" / name / "thesis.txt").write_text("years of work")
+    before = tree(saved / ".tmp-particles-x")
     attach(tiny_model("llama")).save_pretrained(saved)
-    assert tree(saved / ".particles-x") == before
+    assert tree(saved / ".tmp-particles-x") == before
 
 
 def test_a_particle_listed_twice_is_refused(saved, llama):
@@ -782,7 +781,7 @@ def test_a_flipped_bit_in_the_list_of_files_is_refused_or_changes_nothing(saved)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         try:
-            _read_ensemble(path)
+            ensemble_file.read(path)
         except ValueError:
             continue
         assert json.loads(damaged) == sound, f"byte {position}: {bytes(damaged[max(0, position - 9) :][:20])}"

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.ensemble import adapted_maps
 from renyi_engine.ensemble.adapted_maps import MapGroup
-from renyi_engine.ensemble.lora_ensemble import initial_adapters, sum_tokens
+from renyi_engine.ensemble.initial_adapters import initial_adapters
+from renyi_engine.ensemble.lora_ensemble import sum_tokens
 from renyi_engine.ensemble.targets import linear_maps
 from renyi_engine.objectives.loss import data_term
 from renyi_kernels import renyi_reduce
