@@ -56,7 +56,7 @@ class Head:
         if not isinstance(output, nn.Linear) or not is_matrix(output):
             raise ValueError(
                 f"model: {type(model).__name__} has a head of type {type(output).__name__}; expected a linear map with "
-                "a plain matrix; if the head is quantised, load the model with its head as it was"
+                "a plain matrix; if the head is quantised, leave it out of the quantisation"
             )
         hidden, product = _known_numbers(input_ids, output)
         read, logits = _ask(model, decoder, output, input_ids, hidden, product)
