@@ -53,7 +53,7 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
     if wanted == "triton":
         obstacle = _obstacle(tensor.device.type, tensor.dtype)
         if obstacle and not (_interpreted() and tensor.device.type == "cpu" and tensor.dtype != torch.float64):
-            raise ValueError(f"backend: {op} cannot run on 'triton' ({obstacle}); use 'auto' or 'torch'")
+            raise ValueError(f"backend='triton': {op} cannot run on it ({obstacle}); use 'auto' or 'torch'")
     return wanted
 
 
