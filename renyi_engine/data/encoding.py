@@ -12,16 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine.data.chat import (
-    ChatTemplate,
-    Context,
-    Span,
-    common_prefix,
-    is_conversation,
-    read_context,
-    read_messages,
-)
-from renyi_engine.data.examples import Dropped, unexpected
+from renyi_engine.data.chat_template import ChatTemplate, Span
+from renyi_engine.data.columns import require_field
+from renyi_engine.data.conversation import Context, is_conversation, read_context, read_messages
+from renyi_engine.data.examples import Dropped
+from renyi_engine.data.turns import assistant_turns, common_prefix, completion_turns
 from renyi_kernels import IGNORE_INDEX
 
 Labelled = tuple[list[int], list[int]]
@@ -74,7 +69,7 @@ class Encoder:
         messages = read_messages(number, column, row[column])
         if not any(message["role"] == "assistant" for message in messages):
             raise Dropped("no token to learn: the assistant has no turn")
-        text, spans = self._template.answers(messages, read_context(number, row))
+        text, spans = assistant_turns(self._template, messages, read_context(number, row))
         return self._with_spans(text, spans)
 
     def completed(self, number: int, prompt: Any, completion: Any, column: str, row: Mapping[str, Any]) -> Labelled:
@@ -94,7 +89,7 @@ class Encoder:
         require_field(good, number, column, "a string or a list of messages", completion)
         require_field(is_conversation(prompt), number, "prompt", f"a list of messages, as the {column} is", prompt)
         asked, said = read_messages(number, "prompt", prompt), read_messages(number, column, completion)
-        text, spans = self._template.completion(asked, said, read_context(number, row))
+        text, spans = completion_turns(self._template, asked, said, read_context(number, row))
         return self._with_spans(text, spans)
 
     # ------------------------------------------------------------------ tokens
@@ -161,11 +156,6 @@ class _Tokenized:
                 self.ids, self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
             )
         return next((place for place, end in enumerate(self._ends) if end > character), len(self.ids))
-
-
-def require_field(holds: bool, number: int, column: str, expected: str, got: Any) -> None:
-    if not holds:
-        raise unexpected(f"row {number}: {column}", expected, got)
 
 
 def encode_prompts(

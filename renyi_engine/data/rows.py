@@ -14,12 +14,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from renyi_engine.core import reason, typos
+from renyi_engine.core import reason
 from renyi_engine.data.row_files import SUFFIXES, Row, from_arrow, kind_of, read_file, suffix
 
 # options that a folder's README.md may give to a reader, beside the files themselves
@@ -99,31 +99,6 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
     except MemoryError:
         raise ValueError(f"{argument}: {name}: does not fit into memory; give a part of it") from None
     return Splits(name, argument, found)
-
-
-def columns_of(rows: Iterable[Row]) -> list[str]:
-    """Every column that some row has, in the order in which they first appear."""
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
-def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:
-    """An error for a data set in none of the `wanted` forms: how to convert it, or the nearest of its columns."""
-    columns = list(columns)
-    near = {w: typos.near_misses(w, columns) for form in wanted for w in form.split(" + ")}
-    hints = [f"is {found[0]!r} meant to be {name!r}?" for name, found in near.items() if found and found[0] != name]
-    if "messages" in wanted and "conversations" in columns:
-        hints = [
-            "from ShareGPT's form: rename the column conversations to messages, and in each of its turns from to role, "
-            "value to content, the role human to user and the role gpt to assistant"
-        ]
-    elif "messages" in wanted and {"instruction", "output"} <= set(columns):
-        hints = [
-            "from Alpaca's form: rename output to completion and instruction to prompt, and append to the prompt an "
-            "empty line and input where that is not empty"
-        ]
-    return ValueError(
-        f"{argument}: expected the columns {' or '.join(wanted)}; got {columns}" + (f"; {hints[0]}" if hints else "")
-    )
 
 
 def content_hash(rows: Iterable[Row]) -> str:

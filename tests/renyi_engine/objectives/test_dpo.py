@@ -21,11 +21,9 @@ from renyi_engine.objectives.dpo import DpoTask
 from renyi_engine.objectives.loss import data_term
 from renyi_engine.training import trainer
 
+from ..conversations import chat
+
 BETA = 0.3
-
-
-def chat(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 STRINGS = [
@@ -221,7 +219,7 @@ def test_every_form_of_a_row_gives_prompt_chosen_and_rejected(task, row, expecte
         ),
         (
             {"chosen": chat(("system", "s"), ("user", "a")), "rejected": chat(("system", "s"), ("user", "b"))},
-            "the completion does not begin with the assistant's turn",
+            "the completion does not begin with a message of the assistant",
         ),
     ],
 )
