@@ -236,7 +236,7 @@ def test_a_folders_readme_says_what_its_configurations_are(write, tmp_path):
     assert load(tmp_path / "cards", "one") == {"train": [{"a": "007", "b": "2"}]}
     assert load(tmp_path / "cards", "two") == {"dev": [{"a": "1", "b": "N/A"}]}
     assert "Available: ['one', 'two', 'odd']" in refused(tmp_path / "cards", "three")
-    assert "README.md sets skiprows for its csv files, which is not understood here" in refused(
+    assert "README.md sets skiprows for its csv files; this is not read, remove it" in refused(
         tmp_path / "cards", "odd"
     )
 
