@@ -123,10 +123,7 @@ class ChatTemplate:
         return text
 
     def _writes(self, role: str, content: str | list[dict[str, str]]) -> bool:
-        """Whether the template writes the words of such content, all of them and nothing but them.
-
-        A template that expects a string may write a list of parts as Python or JSON would: that does not count.
-        """
+        """Whether the template writes the words of such content, and not the list around them as Python or JSON."""
         key = role, str(content)
         if key not in self._written:
             question = {"role": "user", "content": content}

@@ -120,10 +120,7 @@ class Encoder:
         return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """The tokens, with the end-of-sequence token after them, but not twice.
-
-        A tokenizer without such a token ends them with what it puts after a text.
-        """
+        """The tokens, with the end-of-sequence token after them, or else what the tokenizer puts there; not twice."""
         eos = self._tokenizer.eos_token_id
         end = self._added[1] if eos is None else [eos]
         return ids if not end or ids[-len(end) :] == end else [*ids, *end]
@@ -150,10 +147,7 @@ class _Tokenized:
         self._ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else None
 
     def place(self, character: int) -> int:
-        """The place of the first token that holds `character` or a later one.
-
-        A token that also holds characters before it counts.
-        """
+        """The place of the first token that holds `character` or a later one, even if it holds earlier ones too."""
         if character == len(self._text):
             return len(self.ids)
         if self._ends is None:
@@ -173,10 +167,8 @@ def encode_prompts(
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer.
-
-    They are those of the model's configuration, the tokenizer's end-of-sequence token, and the token with which the
-    chat template ends an assistant turn, because training teaches the model to end with it.
+    """The tokens that end an answer: those of the model's configuration, the tokenizer's end-of-sequence token, and the
+    token with which the chat template ends an assistant turn, because training teaches it.
 
     Raises:
         ValueError: there is no such token.

@@ -13,13 +13,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens.
+    """The tokens of row number `row`, and a label for each: the token itself if it is learnt, else -100.
 
-    Attributes:
-        row: the number of the row in its data set, counted from 0.
-        input_ids: the tokens.
-        labels: one label for each token: the token itself if it is learnt, else -100.
-        num_cut: how many tokens beyond max_length were cut off at the end.
+    `num_cut` tokens were cut off at the end, because they were beyond max_length.
     """
 
     row: int

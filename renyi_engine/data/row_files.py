@@ -32,11 +32,7 @@ _NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # `datasets` takes such archives for d
 
 
 def read_file(path: Path, kind: str, **options: Any) -> list[Row]:
-    """The rows of one file.
-
-    Args:
-        kind: see `kind_of`.
-        options: named as in `datasets`. JSON knows `field`; CSV knows `sep` and `delimiter`.
+    """The rows of one file. `kind`: see `kind_of`. The options are those of `datasets`: `field` of JSON, `sep` of CSV.
 
     Raises:
         ValueError: the file cannot be read, or its content is broken. The message is one line.
@@ -105,10 +101,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _decoded(text: bytes, first_line: int = 1) -> str:
-    """The text of bytes in UTF-8, without a byte-order mark. Raises ValueError, which names the line, if they are not.
-
-    `first_line` is the number of the first line.
-    """
+    """The text of UTF-8 bytes, without a byte-order mark. A ValueError names the line; `first_line` is the first."""
     if first_line == 1 and text.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("line 1: not UTF-8 but UTF-16; save the file as UTF-8")
     try:

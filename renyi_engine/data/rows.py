@@ -30,12 +30,9 @@ _SPLIT_OF_A_FILE = "train"
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set that was read.
+    """The rows `of` each split of the data set `name`. Without splits, as in a file, they stand under None.
 
-    Attributes:
-        name: the name of the data set, as the user gave it.
-        argument: the setting that held the name. Errors name it.
-        of: the rows of each split. A data set without splits, such as a file, holds its rows under None.
+    Errors name `argument`, the setting that holds the name.
     """
 
     name: str
@@ -48,10 +45,7 @@ class Splits:
     def rows(self, split: str, argument: str, default: str) -> list[Row]:
         """The rows of one split. If the data set has no splits and nobody asked for one, all its rows.
 
-        Args:
-            split: the name of the split.
-            argument: the setting that holds this name.
-            default: the default of that setting.
+        `argument` is the setting that holds the name of the split, and `default` its default.
 
         Raises:
             ValueError: there is no such split, or it is empty.

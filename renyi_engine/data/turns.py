@@ -110,11 +110,9 @@ def _length_of_closing(template: ChatTemplate, rest: str, closing: str) -> int:
     """
     if rest.startswith(closing):
         return len(closing)
-    # each text in pieces: control tokens, and what stands between them
     control_token = template.control_token
-    ours, theirs = (
-        [piece for piece in re.split(f"({control_token.pattern})", part) if piece] for part in (closing, rest)
-    )
+    at_tokens = re.compile(f"({control_token.pattern})")
+    ours, theirs = (list(filter(None, at_tokens.split(part))) for part in (closing, rest))
     shared = ours[: common_prefix(ours, theirs)]
     if not any(map(control_token.fullmatch, shared)):
         token = control_token.match(rest.lstrip())
@@ -143,10 +141,7 @@ def _why_not(text: str, asked: str, without_header: str) -> str:
 
 
 def _check_tool_calls(template: ChatTemplate, messages: Sequence[Message], context: Context) -> None:
-    """Raise Dropped unless the template writes every tool call.
-
-    Each call is given a name that stands nowhere else in the conversation. The text has to hold all these names.
-    """
+    """Raise Dropped unless the template writes every tool call: each gets a new name, and the text has to hold it."""
     renamed: list[Message] = []
     names: list[str] = []
     for message in messages:

@@ -110,6 +110,6 @@ def test_a_text_of_one_token_is_dropped_for_what_it_is(tokenizer):
 
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(Dropped, match="no token to learn: it is the first of all, and has no prediction"):
+    with pytest.raises(Dropped, match="no token to learn but the first of all, which nothing predicts"):
         SftTask(endless, 64).example(0, {"text": "a"})
     assert SftTask(endless, 64).example(0, {"text": "ab"}).num_labels == 1
