@@ -36,10 +36,8 @@ def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
-    """Like `claimed`, but the folder may hold something: for a command that can continue its own earlier work.
-
-    Such a command checks the folder itself. It calls `clear_away_leftovers` once it knows that the folder is its own.
-    """
+    """Like `claimed`, but the folder may hold something: for a command that continues its own earlier work. It checks the
+    folder itself, and calls `clear_away_leftovers` once it knows that the folder is its own."""
     lock = FileLock(files.make_folder(path, argument) / LOCK_FILE, timeout=0)
     try:
         lock.acquire()
@@ -70,11 +68,8 @@ def require_free(path: Path, argument: str = "output_dir") -> None:
 
 
 def clear_away_leftovers(folder: Path) -> None:
-    """Remove the unfinished files and folders of a writer that was killed, and warn of each.
-
-    Links to other folders are not followed. A folder inside with a lock file of its own belongs to another command: it
-    is left to the next writer there.
-    """
+    """Remove the unfinished files and folders of a writer that was killed, and warn of each. Links are not followed. A
+    folder inside that has its own lock file belongs to another command, and is left to the next writer there."""
     for directory, names_of_folders, names_of_files in os.walk(folder):
         names_of_folders[:] = [name for name in names_of_folders if not Path(directory, name, LOCK_FILE).exists()]
         for name in [name for name in names_of_folders + names_of_files if name.startswith(files.TEMPORARY)]:

@@ -15,8 +15,7 @@ from typing import Any
 class StopSignals:
     """Inside the block, the first SIGINT or SIGTERM only sets `received`. A second one ends the process at once.
 
-    After the block, the handlers are what they were before. Python allows signal handlers in the main thread only: in
-    another thread the block changes nothing.
+    Python allows signal handlers only in the main thread. In another thread, the block changes nothing.
     """
 
     received = 0
@@ -40,10 +39,8 @@ class StopSignals:
 
 @contextmanager
 def exit_at_once(exit_code: int, message: str) -> Iterator[None]:
-    """Inside the block, SIGINT ends the process with `message`.
-
-    It is meant for imports. They call C code, and C code may lose a KeyboardInterrupt or make another error of it.
-    """
+    """Inside the block, SIGINT ends the process with `message`. It is meant for imports, as these call C code, which
+    may lose a KeyboardInterrupt or make another error of it."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         os.write(sys.stderr.fileno(), f"{message}\n".encode())

@@ -73,13 +73,6 @@ class _Visible:
         return False
 
 
-def plain_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning in one line, without the source line that raised it."""
-    return visible(f"warning: {message}\n")
-
-
 def use_plain_warnings() -> None:
-    """Print every warning from now on as a `plain_warning`."""
-    warnings.formatwarning = plain_warning
+    """Print every warning from now on in one line, without the source line that raised it."""
+    warnings.formatwarning = lambda message, *_, **__: visible(f"warning: {message}\n")

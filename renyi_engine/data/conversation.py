@@ -97,6 +97,4 @@ def _from_json(number: int, column: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(
-            f"row {number}: {column}: expected JSON, as the value is a string; got {value[:60]!r} ({error})"
-        ) from None
+        raise ValueError(f"row {number}: {column}: expected JSON in a string; got {value[:60]!r} ({error})") from None

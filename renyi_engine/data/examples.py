@@ -13,10 +13,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of row number `row`, and a label for each: the token itself if it is learnt, else -100.
-
-    `num_cut` tokens were cut off at the end, because they were beyond max_length.
-    """
+    """The tokens of row number `row`, and a label for each: the token itself if it is learnt, else -100. `num_cut`
+    tokens beyond max_length were cut off at the end."""
 
     row: int
     input_ids: list[int]

@@ -30,10 +30,8 @@ _SPLIT_OF_A_FILE = "train"
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows `of` each split of the data set `name`. Without splits, as in a file, they stand under None.
-
-    Errors name `argument`, the setting that holds the name.
-    """
+    """The rows `of` each split of the data set `name`; without splits, as in a file, they stand under None. Errors name
+    `argument`, the setting that holds the name."""
 
     name: str
     argument: str

@@ -11,11 +11,8 @@ from renyi_engine.core import seeding
 
 
 class StepSampler:
-    """Says which examples each optimizer step sees.
-
-    The answer depends on the seed and the step alone, so a resumed run needs no stored state. The last step of an epoch
-    may be smaller. `steps_per_epoch` counts optimizer steps.
-    """
+    """Says which examples each optimizer step sees. This depends on the seed and the step alone, so a resumed run needs
+    no stored state. The last step of an epoch may be smaller. `steps_per_epoch` counts optimizer steps."""
 
     def __init__(self, lengths: Sequence[int], step_size: int, seed: int, group_by_length: bool) -> None:
         self._lengths = list(lengths)

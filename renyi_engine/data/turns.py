@@ -126,10 +126,7 @@ def _why_not(text: str, asked: str, without_header: str) -> str:
     """Why `text` does not begin with `asked`, the prompt with its generation prompt. `without_header`: the prompt."""
     common = common_prefix(text, asked)
     if common < common_prefix(asked, without_header):
-        return (
-            "the chat template writes the messages before the answer differently once the answer follows them; "
-            + _USE_MARKS
-        )
+        return f"the chat template writes the messages before an answer differently once it follows; {_USE_MARKS}"
     rest = asked[common:]
     if not rest.strip():
         what = "ends in white space that it does not write before an answer"

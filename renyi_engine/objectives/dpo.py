@@ -130,11 +130,8 @@ class DpoTask:
     def prepare(
         self, ensemble: LoraEnsemble, items: Sequence[Pair], folder: Path, batch_size: int, fingerprint: str
     ) -> list[Pair]:
-        """The pairs with their reference log-probabilities.
-
-        These are kept in a file in `folder`, whose name depends on base, data and template. If the file is damaged, a
-        warning says so and it is made again.
-        """
+        """The pairs with their reference log-probabilities. A file in `folder` keeps these; its name depends on base,
+        data and template. If the file is damaged, a warning says so, and it is made again."""
         key = _key(items, fingerprint, str(ensemble.model.dtype))
         path = folder / f"reference-{key}.safetensors"
         logp = _read_reference(path, len(items))

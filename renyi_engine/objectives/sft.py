@@ -1,6 +1,4 @@
-"""Supervised fine-tuning (SFT): s[k, i] is particle k's log-likelihood of what is learnt of example i.
-
-A row holds messages, a prompt and a completion, or a text.
+"""Supervised fine-tuning (SFT): s[k, i] is particle k's log-likelihood of the completion of example i.
 
 Layout: K particles, B sequences, T tokens.
 """

@@ -47,7 +47,7 @@ def test_tool_calls_that_are_no_list_of_calls_are_refused_by_row_and_turn(calls)
 @pytest.mark.parametrize(
     ("context", "complaint"),
     [
-        ({"tools": "[{"}, "tools: expected JSON, as the value is a string; got '"),
+        ({"tools": "[{"}, "tools: expected JSON in a string; got '"),
         ({"tools": {"name": "clock"}}, "tools: expected a list; got dict"),
         ({"documents": 3}, "documents: expected a list; got int"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object .*; got list"),

@@ -18,7 +18,7 @@ def test_a_prompt_that_the_template_writes_in_another_way_is_refused_in_both_tas
     system = chat(("system", "Be brief."))
     # the system text stands before the first question in the prompt alone, and before the second one in the whole
     row = {"prompt": system + TWO[:1], "completion": TWO[1:]}
-    reason = "writes the messages before the answer differently once the answer follows them"
+    reason = "writes the messages before an answer differently once it follows"
     with pytest.raises(Dropped, match=reason) as refusal:
         SftTask(tokenizer, 512).example(0, row)
     assert "completion" not in str(refusal.value)
