@@ -36,8 +36,8 @@ def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
-    """Like `claimed`, but the folder may hold something: for a command that continues its own earlier work. It checks the
-    folder itself, and calls `clear_away_leftovers` once it knows that the folder is its own."""
+    """Like `claimed`, but the folder may hold something: for a command that continues its own earlier work. It checks
+    the folder itself, and calls `clear_away_leftovers` once it knows that the folder is its own."""
     lock = FileLock(files.make_folder(path, argument) / LOCK_FILE, timeout=0)
     try:
         lock.acquire()
