@@ -21,6 +21,7 @@ from renyi_engine.objectives.dpo import DpoTask
 from renyi_engine.objectives.loss import data_term
 from renyi_engine.training import trainer
 
+from ..apart import attach_apart
 from ..conversations import chat
 
 BETA = 0.3
@@ -65,12 +66,7 @@ def attached(model_folder):
 
     def attach(num_particles, dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-        config = EnsembleConfig(num_particles=num_particles, rank=3, lora_alpha=6, init="spread", seed=5)
-        ensemble = LoraEnsemble.attach(model, config)
-        with torch.no_grad():
-            for _, B in ensemble.stacked().values():
-                B.mul_(20)
-        return ensemble
+        return attach_apart(model, num_particles=num_particles, rank=3, lora_alpha=6, seed=5)
 
     return attach
 
