@@ -64,7 +64,7 @@ class Task(Protocol):
     def prepare(
         self, ensemble: LoraEnsemble, items: Sequence[Any], folder: Path, batch_size: int, fingerprint: str
     ) -> list[Any]:
-        """The items, with what has to be computed before training. It may be kept in `folder`, the folder of the run."""
+        """The items, with what has to be computed before training. The run's `folder` may keep it."""
 
     def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """A batch of the items. Its "labels" have one entry for each item."""
