@@ -35,6 +35,9 @@ TEMPORARY = ".tmp-"
 """Names of unfinished files and folders begin with this."""
 
 
+# ---------------------------------------------------------------------- tensors
+
+
 def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, on the CPU.
 
@@ -70,15 +73,6 @@ def read_tensors(path: Path, *, stacked: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The sha256 of names, types, shapes and values, as `metadata` for `write_tensors`. `read_tensors` checks it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {_CHECKSUM: digest.hexdigest()}
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file holds beside its tensors. The file has to be whole."""
     with safe_open(path, framework="pt") as file:
@@ -110,6 +104,18 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
+def checksum(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The sha256 of names, types, shapes and values, as `metadata` for `write_tensors`. `read_tensors` checks it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {_CHECKSUM: digest.hexdigest()}
+
+
+# ---------------------------------------------------------------------- JSON, tables and text
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises ValueError, with a message of one line, if the file is missing or broken."""
     try:
@@ -123,6 +129,15 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, or replace it in one step."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null in the place of NaN and of infinite numbers, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # A spreadsheet takes a cell that begins with one of these for a formula. The last one, the apostrophe, is here so that
@@ -146,24 +161,10 @@ def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
     write_text(path, text.getvalue())
 
 
-def finite(value: Any) -> Any:
-    """`value` with null in the place of NaN and of infinite numbers, for which JSON has no words."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file, or replace it in one step."""
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` for its new content. Nobody can guess the name, so nobody can put a link there first."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
 
 
 def append_text(path: Path, text: str) -> None:
@@ -172,15 +173,7 @@ def append_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside the block, an OSError names `path`. Python itself names no file if writing to an open file fails."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+# ---------------------------------------------------------------------- replacing a file in one step
 
 
 @contextmanager
@@ -198,6 +191,34 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for its new content. Nobody can guess the name, so nobody can put a link there first."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside the block, an OSError names `path`. Python itself names no file if writing to an open file fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------- folders, and checksums of files
+
+
 def make_folder(path: Path, argument: str) -> Path:
     """`path`, made if it is not there. Raises ValueError, which names `argument`, if no file can be written there."""
     try:
@@ -209,29 +230,6 @@ def make_folder(path: Path, argument: str) -> Path:
     except OSError as error:
         raise ValueError(f"{argument}: {path} cannot be written ({os.strerror(error.errno or 0)})") from None
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sha256_of_json(value: Any) -> str:
-    """The sha256 of a value that JSON can hold. The order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -265,3 +263,17 @@ def _is_blob_of_its_repository(link: Path) -> bool:
         and target.parent == snapshots.parent / "blobs"
         for snapshots in folder.parents
     )
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The sha256 of a value that JSON can hold. The order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -36,10 +36,8 @@ def _pad(rows: Iterable[Sequence[int]], value: int, side: str) -> Tensor:
 
 
 def longest_first(lengths: Iterable[int]) -> list[int]:
-    """The indices from the longest to the shortest.
-
-    So the sequences of a batch are of similar length, and if one does not fit into memory, the first batch shows it.
-    """
+    """The indices from the longest to the shortest. So the sequences of a batch are of similar length, and if one does
+    not fit into memory, the first batch shows it."""
     lengths = list(lengths)
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 

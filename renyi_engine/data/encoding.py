@@ -152,9 +152,8 @@ class _Tokenized:
             return len(self.ids)
         if self._ends is None:
             # without offsets: how many tokens the whole text shares with its part before the character
-            return common_prefix(
-                self.ids, self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
-            )
+            before = self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
+            return common_prefix(self.ids, before)
         return next((place for place, end in enumerate(self._ends) if end > character), len(self.ids))
 
 

@@ -27,8 +27,8 @@ _OTHER_CHANNEL = re.compile(r"<\|channel\|>(?:analysis|commentary)")
 def decode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: Sequence[int]) -> str:
     """The text of the tokens `answer`, which followed the tokens `prompt`.
 
-    Special tokens are left out, except those that mark a thought. Some chat templates end the prompt with the mark that
-    begins a thought: then the text begins with that mark.
+    It holds no special tokens but those that mark a thought. If the prompt ends with the mark that begins a thought, as
+    some chat templates do it, the text begins with that mark.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= set(tokenizer.all_special_ids)
