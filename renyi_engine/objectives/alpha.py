@@ -1,8 +1,7 @@
 """What alpha is at each step. A schedule depends on the step alone; a controller follows the particles.
 
-The alpha of a step is set before its first micro-batch is run, so that all its micro-batches have the same alpha. So a
-controller can only learn from the steps before. Settings are checked before torch is imported: only functions that
-compute import it.
+All micro-batches of a step have the same alpha, so a controller can only learn from the steps before. Settings are
+checked before torch is imported: only functions that compute import it.
 
 Layout: K particles, N examples.
 """

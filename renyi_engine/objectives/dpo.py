@@ -234,9 +234,8 @@ def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Ten
 def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected), all strings or all lists of messages.
 
-    If the row has no prompt, or a string beside whole conversations, the prompt is the beginning that chosen and
-    rejected share. Each keeps at least one message or character. In strings, a space at the end of the shared beginning
-    goes to the completions.
+    If the row has no prompt, or a string beside whole conversations, the prompt is what chosen and rejected begin with.
+    Each keeps at least one message or character. In strings, a space at the end of the prompt goes to the completions.
     """
     sides: dict[str, Any] = {column: row.get(column) for column in ("prompt", "chosen", "rejected")}
     prompt, chosen, rejected = sides.values()
