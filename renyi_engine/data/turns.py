@@ -22,8 +22,8 @@ _USE_MARKS = "use a chat template that marks answers with {% generation %}"
 def assistant_turns(template: ChatTemplate, messages: Sequence[Message], context: Context) -> tuple[str, list[Span]]:
     """The conversation as one string, and every assistant turn in it.
 
-    A turn begins after its generation prompt, and ends with what the template closes it with. If the template marks
-    with `{% generation %}` what the assistant says, the marked spans are the turns.
+    A turn begins after the generation prompt, which is what the template opens a turn with, and ends with what closes
+    it. If the template marks with `{% generation %}` what the assistant says, the marked spans are the turns.
 
     Raises:
         Dropped: where a turn begins or ends cannot be found. The message says why.
