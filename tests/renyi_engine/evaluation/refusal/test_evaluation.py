@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from renyi_engine.ensemble import generation
 from renyi_engine.ensemble.lora_ensemble import EnsembleConfig, LoraEnsemble
-from renyi_engine.evaluation import RefusalConfig, evaluate_refusal, evaluation, report
+from renyi_engine.evaluation import RefusalConfig, evaluate_refusal
+from renyi_engine.evaluation.refusal import evaluation, report
 from renyi_engine.evaluation.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
 from renyi_engine.evaluation.refusal.prompts import Prompt
 from renyi_engine.evaluation.refusal.report import write_refusal_report
