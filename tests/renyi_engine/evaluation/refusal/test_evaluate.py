@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from renyi_engine.ensemble import generation
 from renyi_engine.ensemble.lora_ensemble import EnsembleConfig, LoraEnsemble
-from renyi_engine.evaluation import RefusalConfig, evaluate_refusal, evaluation, report
-from renyi_engine.evaluation.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
+from renyi_engine.evaluation import RefusalConfig, evaluate_refusal
+from renyi_engine.evaluation.refusal import evaluate, report
 from renyi_engine.evaluation.refusal.prompts import Prompt
 from renyi_engine.evaluation.refusal.report import write_refusal_report
 from renyi_engine.evaluation.refusal.responses import BASE, Response, ResponseFile
 from renyi_engine.evaluation.refusal.results import positive_label, summarise
+from renyi_engine.evaluation.refusal.verdicts import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ROWS = [
@@ -53,7 +54,7 @@ class HashJudge:
 @pytest.fixture
 def judge(monkeypatch):
     judge = HashJudge()
-    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: judge)
+    monkeypatch.setattr(evaluate, "make_judge", lambda *_, **__: judge)
     return judge
 
 
@@ -177,7 +178,7 @@ def test_a_base_that_changed_under_its_name_does_not_go_on_with_the_responses_of
 def test_a_finished_run_loads_no_model_and_judges_nothing_again(whole, config, judge, tmp_path, monkeypatch):
     table, expected, _ = whole
     judge.seen.clear()
-    monkeypatch.setattr(evaluation, "load_subject", None)
+    monkeypatch.setattr(evaluate, "load_subject", None)
     assert evaluate_refusal(config(output_dir=str(tmp_path / "whole"))) == table
     assert judge.seen == []
     assert contents(tmp_path / "whole") == expected
@@ -185,8 +186,8 @@ def test_a_finished_run_loads_no_model_and_judges_nothing_again(whole, config, j
 
 def test_another_judge_judges_anew_what_was_generated_with_no_model_in_memory(whole, config, tmp_path, monkeypatch):
     other = HashJudge("other")
-    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: other)
-    monkeypatch.setattr(evaluation, "load_subject", None)
+    monkeypatch.setattr(evaluate, "make_judge", lambda *_, **__: other)
+    monkeypatch.setattr(evaluate, "load_subject", None)
     folder = tmp_path / "whole"
     evaluate_refusal(config(output_dir=str(folder), judge="endpoint:http://x", judge_model="m"))
     before = [json.loads(line) for line in whole[1]["responses.jsonl"].splitlines()]
@@ -336,9 +337,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path
         assert "\n" not in str(error.value)
         assert not (tmp_path / "run" / "responses.jsonl").exists()
 
-    refused("label_column: expected two values in 'category', to tell apart; got 5", label_column="category")
+    refused("label_column: expected exactly two values in 'category'; got 5", label_column="category")
     refused("judge: expected keyword", judge="none")
-    refused(r"max_new_tokens: prompt 2 \(safe\) has 37 tokens, which leaves no room for 92", max_new_tokens=92)
+    refused(r"max_new_tokens: prompt 2 \(safe\) has 37 tokens, so 92 more do not fit", max_new_tokens=92)
     refused("dataset_name: needed", dataset_name=[])
     for name, value in {
         "num_samples": 0,
@@ -424,7 +425,7 @@ def test_labels_are_two_and_the_last_of_them_is_positive():
     assert positive_label(of("1", "0"), "label") == "1"
     for labels in (("a",), ("a", "b", "c")):
         with pytest.raises(
-            ValueError, match=f"label_column: expected two values in 'label', to tell apart; got {len(labels)}"
+            ValueError, match=f"label_column: expected exactly two values in 'label'; got {len(labels)}"
         ):
             positive_label(of(*labels), "label")
 
