@@ -56,10 +56,6 @@ class Installation:
         """The number of layers in the shared trunk."""
         return 0 if self.trunk is None else self._first_layer
 
-    @property
-    def num_particles(self) -> int:
-        return next(iter(self._stacks.values())).num_particles
-
     def put_on(self, row_dimensions: Sequence[RowDimensions] | None) -> None:
         """Put everything on the model. Without `row_dimensions` there is no shared trunk."""
         found = self._found
@@ -75,10 +71,8 @@ class Installation:
             for part in layer.children():
                 self._handles.append(part.register_forward_pre_hook(partial(_turn_dropout_off, layer)))
         if row_dimensions is not None:
-            first = self._first_layer
-            self.trunk = SharedTrunk(
-                self.layers[first:], row_dimensions[first:], self.num_particles, self.forwards.rows
-            )
+            first, K = self._first_layer, next(iter(self._stacks.values())).num_particles
+            self.trunk = SharedTrunk(self.layers[first:], row_dimensions[first:], K, self.forwards.rows)
 
     def take_off(self) -> None:
         """Take everything off the model."""

@@ -63,12 +63,12 @@ class LoraEnsemble(nn.Module):
         """Whether `generate` may use the model's cache; None until it has been tried."""
         self._loan = Loan(model)
         self._found = found
-        # torch allows no dot in a key of a ModuleDict
-        self.adapters = nn.ModuleDict(
-            {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
-        )
+        self.adapters = nn.ModuleDict()
+        for path, (A, B) in adapters.items():
+            stack = StackedAdapter(A, B).to(next(model.get_submodule(path).parameters()).device, torch.float32)
+            self.adapters[path.replace(".", "/")] = stack  # torch allows no dot in a key of a ModuleDict
         self._installation = Installation(model, found, self._stacks(), config.scaling)
-        self._forwards = self._installation.forwards
+        self._forwards, self.layers = self._installation.forwards, self._installation.layers
 
     # ------------------------------------------------------------------ making and unmaking
 
@@ -116,12 +116,7 @@ class LoraEnsemble(nn.Module):
             adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
             if check_base:
                 origin.check(saved.origins, model)
-            adapters = {}
-            for path, linear in maps.items():
-                A, B = saved.adapters[path]
-                device = next(linear.parameters()).device
-                adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
-            ensemble = cls(model, config, adapters, found)
+            ensemble = cls(model, config, {path: saved.adapters[path] for path in maps}, found)
             ensemble.alpha = saved.alpha
             ensemble._install()
         return ensemble
@@ -153,11 +148,6 @@ class LoraEnsemble(nn.Module):
     @property
     def model(self) -> PreTrainedModel:
         return self._loan.model
-
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """The decoder's layers."""
-        return self._installation.layers
 
     @cached_property
     def base_fingerprint(self) -> Fingerprint:
