@@ -170,7 +170,7 @@ def _differentiate(ctx, upstream, _):
     for name, needed in (("weight", need_weight), ("bias", need_bias)):
         if needed:
             raise RuntimeError(
-                f"linear_logprob: the head is frozen, but its {name} requires a gradient; call "
+                f"linear_logprob: the head's {name} is taken as frozen, but it requires a gradient; call "
                 f"{name}.requires_grad_(False), or use backend='reference'"
             )
     gradient, labels = ctx.saved_tensors

@@ -168,7 +168,7 @@ def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
     for name, needed in (("weights", need_weights), ("biases", need_biases)):
         if any(needed):
             raise RuntimeError(
-                f"lora_linears: the {name} are frozen, but one of them requires a gradient; "
+                f"lora_linears: the {name} are taken as frozen, but one of them requires a gradient; "
                 "call requires_grad_(False) on it, or use backend='reference'"
             )
     x, S, *maps = ctx.saved_tensors

@@ -27,8 +27,8 @@ class EnsembleConfig:
         target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
         layers_to_transform: the decoder layers to adapt, or None for all. Layers below the first of them run once for
             all particles.
-        init: "standard": A is Kaiming-uniform and B zero, so every particle starts as the base. "spread": B is Gaussian
-            with standard deviation 0.01, so particles start apart.
+        init: A is Kaiming-uniform. With "standard", B is zero, so every particle starts as the base. With "spread", B
+            is Gaussian with standard deviation 0.01, so particles start apart.
         seed: the init of particle k depends on (seed, k) alone.
     """
 
