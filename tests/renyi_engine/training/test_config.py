@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from renyi_engine.core.settings import Source, _AsTyped, parse, to_yaml
+from renyi_engine.core.command_line import Source, _AsTyped, parse
+from renyi_engine.core.settings import to_yaml
 from renyi_engine.evaluation.config import GenerateConfig
 from renyi_engine.training.config import SftConfig
 
@@ -27,12 +28,12 @@ def config_file(tmp_path, **values):
 
 def test_flags_have_the_form_that_trl_users_type():
     config = parsed(
-        "--lora_target_modules", "q_proj", "v_proj", "--layers_to_transform", "1", "2", "--group_by_length",
+        "--lora_target_modules", "q_proj", "v_proj", "--layers_to_transform", "1", "2", "--use_rslora",
         "--learning-rate", "3e-4", "--gradient_checkpointing", "false",
     )  # fmt: skip
     assert config.lora_target_modules == ["q_proj", "v_proj"]
     assert config.layers_to_transform == [1, 2]
-    assert config.group_by_length is True
+    assert config.use_rslora is True
     assert config.gradient_checkpointing is False
     assert config.learning_rate == 3e-4
 
