@@ -8,19 +8,16 @@ Layout: K particles, N examples, S logged steps.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from renyi_engine.core import read_json, read_yaml, reason
-from renyi_engine.objectives import alpha_rule, data_term, parse_controller
+from renyi_engine.objectives import data_term
 from renyi_engine.reports import (
     ACCENT,
     INK,
@@ -33,34 +30,12 @@ from renyi_engine.reports import (
     particle_colours,
     pictures,
 )
+from renyi_engine.training.records import Record, Run, number, read_run
 
-Record = Mapping[str, Any]
 Cell = tuple[str, str]  # one run's part of a section: a picture, or none, and a note
 
 MAX_POINTS = 400  # of a line
 CONFIDENT = 0.9  # weight from which one particle is said to hold an example
-
-
-class _Run(NamedTuple):
-    name: str
-    config: Record
-    facts: Record  # run.json
-    train: Sequence[Record]
-    held_out: Sequence[Record]
-    evaluation: Record | None
-    K: int
-    alpha: float
-    rule: str  # what set alpha, of which `alpha` is then the start or the end
-    target_ess: float | None  # in particles
-
-    @property
-    def alpha_varied(self) -> bool:
-        return self.rule != f"{self.alpha:g}"
-
-    @property
-    def unit(self) -> str:
-        """What one negative log-likelihood is of: "token", or "pair" of a preference."""
-        return "pair" if any("mixture_nll_nats_per_pair" in record for record in self.train) else "token"
 
 
 def write_report(
@@ -74,7 +49,7 @@ def write_report(
     """
     if not runs:
         raise ValueError("runs: expected at least one run folder; got none")
-    read = [_read_run(Path(run)) for run in runs]
+    read = [read_run(Path(run)) for run in runs]
     if output.exists() and not _is_page(output):
         raise ValueError(f"output: {output} is no HTML page, and would be lost; choose another name, or remove it")
     with pictures.style():
@@ -97,73 +72,14 @@ def _is_page(path: Path) -> bool:
         return file.read(15).lower() == b"<!doctype html>"
 
 
-def _read_run(folder: Path) -> _Run:
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name}; pass the output_dir of a run that has logged a step")
-    path = folder / "config.yaml"
-    config = read_yaml(path)
-    try:
-        K, alpha = int(config["num_particles"]), float(config["alpha"])
-        schedule, start = config.get("alpha_schedule", "constant"), float(config.get("alpha_0", 0.0))
-        controller = config.get("alpha_controller")
-        name, value = parse_controller(str(controller)) if controller else ("", 0.0)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: no num_particles and alpha to be read ({reason(error)}); restore it") from None
-    facts = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    if not isinstance(facts, dict):
-        raise ValueError(f"{folder / 'run.json'}: expected a JSON object; remove the file to do without it")
-    train, held_out = _read_metrics(folder / "metrics.jsonl")
-    evaluation = _read_evaluation(folder / "evaluation.json", K)
-    rule, target = alpha_rule(alpha, schedule, start, controller), value * K if name == "ess" else None
-    return _Run(folder.resolve().name, config, facts, train, held_out, evaluation, K, alpha, rule, target)
-
-
-def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
-    """Training and held-out lines by step; of a step that a resumed run wrote again, the later one."""
-    train: dict[int, Record] = {}
-    held_out: dict[int, Record] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-            raise ValueError(f"{path}: line {number} is not a JSON object with a step; mend or remove it") from None
-        (held_out if any(key.startswith("eval_") for key in record) else train)[step] = record
-    if not train:
-        raise ValueError(f"{path}: empty, or without a training step; pass a run that has logged one")
-    return [train[step] for step in sorted(train)], [held_out[step] for step in sorted(held_out)]
-
-
-def _read_evaluation(path: Path, K: int) -> Record | None:
-    """evaluation.json with logp_nats as an array [K, N]; None where there is no such file."""
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    try:
-        logp = np.array([[_number(value) for value in row] for row in found["logp_nats"]], dtype=np.float64)
-        if logp.ndim != 2 or logp.shape[0] != K or logp.shape[1] < 1:
-            raise ValueError(f"logp_nats has shape {list(logp.shape)}, not one row for each of {K} particles")
-        return {"logp": logp, "step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: not an evaluation ({error}); evaluate again or remove the file") from None
-
-
-def _number(value: Any) -> float:
-    """NaN for whatever is no finite number that a float can hold, null above all."""
-    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else math.nan
-
-
 def _values(records: Sequence[Record], key: str, width: int = 1) -> Array:
     """[S, width]; NaN where a record lacks the key or holds another number of values."""
     rows = [value if isinstance(value := record.get(key), list) else [value] for record in records]
-    rows = [[_number(v) for v in row] if len(row) == width else [math.nan] * width for row in rows]
+    rows = [[number(v) for v in row] if len(row) == width else [math.nan] * width for row in rows]
     return np.array(rows).reshape(-1, width)
 
 
-def _sections(runs: Sequence[_Run]) -> list[tuple[str, list[Cell]]]:
+def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
     sections = {
         "loss": _line_cells(runs, "loss", "nats an example", lambda run, ax: _trace(run, ax, "loss_nats", [ACCENT])),
         "nll": _line_cells(runs, "nll", "nats a {unit}", _draw_nll),
@@ -185,7 +101,7 @@ def _sections(runs: Sequence[_Run]) -> list[tuple[str, list[Cell]]]:
     return list(sections.items())
 
 
-def _line_cells(runs: Sequence[_Run], key: str, label: str, draw: Callable[[_Run, Any], str]) -> list[Cell]:
+def _line_cells(runs: Sequence[Run], key: str, label: str, draw: Callable[[Run, Any], str]) -> list[Cell]:
     """One plot over steps for each run; runs on the same kind of data have the same y axis, to be compared."""
     figures = [pictures.axes(height=215) for _ in runs]
     notes = [draw(run, ax) for run, (_, ax) in zip(runs, figures, strict=True)]
@@ -215,7 +131,7 @@ def _line_cells(runs: Sequence[_Run], key: str, label: str, draw: Callable[[_Run
     return cells
 
 
-def _draw_nll(run: _Run, ax: Any) -> str:
+def _draw_nll(run: Run, ax: Any) -> str:
     if run.K > 1:
         key, dashes = f"mean_particle_nll_nats_per_{run.unit}", (0, (3, 1.5))
         _trace(run, ax, f"particle_nll_nats_per_{run.unit}", particle_colours(run.K), bare=True, linewidth=1)
@@ -223,15 +139,15 @@ def _draw_nll(run: _Run, ax: Any) -> str:
     return _trace(run, ax, f"mixture_nll_nats_per_{run.unit}", [INK])
 
 
-def _draw_accuracy(run: _Run, ax: Any) -> str:
+def _draw_accuracy(run: Run, ax: Any) -> str:
     return _draw_rewards(run, ax, "rewards/accuracies", 0.5, "0.5: a coin toss")
 
 
-def _draw_margin(run: _Run, ax: Any) -> str:
+def _draw_margin(run: Run, ax: Any) -> str:
     return _draw_rewards(run, ax, "rewards/margins", 0, "0: no preference")
 
 
-def _draw_rewards(run: _Run, ax: Any, key: str, limit: float, text: str) -> str:
+def _draw_rewards(run: Run, ax: Any, key: str, limit: float, text: str) -> str:
     """The particles thin, their mean bold, and at `limit` what knowing nothing gives."""
     if run.unit == "token":
         return "No picture: this run did not train on preferences."
@@ -250,7 +166,7 @@ def _mark_limit(ax: Any, limit: float, text: str, offset: float, side: str) -> N
     ax.annotate(text, (1, limit), **where, ha="right", va=side, color=MUTED, fontsize=pictures.SMALL)
 
 
-def _draw_ess(run: _Run, ax: Any) -> str:
+def _draw_ess(run: Run, ax: Any) -> str:
     if run.K == 1:
         return "No picture: with one particle it is always 1."
     _trace(run, ax, "ess_particles", [ACCENT])
@@ -267,11 +183,11 @@ def _draw_ess(run: _Run, ax: Any) -> str:
     return "At alpha = 0 it is K by definition." if run.rule == "0" else ""
 
 
-def _draw_alpha(run: _Run, ax: Any) -> str:
+def _draw_alpha(run: Run, ax: Any) -> str:
     of_steps: dict[int, float] = {}
     for record in run.train:
         given = record.get("alpha_of_steps")
-        alphas = [_number(alpha) for alpha in given] if isinstance(given, list) else []
+        alphas = [number(alpha) for alpha in given] if isinstance(given, list) else []
         of_steps |= {int(record["step"]) - i: alpha for i, alpha in enumerate(reversed(alphas))}
     if not of_steps:
         return ""
@@ -285,7 +201,7 @@ def _draw_alpha(run: _Run, ax: Any) -> str:
     return f"Set by {run.rule}; circles are the estimates of the critical alpha, at the next logged step."
 
 
-def _draw_grad(run: _Run, ax: Any) -> str:
+def _draw_grad(run: Run, ax: Any) -> str:
     if not (_values(run.train, "grad_norm", run.K) > 0).any():
         return ""
     ax.set_yscale("log", nonpositive="mask")
@@ -295,7 +211,7 @@ def _draw_grad(run: _Run, ax: Any) -> str:
     return f"Updates skipped: {who}." if who else "No update was skipped."
 
 
-def _trace(run: _Run, ax: Any, key: str, colours: Sequence[str], *, bare: bool = False, **style: Any) -> str:
+def _trace(run: Run, ax: Any, key: str, colours: Sequence[str], *, bare: bool = False, **style: Any) -> str:
     """A running mean in each colour; unless `bare`, each logged step faintly behind it, and held-out circles."""
     steps, values = _values(run.train, "step")[:, 0], _values(run.train, key, len(colours))
     if len(steps) > MAX_POINTS:
@@ -319,7 +235,7 @@ def _mean(values: Array, total: Callable[[Array], Array]) -> Array:
         return total(np.nan_to_num(values)) / total(np.isfinite(values).astype(np.float64))
 
 
-def _heat_cell(run: _Run, name: str, *, at_one: bool) -> Cell:
+def _heat_cell(run: Run, name: str, *, at_one: bool) -> Cell:
     """Particles down, examples across: in the same order at either alpha, grouped by the leader at alpha = 1."""
     K, found = run.K, run.evaluation
     if found is None or K == 1:
