@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from renyi_engine.evaluation.calibration import auroc
 from renyi_engine.evaluation.refusal import rates
-from renyi_engine.evaluation.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED
 from renyi_engine.evaluation.refusal.prompts import Prompt
 from renyi_engine.evaluation.refusal.rates import Array, Estimate
 from renyi_engine.evaluation.refusal.responses import BASE, Key, Response, Speaker
+from renyi_engine.evaluation.refusal.verdicts import FAILED, LABELS, REFUSALS, UNPARSED
 
 NOISY = "variance within the prompt, sampling noise included (one sample cannot be told from its noise)"
 CORRECTED = "variance within the prompt, less its sampling noise"

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from renyi_engine.ensemble import generation
 from renyi_engine.ensemble.lora_ensemble import EnsembleConfig, LoraEnsemble
-from renyi_engine.evaluation import RefusalConfig, evaluate_refusal, evaluation, report
-from renyi_engine.evaluation.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
+from renyi_engine.evaluation import RefusalConfig, evaluate_refusal
+from renyi_engine.evaluation.refusal import evaluate, report
 from renyi_engine.evaluation.refusal.prompts import Prompt
 from renyi_engine.evaluation.refusal.report import write_refusal_report
 from renyi_engine.evaluation.refusal.responses import BASE, Response, ResponseFile
 from renyi_engine.evaluation.refusal.results import positive_label, summarise
+from renyi_engine.evaluation.refusal.verdicts import FAILED, LABELS, REFUSALS, UNPARSED, Verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ROWS = [
@@ -53,7 +54,7 @@ class HashJudge:
 @pytest.fixture
 def judge(monkeypatch):
     judge = HashJudge()
-    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: judge)
+    monkeypatch.setattr(evaluate, "make_judge", lambda *_, **__: judge)
     return judge
 
 
@@ -177,7 +178,7 @@ def test_a_base_that_changed_under_its_name_does_not_go_on_with_the_responses_of
 def test_a_finished_run_loads_no_model_and_judges_nothing_again(whole, config, judge, tmp_path, monkeypatch):
     table, expected, _ = whole
     judge.seen.clear()
-    monkeypatch.setattr(evaluation, "load_subject", None)
+    monkeypatch.setattr(evaluate, "load_subject", None)
     assert evaluate_refusal(config(output_dir=str(tmp_path / "whole"))) == table
     assert judge.seen == []
     assert contents(tmp_path / "whole") == expected
@@ -185,8 +186,8 @@ def test_a_finished_run_loads_no_model_and_judges_nothing_again(whole, config, j
 
 def test_another_judge_judges_anew_what_was_generated_with_no_model_in_memory(whole, config, tmp_path, monkeypatch):
     other = HashJudge("other")
-    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: other)
-    monkeypatch.setattr(evaluation, "load_subject", None)
+    monkeypatch.setattr(evaluate, "make_judge", lambda *_, **__: other)
+    monkeypatch.setattr(evaluate, "load_subject", None)
     folder = tmp_path / "whole"
     evaluate_refusal(config(output_dir=str(folder), judge="endpoint:http://x", judge_model="m"))
     before = [json.loads(line) for line in whole[1]["responses.jsonl"].splitlines()]
