@@ -86,7 +86,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
 
 
 def _read_evaluation(path: Path, K: int) -> Record | None:
-    """evaluation.json with logp_nats as an array [K, N]; None where there is no such file."""
+    """evaluation.json: logp as an array [K, N], and a name and a text for each example; None if there is no such file."""
     if not path.is_file():
         return None
     found = read_json(path)
@@ -94,7 +94,12 @@ def _read_evaluation(path: Path, K: int) -> Record | None:
         logp = np.array([[number(value) for value in row] for row in found["logp_nats"]], dtype=np.float64)
         if logp.ndim != 2 or logp.shape[0] != K or logp.shape[1] < 1:
             raise ValueError(f"logp_nats has shape {list(logp.shape)}, not one row for each of {K} particles")
-        return {"logp": logp, "step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
+        names = [f"row {row}" for row in found["example_ids"]]
+        texts = [str(text) for text in found.get("texts", [""] * len(names))]
+        if not len(names) == len(texts) == logp.shape[1]:
+            raise ValueError(f"{len(names)} example_ids and {len(texts)} texts for {logp.shape[1]} examples")
+        facts = {"step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
+        return {"logp": logp, "names": names, "texts": texts, **facts}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); evaluate again or remove the file") from None
 
