@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from renyi_engine.core import one_line, write_text
+from renyi_engine.reports import words as shared_words
 from renyi_engine.reports.pictures import particle_colours
 
 NUMBERS = re.compile(r"(nan|inf|[\d\s.,%±+−–()\[\]/e-])*")
@@ -107,7 +108,9 @@ def page_title(folder: Path, command: str, model: str) -> str:
     """What a page is called, so that the pages of several folders can be told apart in a row of tabs.
 
     Args:
-        folder: what holds the results. command: what made them, such as "eval nll". model: a folder or an id of the hub.
+        folder: what holds the results.
+        command: what made them, such as "eval nll".
+        model: a folder, or an id of the hub.
     """
     return f"{folder.resolve().name}: {command} of {Path(model).name}"
 
@@ -147,7 +150,8 @@ def fill(output: Path, template: str, **content: Any) -> Path:
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     script, _, _ = loader.get_source(environment, "sort.js")
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals.update(particle_colours=particle_colours, script=script, script_checksum=checksum)
+    environment.globals.update(particle_colours=particle_colours, shared=shared_words)
+    environment.globals.update(script=script, script_checksum=checksum)
     page = environment.get_template(template).render(content)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page)

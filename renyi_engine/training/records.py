@@ -86,7 +86,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
 
 
 def _read_evaluation(path: Path, K: int) -> Record | None:
-    """evaluation.json: logp as an array [K, N], and a name and a text for each example; None if there is no such file."""
+    """evaluation.json: logp as an array [K, N], a name and a text for each example; None if there is no such file."""
     if not path.is_file():
         return None
     found = read_json(path)
