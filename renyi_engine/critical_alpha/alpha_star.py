@@ -17,7 +17,8 @@ from renyi_engine import base_model
 from renyi_engine.core import CONFIG_FILE, files, output_folder, seeding, to_yaml
 from renyi_engine.critical_alpha.config import AlphaStarConfig
 from renyi_engine.critical_alpha.curvature import particle, project_adapter
-from renyi_engine.critical_alpha.stability import CriticalAlpha, Projection, parts_of
+from renyi_engine.critical_alpha.derivatives import parts_of
+from renyi_engine.critical_alpha.projection import CriticalAlpha, Projection
 from renyi_engine.data import Example, excerpt, load_splits
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives import SftTask, check_fits, describe_rows, potential_curvature, read_items

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from renyi_engine.core import seeding, track
-from renyi_engine.critical_alpha.stability import Batch, Projection, project
+from renyi_engine.critical_alpha.derivatives import Batch
+from renyi_engine.critical_alpha.projection import Projection
+from renyi_engine.critical_alpha.subspace import project
 from renyi_engine.data import longest_first
 from renyi_engine.ensemble import LoraEnsemble, Rows
 from renyi_engine.objectives import Item, Task, evaluate, length
@@ -47,7 +49,7 @@ def project_adapter(
     Args:
         ensemble: lends its K particles as places for copies; K examples are met at a time. It is left as it was.
         adapter: its values, one [...] for each [K, ...] of `ensemble.parameters()`; see `particle`.
-        num_dims: m. prior_curvature, seed: see `stability.project`, whose check a base below fp32 cannot have.
+        num_dims: m. prior_curvature, seed: see `subspace.project`, whose check a base below fp32 cannot have.
         curvature: "hessian", as the paper has it, which curves downwards along some directions of any network that is
             not at a minimum; or "gauss_newton" with the final hidden states as outputs, positive semidefinite for
             supervised log-likelihoods.

@@ -9,9 +9,9 @@ from .mmlu.questions import COMPLETIONS as COMPLETIONS
 from .mmlu.questions import load_questions as load_questions
 from .mmlu.questions import prompt as prompt
 from .nll import evaluate_nll as evaluate_nll
+from .policy import Policy as Policy
+from .policy import calibrate as calibrate
+from .policy import decide as decide
 from .refusal.evaluate import evaluate_refusal as evaluate_refusal
-from .uncertainty import Policy as Policy
 from .uncertainty import Predictive as Predictive
-from .uncertainty import calibrate as calibrate
-from .uncertainty import decide as decide
 from .uncertainty import predictive as predictive
