@@ -23,7 +23,7 @@ def write_alpha_star_report(
     lead = (
         f"This page is about one adapter: {who}. It asks: if the adapter were copied several times, and the copies "
         f"were trained together on {results['num_examples']:,} examples of {config.dataset_name}, would the copies "
-        f"stay alike, or would they part and become specialists? {plainly(results, num_drivers(drivers))}"
+        f"stay alike, or would they part and become specialists?"
     )
     sections = [
         Section(
@@ -47,6 +47,7 @@ def write_alpha_star_report(
         output,
         title=page_title(output.parent, "alpha-star", config.model_name_or_path),
         lead=lead,
+        found=plainly(results, num_drivers(drivers)),
         sections=sections,
         words=_words(config, results),
         details={"settings": asdict(config), "results": results},

@@ -37,8 +37,11 @@ def write_nll_report(
     lead = (
         f"{num_particles} particles ({config.ensemble}) and the base have read {N:,} examples of "
         f"{config.dataset_name}. This page asks of each example whether the particles agree about it, and whether any "
-        f"of them has learnt it. Found: the particles dispute {contested:,} examples, {foreign:,} are like nothing "
-        f"that they learnt, and {N - contested - foreign:,} are neither."
+        "of them has learnt it."
+    )
+    found = (
+        f"Found: the particles dispute {contested:,} of the examples. {foreign:,} are like nothing that they learnt. "
+        f"{N - contested - foreign:,} are neither."
     )
     sections = [
         Section(
@@ -60,6 +63,7 @@ def write_nll_report(
         output,
         title=page_title(output.parent, "eval nll", config.model_name_or_path),
         lead=lead,
+        found=found,
         sections=sections,
         words=_words(num_particles),
         details={"settings": asdict(config), "results": results},

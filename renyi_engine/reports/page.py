@@ -120,6 +120,7 @@ def write_page(
     *,
     title: str,
     lead: str,
+    found: str,
     sections: Sequence[Section],
     words: Sequence[tuple[str, str]] = (),
     details: Mapping[str, Any] | None = None,
@@ -128,7 +129,7 @@ def write_page(
 
     Args:
         title: as `page_title` makes it.
-        lead: what the page is about and what was found, in a few sentences.
+        lead: what the page is about, in a sentence or two. found: what the answer is, in words.
         words: (word, meaning) of what the sections take for granted; shown before the first one.
         details: what was run, folded away: a mapping is shown as a table, anything else as it is.
 
@@ -141,7 +142,8 @@ def write_page(
         raise ValueError(
             f"sections: {count} pictures are named {name!r}; give each picture of a page a name of its own"
         )
-    return fill(output, "page.html.j2", title=title, lead=lead, sections=sections, words=words, details=details or {})
+    content = {"sections": sections, "words": words, "details": details or {}}
+    return fill(output, "page.html.j2", title=title, lead=lead, found=found, **content)
 
 
 def fill(output: Path, template: str, **content: Any) -> Path:
