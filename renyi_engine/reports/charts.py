@@ -39,13 +39,14 @@ def name_columns(
     Args:
         responsibilities: [K, N] in the order of the heat map. names, texts: of each of the N examples, in that order.
     """
-    shown, leaders = pictures.shown_examples(len(names)), responsibilities.argmax(axis=0)
-    leading = [f"{responsibilities[leaders[i], i]:.2f}" for i in shown]
-    hover = [
-        f"{names[i]}: particle {leaders[i]} leads, {part}. {_short(texts[i], MAX_HOVER)}".rstrip()
-        for i, part in zip(shown, leading, strict=True)
-    ]
-    rows = [[str(i + 1), names[i], texts[i], str(leaders[i]), part] for i, part in zip(shown, leading, strict=True)]
+    hover, rows = [], []
+    for i in pictures.shown_examples(len(names)):
+        of_example = responsibilities[:, i]
+        leader, part = of_example.argmax(), f"{of_example.max():.2f}"
+        alike = len(of_example) > 1 and of_example.min() == of_example.max()
+        told = "all particles alike" if alike else f"particle {leader} leads"
+        hover.append(f"{names[i]}: {told}, {part}. {_short(texts[i], MAX_HOVER)}".rstrip())
+        rows.append([str(i + 1), names[i], texts[i], "–" if alike else str(leader), part])
     return hover, Table(title, ["place", "name", "example", "leading particle", "its responsibility"], rows)
 
 

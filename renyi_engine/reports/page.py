@@ -24,7 +24,7 @@ from renyi_engine.reports import words as shared_words
 from renyi_engine.reports.pictures import particle_colours
 
 NUMBERS = re.compile(r"(nan|inf|[\d\s.,%±+−–()\[\]/e-])*")
-LONG = 32
+LONG = 20
 """Characters from which a cell is a text that needs room, even on a narrow screen."""
 
 

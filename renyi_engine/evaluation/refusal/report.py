@@ -125,12 +125,12 @@ def _found(summary: Mapping[str, Any]) -> str:
     for name, split in summary["splits"].items():
         who = {"the base": split["base"], "the ensemble": split["ensemble"]}
         rates = [f"{w} refuses {_percent(row['refusal_rate'])}" for w, row in who.items() if row]
-        said.append(f"Of the prompts of {name}, {' and '.join(rates)}.")
-    return "Found: " + " ".join(said)
+        said.append(f"in the split {name}, {' and '.join(rates)} of the prompts")
+    return f"Found: {'; '.join(said)}."
 
 
 def _percent(rate: float | None) -> str:
-    return "nothing that could be judged" if rate is None else f"{100 * rate:.1f} %"
+    return "an unknown part" if rate is None else f"{100 * rate:.1f} %"
 
 
 def _rates(summary: Mapping[str, Any]) -> Table:
@@ -190,7 +190,7 @@ def _prompts(results: Results) -> Table:
     note = f"{len(rows)} of {len(results.prompts):,} prompts, with their refusal rates; all are in prompts.jsonl."
     empty = "There is none: on no prompt do the particles differ by more than chance alone would make them."
     if all(row["disagreement"] is None for row in results.prompts):
-        empty = "There is none: on no prompt have two particles a response that the judge could label."
+        empty = "There is none: on no prompt has the judge labelled a response of every particle."
     return Table("", header, rows, note if rows else "", empty)
 
 
