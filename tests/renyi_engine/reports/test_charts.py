@@ -102,6 +102,13 @@ def test_each_column_of_a_heat_map_is_named_where_the_pointer_rests_and_in_a_lis
     assert picture.examples.rows == listed
 
 
+def test_an_example_that_all_particles_take_alike_has_no_leader() -> None:
+    picture = drawn(np.full((4, 2), 0.25))
+    assert "<title>row 1: all particles alike, 0.25. text of 1</title>" in picture.svg
+    assert picture.examples is not None
+    assert picture.examples.rows[1] == ["2", "row 1", "text of 1", "–", "0.25"]
+
+
 def test_a_particle_without_an_example_and_an_empty_group_do_no_harm() -> None:
     responsibilities = np.tile([[1.0], [0.0], [0.0]], 5)
     assert ">5</text>" in drawn(responsibilities).svg
