@@ -1,4 +1,4 @@
-"""alpha-star: from which alpha on would particles that start at one adapter part, and over which examples (paper 3.3)?
+"""`renyi-engine alpha-star`: above which alpha particles that start at one adapter part, and over which examples.
 
 Layout: N examples, P parameters of the adapter, m dimensions of the subspace.
 """
@@ -30,12 +30,15 @@ DIRECTION_FILE = "direction.safetensors"
 
 
 def find_alpha_star(config: AlphaStarConfig) -> str:
-    """Estimate the critical alpha of one adapter on a data set; results.json, examples.csv, the direction and
-    report.html go to `config.output_dir`. Returns what was found, in a few lines.
+    """Estimate the critical alpha of one adapter on a data set. results.json, examples.csv, direction.safetensors and
+    report.html are written into `config.output_dir`.
+
+    Returns:
+        What was found, in a few lines of text.
 
     Raises:
-        ValueError: the data, the model or the adapter cannot be used; the model cannot be differentiated twice; or
-            output_dir holds something.
+        ValueError: the data, the model or the adapter cannot be used, the model cannot be differentiated twice, or
+            output_dir is not empty.
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", AlphaStarConfig.dataset_split)
@@ -76,15 +79,15 @@ def find_alpha_star(config: AlphaStarConfig) -> str:
 
 
 def _load(config: AlphaStarConfig) -> tuple[LoraEnsemble, list[Tensor], float | None]:
-    """Places for copies, a batch of them; the adapter; and the alpha that it was trained at, where that is known."""
+    """(an ensemble that lends places for the copies of a batch, the adapter, the alpha of its training if known)."""
     model = base_model.load_model(config)
     shape, adapter, alpha = config.adapters(num_particles=1, seed=config.seed), None, None
     if config.ensemble:
         ensemble = LoraEnsemble.from_pretrained(model, config.ensemble)
         if config.particle >= ensemble.config.num_particles:
             raise ValueError(
-                f"particle: {config.ensemble} holds {ensemble.config.num_particles}, counted from 0; "
-                f"got {config.particle}"
+                f"particle: expected 0 to {ensemble.config.num_particles - 1}, the particles that {config.ensemble} "
+                f"holds; got {config.particle}"
             )
         shape, adapter, alpha = ensemble.config, particle(ensemble, config.particle), ensemble.alpha
         ensemble.detach()

@@ -22,13 +22,13 @@ WHAT_H_IS = {"hessian": "the whole Hessian", "gauss_newton": "the Gauss-Newton p
 
 @dataclass(frozen=True)
 class Driver:
-    """What an example contributes to the direction v of the critical alpha.
+    """What an example contributes to the direction v of the critical alpha (paper 3.3).
 
     Attributes:
         row: its number in the data set.
-        share: of v'Gv, the mean squared slope.
-        slope: d s / d v, nats a unit of v; examples of opposite sign pull apart.
-        curvature: of -s along v, nats a squared unit.
+        share: its part of v'Gv, the mean squared slope, from 0 to 1.
+        slope: d s / d v, nats for a unit of v. Examples whose slopes have opposite signs pull particles apart.
+        curvature: of -s along v, nats for a squared unit of v.
     """
 
     row: int
@@ -41,7 +41,7 @@ class Driver:
 def make_drivers(
     projection: Projection, found: CriticalAlpha, examples: Sequence[Example], texts: Sequence[str]
 ) -> list[Driver]:
-    """Of every example, the largest share first."""
+    """One for each example, the largest share first."""
     v = found.direction
     slopes = projection.scores @ v
     curvatures = torch.einsum("a,nab,b->n", v, projection.curvatures, v)

@@ -1,4 +1,4 @@
-"""MMLU: what the particles, their mixture and the bare base know, question by question, asked as lm-eval asks it.
+"""`renyi-engine eval mmlu`: the answers of the particles, their mixture and the base, asked as lm-eval asks.
 
 Layout: K particles, N questions, C choices.
 """
@@ -31,16 +31,16 @@ RESULTS, SAMPLES, MODELS, REPORT = "results.json", "samples", "models", "report.
 
 
 def evaluate_mmlu(config: MmluConfig) -> str:
-    """Ask every question and write what comes of it into `output_dir`. Returns the main table as plain text.
+    """Ask every question, and write these files into `output_dir`. Returns the main table as plain text.
 
-    results.json: accuracies of the mixture (of the base where there is no ensemble), in lm-eval's shape.
-    models/base.json, p000.json, ...: the same of the base and of each particle.
-    samples/mmlu_SUBJECT.jsonl: every question in lm-eval's shape with what each particle makes of it; of the mixture,
-        the log-likelihoods in it are log-probabilities among the four choices.
+    results.json: the accuracies of the mixture (of the base if there is no ensemble), in lm-eval's format.
+    models/base.json, p000.json, ...: the same for the base and for each particle.
+    samples/mmlu_SUBJECT.jsonl: every question in lm-eval's format, and what each particle says. The log-likelihoods of
+        the mixture are log-probabilities among the four choices.
     report.html: calibration, uncertainty and responsibilities.
 
     Raises:
-        ValueError: the data, the model or the ensemble cannot be used, or output_dir holds something.
+        ValueError: the data, the model or the ensemble cannot be used, or output_dir is not empty.
     """
     started = time.time()
     mmlu_questions.check_subjects(config.subjects or [])
@@ -50,7 +50,7 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         subject = load_subject(config)
         alpha = subject.require_alpha() if subject.num_particles else 0.0
         base, particles, num_cut = _score(subject, prompts, config.per_device_eval_batch_size)
-        # the first is what results.json and the samples are about
+        # results.json and the samples are about the first of them
         answers = {"base": base}
         if particles is not None:
             members = {f"p{k:03d}": logp for k, logp in enumerate(particles)}
@@ -92,17 +92,19 @@ def evaluate_mmlu(config: MmluConfig) -> str:
             words=report.words_for(subject.num_particles),
             details={"settings": dataclasses.asdict(config), "versions": versions()},
         )
-        # last: where it is, the rest is
+        # written last: where this file is, the others are too
         files.write_json(output / RESULTS, results(main))
         return f"{as_text(sections[0].tables[0])}report: {page}"
 
 
 def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:
-    """(questions, how many there are of each of their subjects in the split), by group and subject."""
+    """(questions, by group and subject; how many questions the split has for each of these subjects)."""
     found = mmlu_questions.load_questions(config.dataset_name, config.split)
     for name in config.subjects or ():
         if name not in found:
-            raise ValueError(f"subjects: {config.dataset_name} has no {config.split} question of {name}")
+            raise ValueError(
+                f"subjects: {config.dataset_name} has no {config.split} question of {name}; leave {name} out"
+            )
     chosen = [name for name in SUBJECTS if name in (config.subjects or found)]
     questions = [question for name in chosen for question in found[name][: config.limit]]
     return questions, {name: len(found[name]) for name in chosen}
@@ -115,14 +117,14 @@ def _prompts(config: MmluConfig, questions: Sequence[Question]) -> list[str]:
     for name in dict.fromkeys(question.subject for question in questions):
         if len(dev.get(name, ())) < config.num_fewshot:
             raise ValueError(
-                f"num_fewshot: {config.num_fewshot} examples asked for, but the dev split of {config.dataset_name} has "
-                f"{len(dev.get(name, ()))} of {name}"
+                f"num_fewshot: expected at most {len(dev.get(name, ()))}, which is how many {name} questions the dev "
+                f"split of {config.dataset_name} has; got {config.num_fewshot}; lower it"
             )
     return [mmlu_questions.prompt(question, dev[question.subject][: config.num_fewshot]) for question in questions]
 
 
 def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, Tensor | None, int]:
-    """(base [N, C], particles [K, N, C] or None, how many prompts are cut to the model's context)."""
+    """(logp of the base [N, C], of the particles [K, N, C] or None, number of prompts cut to the model's context)."""
     ensemble = subject.ensemble
     choices = [encode_choices(subject.tokenizer, prompt, COMPLETIONS) for prompt in prompts]
     context = context_length(ensemble.model)
@@ -152,7 +154,7 @@ def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], n
 
 
 def _write_samples(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
-    """One file for each subject, as lm-eval has one for each task."""
+    """One file for each subject, as lm-eval writes one for each task."""
     folder.mkdir(exist_ok=True)
     lines: dict[str, list[str]] = {}
     for one in samples:
@@ -190,7 +192,7 @@ def _samples(
 
 
 def _run_facts(config: MmluConfig, subject: Subject) -> dict[str, Any]:
-    """What lm-eval's files say of a run, whichever member of the ensemble they are about."""
+    """What a results file says of the run: the same for every member of the ensemble."""
     tokenizer = subject.tokenizer
     special = {
         f"tokenizer_{name}_token": [getattr(tokenizer, f"{name}_token"), str(getattr(tokenizer, f"{name}_token_id"))]
@@ -211,6 +213,7 @@ def _run_facts(config: MmluConfig, subject: Subject) -> dict[str, Any]:
 
 
 def _model_facts(config: MmluConfig, subject: Subject, member: str) -> dict[str, Any]:
+    """What a results file says of one member: "base", "mixture" or a particle."""
     model = subject.ensemble.model
     arguments = {"pretrained": config.model_name_or_path, "revision": config.model_revision or "main"}
     name = config.model_name_or_path

@@ -1,10 +1,10 @@
-"""Do the particles refuse, and do they agree about it: responses to prompts, judged, counted and compared.
+"""`renyi-engine eval refusal`: generate responses to prompts, let a judge decide which are refusals, and count them.
 
-    RUN/config.yaml, run.json     what was asked: an evaluation that was stopped goes on only with the same
-    RUN/responses.jsonl           every response and its verdict, as it comes
-    RUN/results.json              rates and variances of base, ensemble and particles on each split
+    RUN/config.yaml, run.json     the settings and checksums; a stopped evaluation continues only with the same ones
+    RUN/responses.jsonl           every response and its verdict, each written as soon as it is known
+    RUN/results.json              rates and variances of the base, the ensemble and the particles on each split
     RUN/prompts.jsonl             rates and disagreement of each prompt
-    RUN/report.html               the same to look at
+    RUN/report.html               the same, to look at
 
 Layout: K particles, N prompts, n samples, B prompts of a batch, S = K + 1 speakers: the particles and the base.
 """
@@ -33,8 +33,8 @@ from renyi_engine.evaluation.subject import Subject, load_subject
 
 RESPONSES_FILE, RUN_FILE = "responses.jsonl", "run.json"
 
-# what may differ when an evaluation goes on: none of it changes a response, and verdicts know their judge; the base is
-# compared when it is loaded
+# What may differ when a stopped evaluation continues. None of these settings changes a response, and every verdict
+# names its judge. The base is compared when it is loaded.
 _MAY_CHANGE = {
     "output_dir", "alpha", "label_column", "judge", "judge_model", "judge_api_key_env", "judge_timeout_s",
     "judge_max_retries", "base_sha256",
@@ -42,14 +42,14 @@ _MAY_CHANGE = {
 
 
 def evaluate_refusal(config: RefusalConfig) -> str:
-    """Generate, judge, count; write the files above. Returns the table as plain text.
+    """Generate, judge, count, and write the files above. Returns the table as plain text.
 
-    Stopped at any point and started again with the same settings, it goes on, and ends with the table and the files of
-    a run that was never stopped (with an endpoint as judge, as far as that repeats itself). With another judge it
-    judges anew what was generated.
+    If it is stopped and started again with the same settings, it continues. It then ends with the table and the files
+    of a run that was never stopped (if an endpoint judges, as far as the endpoint repeats itself). With another judge
+    it keeps the responses and judges them anew.
 
     Raises:
-        ValueError: the settings, the prompts, the model or the judge do not do; or output_dir holds something else.
+        ValueError: the settings, the prompts, the model or the judge cannot be used, or output_dir holds other files.
     """
     judge = make_judge(
         config.judge,
@@ -80,16 +80,21 @@ def evaluate_refusal(config: RefusalConfig) -> str:
 
 
 def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> None:
-    """Save what is asked; of a folder that holds responses, see that they answer the same."""
+    """Save the settings. If the folder holds responses, check that they were made with the same settings.
+
+    Raises:
+        ValueError: they were not, or the folder holds other files.
+    """
     fingerprint = _fingerprint(config, prompts)
     before = files.read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
     if not isinstance(before, dict) or not fingerprint.keys() <= before.keys():
-        output_folder.require_free(folder)  # it is not this command's
+        output_folder.require_free(folder)  # no evaluation of refusals was run in it
     elif (folder / RESPONSES_FILE).exists():
         before |= read_yaml(folder / CONFIG_FILE)
         if diff := changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE):
             raise ValueError(
-                f"output_dir: the responses in {folder} were made with other settings; choose another:{diff}"
+                f"output_dir: {folder} holds responses made with other settings; choose another folder, or set these "
+                f"back:{diff}"
             )
     output_folder.clear_away_leftovers(folder)
     base = {"base_sha256": before["base_sha256"]} if isinstance(before, dict) and "base_sha256" in before else {}
@@ -98,7 +103,7 @@ def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> No
 
 
 def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Checksums of what the settings only name, and what may therefore change unseen."""
+    """Checksums of the prompts and adapters. The settings only name them, so their content could change unnoticed."""
     weights = sorted(Path(config.ensemble).rglob("*.safetensors")) if config.ensemble else []
     return {
         "prompts_sha256": files.sha256_of_json([(prompt.split, prompt.prompt) for prompt in prompts]),
@@ -110,10 +115,11 @@ def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, 
 
 
 def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile, run_file: Path) -> int:
-    """Add every response that is missing; returns K. If none is, the model is not loaded: a judge may need its room.
+    """Add every response that is missing. Returns K.
 
-    Batches follow from the whole list of prompts, and one that is not complete is generated again: so a response does
-    not depend on where an evaluation was stopped.
+    If no response is missing, the model is not loaded: a judge may need the memory. Batches are made from the whole
+    list of prompts, and a batch that is not complete is generated again. So a response does not depend on where an
+    evaluation was stopped.
     """
     num_particles = adapter_folder.num_particles(Path(config.ensemble)) if config.ensemble else 0
     speakers_at_once = _speakers(num_particles)
@@ -144,19 +150,18 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
 
 
 def _check_base(subject: Subject, responses: ResponseFile, run_file: Path) -> None:
-    """ValueError unless this is the base, to the bit, that gave the responses that are there; its name may stay while
-    its weights change."""
+    """Raises ValueError if another base gave the responses that are there. Weights can change while the name stays."""
     facts, base = files.read_json(run_file), {"base_sha256": subject.ensemble.base_fingerprint["digest"]}
     if responses.responses and not base.items() <= facts.items():
         raise ValueError(
             f"model_name_or_path: the responses in {run_file.parent} are not of this base: its weights or config "
-            "differ, or an earlier version made them; give the base as it was, or choose another --output_dir"
+            "differ, or an earlier version made them; pass the same base, or choose another --output_dir"
         )
     files.write_json(run_file, facts | base)
 
 
 def _speakers(num_particles: int) -> list[list[Speaker]]:
-    """Those who speak at once: the particles, if any, and the base."""
+    """Who speaks in the same call: all particles, if there are any; then the base."""
     return [list(range(num_particles)), [BASE]] if num_particles else [[BASE]]
 
 
@@ -168,6 +173,7 @@ def _sample(
     prompts: Sequence[Prompt],
     encoded: Sequence[Sequence[int]],
 ) -> list[Response]:
+    """The responses of all speakers to a batch of prompts, `num_samples` each."""
     ensemble, tokenizer = subject.ensemble, subject.tokenizer
     input_ids, attention_mask = left_padded(encoded, pad_token_id(tokenizer))
     with ensemble.disable_adapters() if BASE in speakers else contextlib.nullcontext():
@@ -195,13 +201,13 @@ def _check_lengths(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > room:
             raise ValueError(
-                f"max_new_tokens: prompt {prompt.prompt_id} ({prompt.split}) has {len(ids)} tokens, which leaves no "
-                f"room for {max_new_tokens} more in the model's context; lower it, or leave the prompt out"
+                f"max_new_tokens: prompt {prompt.prompt_id} ({prompt.split}) has {len(ids)} tokens, so "
+                f"{max_new_tokens} more do not fit into the model's context; lower it, or leave the prompt out"
             )
 
 
 def _judge(judge: Judge, prompts: Sequence[Prompt], responses: ResponseFile, batch_size: int) -> None:
-    """Add every verdict that is missing, failed or another judge's. Batches follow from the whole list of responses."""
+    """Add every verdict that is missing, failed, or from another judge. Batches are made from all responses."""
     texts = {prompt.prompt_id: prompt.prompt for prompt in prompts}
     everything = responses.in_order()
     batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]

@@ -195,7 +195,10 @@ def test_an_evaluation_is_not_written_over(configure, evaluated):
         ({"limit": 0}, "limit: expected a whole number of at least 1, or nothing; got 0"),
         ({"subjects": ["anatomi"]}, "subjects: 'anatomi' is none of MMLU's 57 subjects; did you mean 'anatomy'"),
         ({"subjects": ["sociology"]}, "subjects: .* has no test question of sociology"),
-        ({"num_fewshot": 3}, "num_fewshot: 3 examples asked for, but the dev split of .* has 2 of anatomy"),
+        (
+            {"num_fewshot": 3},
+            "num_fewshot: expected at most 2, which is how many anatomy questions .*; got 3; lower it",
+        ),
         ({"split": "validation"}, "dataset_name: .* has no validation split"),
     ],
 )

@@ -36,7 +36,7 @@ def test_a_judge_that_cannot_be_is_refused_in_one_line(model_folder, tokenizer, 
             make_judge(spec, compute=CPU, model="m")
     with pytest.raises(ValueError, match="judge_model: expected the name of the model at the endpoint"):
         make_judge("endpoint:http://localhost/v1", compute=CPU)
-    with pytest.raises(ValueError, match="judge: expected the address of an endpoint"):
+    with pytest.raises(ValueError, match="judge: expected endpoint:http://HOST:PORT/v1"):
         Endpoint("http://h:port/v1", api_key=None, timeout_s=1)
     with pytest.raises(ValueError, match="judge: the endpoint's address holds a name or a password") as error:
         make_judge("endpoint:http://me:sk-123@localhost/v1", compute=CPU, model="m")

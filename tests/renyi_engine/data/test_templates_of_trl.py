@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from renyi_engine import DpoTask, EnsembleConfig, LoraEnsemble, SftTask
 from renyi_engine.data.examples import Dropped
 
+from ..conversations import chat
 from ..tokenizers_for_tests import byte_pair_tokenizer, learnt
 
 MAX_LENGTH = 4096
@@ -35,10 +36,6 @@ ORIGINALS = (
     "qwen2_5", "qwen3_instruct_2507", "llama3", "llama3_1", "gemma", "gemma3", "mistral", "phi3", "phi3_5", "qwen3",
     "cohere", "cohere2", "gptoss", "glm4moe", "lfm2",
 )  # fmt: skip
-
-
-def chat(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 SYSTEM = chat(("system", "Be brief."))

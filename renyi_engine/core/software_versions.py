@@ -7,7 +7,7 @@ import platform
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """The version of Python and of each package that a result depends on."""
     found = {"python": platform.python_version()}
     for package in ("renyi-engine", "torch", "triton", "transformers", "datasets", "safetensors", "peft"):
         try:
