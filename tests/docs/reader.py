@@ -1,0 +1,126 @@
+"""Reads pages as a person would who has nothing but a clone: every block of code is run, in the order of the page.
+
+    python reader.py CLONE EMPTY_FOLDER      prints {page: [[language, code, output, error or null], ...]} as JSON
+
+README.md and docs/getting_started.md start in a fresh copy of the clone. The other pages go on from a copy of what
+getting_started.md left. The Python blocks of a page share their names, as in one session.
+
+One process imports torch and transformers, and forks for each page and for each `renyi-engine` command: imported anew,
+they would take most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import transformers  # noqa: F401  (before the forks)
+
+from renyi_engine import cli, train  # noqa: F401
+
+README, START = "README.md", "docs/getting_started.md"
+RUN = ("python", "bash")
+NEEDS = "# needs "
+"""How a block begins that needs what a clone does not have. A reader sees it, and the block is not run."""
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """(language, code) of each fenced block; directives of Sphinx, as {toctree}, are none."""
+    found = re.findall(r"^```([^\n{]*)\n(.*?)^```$", text, re.M | re.S)
+    return [(language.strip(), code) for language, code in found]
+
+
+def pages_of(clone: Path) -> list[str]:
+    others = sorted(str(path.relative_to(clone)) for path in (clone / "docs").glob("*.md"))
+    return [README, START, *(page for page in others if page != START)]
+
+
+def read(page: str, folder: Path, outputs: Path) -> list[tuple[str, str, str, str | None]]:
+    """Run the blocks of a page in `folder`, up to the first that fails."""
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = f"{folder}:{folder / 'kernels'}"
+    outputs.mkdir(parents=True)
+    names: dict[str, object] = {"__name__": "__main__"}
+    read = []
+    for number, (language, code) in enumerate(blocks_of((folder / page).read_text(encoding="utf-8"))):
+        if language not in RUN or code.startswith(NEEDS):
+            continue
+        output, error = outputs / f"{number}.txt", None
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        try:
+            if language == "python":
+                exec(compile(code, f"{page}, block {number}", "exec"), names)
+            else:
+                run_shell(code)
+        except BaseException:
+            error = traceback.format_exc()
+        sys.stdout.flush()
+        read.append((language, code, output.read_text(encoding="utf-8", errors="replace"), error))
+        if error is not None:
+            break
+    return read
+
+
+def run_shell(code: str) -> None:
+    """The commands of a block one after the other: those of renyi-engine in a fork, what stands between them in bash."""
+    lines = code.replace("\\\n", " ").splitlines()
+    while lines:
+        ours = lines[0].startswith("renyi-engine ")
+        script = []
+        while lines and lines[0].startswith("renyi-engine ") == ours and not (ours and script):
+            script.append(lines.pop(0))
+        if ours:
+            arguments = shlex.split(script[0], comments=True)[1:]
+            status = in_a_fork(lambda arguments=arguments: cli.main(arguments))
+        else:
+            status = subprocess.run(["bash", "-euo", "pipefail", "-c", "\n".join(script)]).returncode
+        if status:
+            raise RuntimeError(f"exit status {status} of {script[0]}")
+
+
+def in_a_fork(function: Callable[[], int | None]) -> int:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = function() or 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> None:
+    clone, scratch = (Path(argument).resolve() for argument in sys.argv[1:])
+    results, started = {}, scratch / START
+    for page in pages_of(clone):
+        folder, result = scratch / page, scratch / f"{page}.json"
+        shutil.copytree(clone if page in (README, START) else started, folder)
+        in_a_fork(
+            lambda page=page, folder=folder, result=result: result.write_text(
+                json.dumps(read(page, folder, scratch / "outputs" / page))
+            )
+            and 0
+        )
+        results[page] = json.loads(result.read_text())
+        print(page, sum(error is not None for *_, error in results[page]), file=sys.stderr)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
