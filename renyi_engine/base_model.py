@@ -19,10 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from renyi_engine.config import ModelConfig
-from renyi_engine.limits import use_a_pad_token_within
-from renyi_engine.memory import is_out_of_memory
-from renyi_engine.messages import reason, some
+from renyi_engine.core import is_out_of_memory, reason, some
+from renyi_engine.ensemble import ModelConfig, use_a_pad_token_within
 
 ARGUMENT = "model_name_or_path"
 """The setting that names a base, for errors."""

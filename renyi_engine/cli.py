@@ -17,19 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import renyi_engine
-from renyi_engine.config import DpoConfig, SftConfig, TrainConfig
-from renyi_engine.eval_config import (
-    AlphaStarConfig,
-    EvalConfig,
-    GenerateConfig,
-    MmluConfig,
-    NllConfig,
-    RefusalConfig,
-)
-from renyi_engine.memory import DoesNotFit, first_line, is_out_of_memory
-from renyi_engine.settings import Parser, parse, to_yaml
-from renyi_engine.signals import exit_at_once
-from renyi_engine.terminal import only_text
+from renyi_engine.core import DoesNotFit, Parser, exit_at_once, first_line, is_out_of_memory, only_text, parse, to_yaml
+from renyi_engine.critical_alpha import AlphaStarConfig
+from renyi_engine.evaluation import EvalConfig, GenerateConfig, MmluConfig, NllConfig, RefusalConfig
+from renyi_engine.training import DpoConfig, SftConfig, TrainConfig
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
 NOTHING_SAVED = "stopped by Ctrl-C before there was anything to save"
@@ -96,14 +87,16 @@ def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> int:
         if options.print_config:
             print(to_yaml(config), end="")
         elif options.dry_run:
-            print(_imported("dry_run", prog).dry_run(config), end="")
+            print(_imported(prog, "training", "describe_run")(config), end="")
         else:
-            trainer = _imported("trainer", prog)
+            train = _imported(prog, "training", "train")
+            from renyi_engine.training import TrainingDiverged, TrainingInterrupted
+
             try:
-                trainer.train(config)
-            except trainer.TrainingInterrupted as stop:
+                train(config)
+            except TrainingInterrupted as stop:
                 return _told(prog, stop, EXIT_INTERRUPTED)
-            except trainer.TrainingDiverged as error:
+            except TrainingDiverged as error:
                 return _told(prog, error, EXIT_FAILED)
     return 0
 
@@ -115,10 +108,10 @@ def _eval(argv: Sequence[str]) -> int | None:
     )
     parser.add_argument("kind", choices=sorted(_EVALUATIONS))
     kind = parser.parse_args(argv[:1] or ["--help"]).kind
-    settings, module, function = _EVALUATIONS[kind]
+    settings, function = _EVALUATIONS[kind]
     prog = f"renyi-engine eval {kind}"
     try:
-        _print_result(settings, argv[1:], prog, module, function)
+        _print_result(settings, argv[1:], prog, "evaluation", function)
     except KeyboardInterrupt:
         if kind != "refusal":
             raise
@@ -129,18 +122,18 @@ def _eval(argv: Sequence[str]) -> int | None:
 
 def _alpha_star(argv: Sequence[str]) -> None:
     """estimate the critical alpha of an adapter: above it, particles that start there part"""
-    _print_result(AlphaStarConfig, argv, "renyi-engine alpha-star", "alpha_star", "alpha_star")
+    _print_result(AlphaStarConfig, argv, "renyi-engine alpha-star", "critical_alpha", "find_alpha_star")
 
 
 def _generate(argv: Sequence[str]) -> None:
     """let every particle answer a few prompts"""
-    _print_result(GenerateConfig, argv, "renyi-engine generate", "answers", "answer")
+    _print_result(GenerateConfig, argv, "renyi-engine generate", "evaluation", "answer")
 
 
-def _print_result(settings: type[Any], argv: Sequence[str], prog: str, module: str, function: str) -> None:
+def _print_result(settings: type[Any], argv: Sequence[str], prog: str, package: str, function: str) -> None:
     config, options = parse(settings, argv, prog)
     with options.source.named_in_errors():
-        print(to_yaml(config) if options.print_config else getattr(_imported(module, prog), function)(config))
+        print(to_yaml(config) if options.print_config else _imported(prog, package, function)(config))
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -159,7 +152,7 @@ def _export(argv: Sequence[str]) -> None:
         help="run code that comes with the base model; what the run's own settings say about it does not count",
     )
     options = parser.parse_args(argv)
-    export = _imported("export", parser.prog).export
+    export = _imported(parser.prog, "training", "export_particles")
     print(export(options.checkpoint, options.output_dir, trust_remote_code=options.trust_remote_code))
 
 
@@ -169,7 +162,7 @@ def _report(argv: Sequence[str]) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
     options = parser.parse_args(argv)
-    write_report = _imported("report", parser.prog).write_report
+    write_report = _imported(parser.prog, "training", "write_report")
     print(write_report(options.runs, options.output or options.runs[0] / "report.html"))
 
 
@@ -177,13 +170,13 @@ def _env(argv: Sequence[str]) -> None:
     """tell versions, devices and the path that each op takes here"""
     parser = Parser(prog="renyi-engine env")
     parser.parse_args(argv)
-    print(_imported("environment", parser.prog).describe(), end="")
+    print(_imported(parser.prog, "environment", "describe")(), end="")
 
 
-_EVALUATIONS: dict[str, tuple[type[EvalConfig], str, str]] = {
-    "mmlu": (MmluConfig, "mmlu", "evaluate_mmlu"),
-    "nll": (NllConfig, "diagnostics", "evaluate_nll"),
-    "refusal": (RefusalConfig, "refusal", "evaluate_refusal"),
+_EVALUATIONS: dict[str, tuple[type[EvalConfig], str]] = {
+    "mmlu": (MmluConfig, "evaluate_mmlu"),
+    "nll": (NllConfig, "evaluate_nll"),
+    "refusal": (RefusalConfig, "evaluate_refusal"),
 }
 _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "sft": _sft,
@@ -197,20 +190,20 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
-def _imported(module: str, prog: str) -> Any:
-    """Import a module of renyi_engine, and with it torch and transformers; keep transformers quiet."""
+def _imported(prog: str, package: str, name: str) -> Any:
+    """Import a function from a package of renyi_engine, and with it torch and transformers; keep transformers quiet."""
     # one progress display, ours; errors still come through
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_at_once(EXIT_NOTHING_SAVED, f"{prog}: {NOTHING_SAVED}"):
         import transformers
 
-        from renyi_engine.progress import use_plain_warnings
+        from renyi_engine.core import use_plain_warnings
 
         use_plain_warnings()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        return importlib.import_module(f"renyi_engine.{module}")
+        return getattr(importlib.import_module(f"renyi_engine.{package}"), name)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renyi_engine.run_folder import versions
+from renyi_engine.core import versions
 from renyi_kernels.backend import choose
 
 _OPS = ("grouped_lora", "lora_linears", "linear_logprob", "renyi_reduce")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import runpy
 import subprocess
@@ -10,87 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-
-# a file may import from the rows below its own, and from its own row only what comes before it
-LAYERS = [
-    ["cli", "__init__"],
-    ["dry_run", "export", "environment"],
-    ["trainer", "answers"],
-    ["mmlu", "refusal", "diagnostics", "alpha_star"],
-    ["theory", "state", "train_step"],
-    ["evaluation", "report", "eval_pictures", "run_folder"],
-    ["page"],
-    ["pictures"],
-    ["sft", "dpo", "predict", "dataset"],
-    ["task"],
-    ["encoding"],
-    ["chat"],
-    ["data", "base_model", "checkpoint", "progress", "calibration", "uncertainty"],
-    ["eval_config"],
-    ["config"],
-    ["prior", "particle_optim", "alpha", "watchdog"],
-    ["ensemble"],
-    ["generation"],
-    ["reading"],
-    ["architecture", "adapter_folder"],
-    ["head", "trunk", "origin", "limits", "runs"],
-    ["adapted_maps", "targets", "objective", "seeding", "rows", "fingerprint"],
-    ["output_folder", "ensemble_config"],
-    ["peft_names", "patterns", "files", "settings", "memory", "row_files", "thoughts", "signals"],
-    ["rendering", "terminal", "typos", "messages"],
-]
-KERNEL_LAYERS = [
-    ["__init__", "aot"],
-    ["renyi_loss"],
-    ["grouped_lora", "lora_linears", "linear_logprob", "renyi_reduce"],
-    ["lora_products", "head_chunks"],
-    ["torch_ops", "triton_ops"],
-    ["reference", "backend"],
-]
-
-
-def imports_of(path: Path, package: str, root: Path) -> set[str]:
-    """Modules of `package`, whose folder is `root`, that a file imports when it runs (not for type checking only)."""
-    tree = ast.parse(path.read_text())
-    checked_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in checked_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == package:
-            found |= {alias.name for alias in node.names if (root / f"{alias.name}.py").exists()}
-            found |= {"__init__"} if any(not (root / f"{a.name}.py").exists() for a in node.names) else set()
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
-            found.add(node.module.split(".")[1])
-    return found
-
-
-@pytest.mark.parametrize(
-    ("folder", "package", "layers"),
-    [("renyi_engine", "renyi_engine", LAYERS), ("kernels/renyi_kernels", "renyi_kernels", KERNEL_LAYERS)],
-    ids=["engine", "kernels"],
-)
-def test_imports_go_down_only(folder, package, layers):
-    level = {module: depth for depth, row in enumerate(layers) for module in row}
-    # a folder is one module to the rest; inside it, files may know each other
-    modules = {file: file.relative_to(ROOT / folder).parts[0] for file in (ROOT / folder).rglob("*.py")}
-    modules = {file: name.removesuffix(".py") for file, name in modules.items()}
-    assert set(modules.values()) == set(level), "a module has no layer, or a layer no module"
-    upward = [
-        f"{name} imports {imported}"
-        for file, name in modules.items()
-        for imported in imports_of(file, package, ROOT / folder) - ({name} if file.parent != ROOT / folder else set())
-        if level[imported] <= level[name]
-    ]
-    assert upward == []
 
 
 def test_the_kernels_know_nothing_of_transformers_or_of_the_engine():

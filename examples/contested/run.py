@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from renyi_engine import SftConfig, TrainResult, train
-from renyi_engine.evaluation import evaluate
-from renyi_engine.report import Table, write_report
-from renyi_engine.sft import SftTask
+from renyi_engine.objectives import SftTask, evaluate
+from renyi_engine.reports import Table
+from renyi_engine.training import write_report
 from renyi_kernels import renyi_reduce
 
 ALPHAS = (0.8, 0.0)

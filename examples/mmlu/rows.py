@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from renyi_engine.mmlu.questions import COMPLETIONS, load_questions, prompt
+from renyi_engine.evaluation import COMPLETIONS, load_questions, prompt
 
 
 def main() -> None:

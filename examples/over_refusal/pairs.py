@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from renyi_engine.rows import load_splits
+from renyi_engine.data import load_splits
 
 
 def main() -> None:

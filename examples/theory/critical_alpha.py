@@ -19,10 +19,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from renyi_engine import pictures
-from renyi_engine.objective import data_term
-from renyi_engine.pictures import ACCENT, COLOURS, INK, MUTED, SMALL
-from renyi_engine.theory.stability import Batch, Projection, project
+from renyi_engine.critical_alpha import Batch, Projection, project
+from renyi_engine.objectives import data_term
+from renyi_engine.reports import ACCENT, COLOURS, INK, MUTED, SMALL, pictures
 
 HIDDEN = 6
 NUM_PARAMETERS = 3 * HIDDEN + 1

@@ -34,9 +34,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from renyi_engine import pictures
-from renyi_engine.objective import data_term
-from renyi_engine.prior import PriorName, prior_term
+from renyi_engine.objectives import PriorName, data_term, prior_term
+from renyi_engine.reports import pictures
 
 NUM_PARTICLES = 16
 NUM_EXAMPLES = 64

@@ -22,9 +22,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from renyi_engine import pictures
-from renyi_engine.pictures import ACCENT, COLOURS, HEAT, INK, MUTED, SMALL
-from renyi_engine.theory.finite import Posterior, self_consistent_posterior
+from renyi_engine.reports import ACCENT, COLOURS, HEAT, INK, MUTED, SMALL, pictures
+from renyi_engine.theory import Posterior, self_consistent_posterior
 
 NUM_EXAMPLES = 24
 NOISE_STD, MODEL_STD = 0.3, 0.7

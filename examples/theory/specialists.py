@@ -16,9 +16,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from renyi_engine import pictures
-from renyi_engine.pictures import ACCENT, COLOURS, INK, MUTED, SMALL
-from renyi_engine.theory.finite import threshold
+from renyi_engine.reports import ACCENT, COLOURS, INK, MUTED, SMALL, pictures
+from renyi_engine.theory import threshold
 from renyi_kernels import renyi_reduce
 
 SPECIALISTS = (0.9, 0.1)  # the likelihood that each gives to the one example

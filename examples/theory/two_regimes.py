@@ -18,9 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from renyi_engine import pictures
-from renyi_engine.pictures import ACCENT, COLOURS, INK, MUTED, SMALL
-from renyi_engine.theory.two_regimes import GaussianPosterior, TwoRegimes, fit
+from renyi_engine.reports import ACCENT, COLOURS, INK, MUTED, SMALL, pictures
+from renyi_engine.theory import GaussianPosterior, TwoRegimes, fit
 
 ALPHA = 0.5
 CONTAMINATED = TwoRegimes(theta=(0.7, -0.4), sigma=0.35, eps=0.3, delta=1.6)

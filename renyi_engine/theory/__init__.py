@@ -1,1 +1,5 @@
-"""When to expect specialists: what the loss does before any network is trained, and around one that is."""
+"""The paper's closed forms: finite parameter spaces, and the two-regime example. No model is needed."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_engine.targets import decoder
+from renyi_engine.ensemble.targets import decoder
 
 from . import tiny_models
 

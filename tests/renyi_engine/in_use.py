@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_engine.generation import draw, uniforms
+from renyi_engine.ensemble.generation import draw, uniforms
 
 
 def attach(

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from renyi_engine import base_model
-from renyi_engine.config import ModelConfig
-from renyi_engine.refusal.judges import Exchange, make_judge
+from renyi_engine.ensemble.config import ModelConfig
+from renyi_engine.evaluation.refusal.judges import Exchange, make_judge
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 

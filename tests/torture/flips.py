@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, base_model, checkpoint
-from renyi_engine.dataset import load_dataset
-from renyi_engine.export import export
-from renyi_engine.run_folder import RunFolder
-from renyi_engine.trainer import make_task
+from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, base_model
+from renyi_engine.training import checkpoint
+from renyi_engine.training.dataset import load_dataset
+from renyi_engine.training.export import export_particles
+from renyi_engine.training.run_folder import RunFolder
+from renyi_engine.training.trainer import make_task
 
 from .runs import STEPS, Bench, bench_in
 from .tally import Tally
@@ -89,7 +90,7 @@ class Subject:
     def _export(self) -> Any:
         """Every byte of the exported folders."""
         try:
-            export(self.run, self.exported)
+            export_particles(self.run, self.exported)
             files = (path for path in sorted(self.exported.rglob("*")) if path.is_file())
             return {str(path.relative_to(self.exported)): path.read_bytes() for path in files}
         finally:

@@ -1,0 +1,5 @@
+"""What every other package may use: files, settings, messages, progress, memory, random numbers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

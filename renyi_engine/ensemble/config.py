@@ -1,0 +1,126 @@
+"""What defines an ensemble. Settings are read before torch is imported, so nothing here needs it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from renyi_engine.core import flag, require
+from renyi_engine.ensemble import patterns
+
+ALL_LINEAR = "all-linear"
+SMALLEST_SCALING, LARGEST_SCALING = 2.0**-126, 2.0**127
+"""Which float32 holds with all its digits."""
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """What defines an ensemble, with PEFT's names.
+
+    Attributes:
+        num_particles: K >= 1.
+        rank: R >= 1. lora_alpha: scaling is lora_alpha / R, or lora_alpha / sqrt(R) with use_rslora.
+        target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
+        layers_to_transform: decoder layers to adapt, or None for all. Those below the first run once for all.
+        init: "standard" (A Kaiming-uniform per particle, B zero: every particle starts as the base) or "spread"
+            (B Gaussian of standard deviation 0.01 as well: particles start apart).
+        seed: particle k's init depends on (seed, k) alone.
+    """
+
+    num_particles: int = 8
+    rank: int = 8
+    lora_alpha: float = 16
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    layers_to_transform: Sequence[int] | None = None
+    init: Literal["standard", "spread"] = "standard"
+    seed: int = 0
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_particles", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
+        if not SMALLEST_SCALING <= self.scaling <= LARGEST_SCALING:
+            raise ValueError(
+                f"lora_alpha: expected a scaling (lora_alpha / rank) that float32 can hold; got {self.lora_alpha!r}, "
+                f"which makes {self.scaling:g}"
+            )
+        if isinstance(self.target_modules, str):
+            patterns.check(self.target_modules)
+        elif not all(isinstance(name, str) for name in self.target_modules):
+            raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
+        if self.init not in ("standard", "spread"):
+            raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1; got {self.seed!r}")
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base."""
+
+    setting_of: ClassVar[Mapping[str, str]] = {
+        "model": "model_name_or_path",
+        "tokenizer": "model_name_or_path",
+        "rank": "lora_r",
+        "target_modules": "lora_target_modules",
+    }
+    """Arguments that errors of the Python API name, and the setting that each comes from."""
+
+    model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
+    model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = flag(
+        False, "Run code that comes with a model. Only the command line can say so, not --config.", typed_only=True
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "Compute dtype; 'auto' is the checkpoint's. Adapters are fp32."
+    )
+    attn_implementation: str = flag("sdpa", "Attention of the base: sdpa, eager, flash_attention_2, ...")
+    use_cpu: bool = flag(False, "Stay on the CPU although there is a GPU.")
+
+
+@dataclass
+class AdapterConfig(ModelConfig):
+    """What is adapted, and by how much."""
+
+    lora_r: int = flag(8, "Rank of every adapter.")
+    lora_alpha: float = flag(16.0, "LoRA scaling is lora_alpha / lora_r.")
+    lora_target_modules: list[str] = flag(
+        ["all-linear"], "'all-linear', names of linear maps, or one regular expression."
+    )
+    layers_to_transform: list[int] | None = flag(
+        None, "Decoder layers to adapt; layers below the first run once for all."
+    )
+    use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
+
+    def adapters(
+        self, num_particles: int, seed: int, init: Literal["standard", "spread"] = "standard"
+    ) -> EnsembleConfig:
+        """The ensemble of `num_particles` such adapters."""
+        require(self, ("lora_r",), "a whole number of at least 1", lambda v: v >= 1)
+        require(self, ("lora_r",), "a whole number below 2^31", lambda v: v < 2**31)
+        names = self.lora_target_modules
+        # one name that is no plain name is a regular expression, as in PEFT
+        single = (
+            names[0] if len(names) == 1 and (names[0] == ALL_LINEAR or not re.fullmatch(r"[\w.-]+", names[0])) else None
+        )
+        return EnsembleConfig(
+            num_particles=num_particles,
+            rank=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            target_modules=single or names,
+            layers_to_transform=self.layers_to_transform,
+            init=init,
+            seed=seed,
+            use_rslora=self.use_rslora,
+        )

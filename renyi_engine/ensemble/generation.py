@@ -1,0 +1,169 @@
+"""Continuations, token by token, each drawn from random numbers of its own.
+
+Layout: K particles, B prompts, T tokens, n samples, S = K*B*n rows, V vocabulary, L new tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from renyi_engine.core import seeding
+from renyi_engine.ensemble import reading
+from renyi_engine.ensemble.reading import Readable
+
+
+@torch.no_grad()
+def generate(
+    ensemble: Readable,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    prompt_ids: Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Tensor:
+    """Continuations of every prompt by every particle, in one batch: new tokens ``[K, B, num_samples, L]``, int64.
+
+    The prompt is read once for each particle (layers below the first adapter once for all), and what the model keeps of
+    it is then shared out among the samples. Where its cache gives other values, every sequence is read again for
+    every token: right, but slow, and a warning says so once.
+
+    Args:
+        input_ids, attention_mask: ``[B, T]``, padded on the left.
+        max_new_tokens: L is at most that; less if every continuation stops before.
+        temperature: 0 takes the most likely token. top_p: draw from the most likely tokens that make up this much.
+        seed, prompt_ids: sample s of particle k on prompt b is a function of (seed, k, prompt_ids[b], s), whatever
+            stands beside it in the batch, up to rounding. prompt_ids: ``[B]`` whole numbers >= 0; None: 0 to B-1.
+        eos_token_id: tokens that end a continuation; the model's own if None. Each keeps the one that ended it.
+        pad_token_id: what stands after that; the first of `eos_token_id` if None.
+
+    Raises:
+        ValueError: an argument is out of range, a prompt is padded on the right, nothing says where to stop, or
+            sequences would grow to where the model's positions depend on the others in the batch.
+    """
+    stops = _stop_tokens(ensemble, eos_token_id)
+    prompt_ids = range(len(input_ids)) if prompt_ids is None else prompt_ids
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    _check(input_ids, attention_mask, num_samples, max_new_tokens, temperature, top_p, prompt_ids)
+    K, B, n = ensemble.num_running, len(input_ids), num_samples
+    device = ensemble.model.get_input_embeddings().weight.device
+    names = [(seed, k, p, s) for k in range(K) for p in prompt_ids for s in range(n)]
+    uniform = uniforms(names, max_new_tokens).to(device).view(K, B, n, -1)
+    # without a stop token nothing is padded
+    padding = next(iter(stops), 0) if pad_token_id is None else pad_token_id
+    tokens = torch.full((K, B, n, max_new_tokens), padding, dtype=torch.int64, device=device)
+    longest = 0
+    for prompts, read in reading.readers(ensemble, attention_mask.sum(-1).tolist(), max_new_tokens):
+        mask = attention_mask[prompts]
+        start = int(mask.any(0).nonzero()[0])
+        logits, next_logits = read(ensemble, input_ids[prompts, start:].to(device), mask[:, start:].to(device), n)
+        draw_step = _drawer(uniform[:, prompts].flatten(0, 2), temperature, top_p)
+        drawn = decode(logits, next_logits, draw_step, max_new_tokens, stops, padding)
+        length = drawn.shape[-1]
+        tokens[:, prompts, :, :length] = drawn.view(K, len(prompts), n, length)
+        longest = max(longest, length)
+    return tokens[..., :longest]
+
+
+def uniforms(names: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
+    """Numbers in [0, 1), ``[S, L]`` fp64: a row is a function of its name, a tuple of whole numbers, alone."""
+    rows = [torch.rand(max_new_tokens, generator=seeding.generator(*n), dtype=torch.float64) for n in names]
+    return torch.stack(rows)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token ``[S]`` of each row's ``softmax(logits / temperature)``, by inverting its distribution function.
+
+    logits: [S, V]; uniform: [S] fp64. temperature 0 takes the most likely token. top_p < 1 draws from the smallest
+    set of most likely tokens whose probability reaches it (Holtzman et al. 2020, arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # in fp32 a sum over the vocabulary would end short of 1, and near ties would leave top_p's set by rounding
+    probability = torch.softmax(logits.double() / temperature, dim=-1)
+    order = None
+    if top_p < 1:
+        probability, order = probability.sort(dim=-1, descending=True, stable=True)
+        before = probability.cumsum(dim=-1) - probability
+        probability = probability.where(before < top_p, 0.0)
+    cumulative = probability.cumsum(dim=-1)
+    # the first entry above u times the total: never one of probability zero, as u < 1
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+
+
+def _drawer(uniform: Tensor, temperature: float, top_p: float) -> Callable[[Tensor, int], Tensor]:
+    """`decode`'s draw_step by random numbers [S, L]."""
+    return lambda logits, step: draw(logits, uniform[:, step], temperature, top_p)
+
+
+def decode(
+    logits: Tensor,
+    next_logits: Callable[[Tensor], Tensor],
+    draw_step: Callable[[Tensor, int], Tensor],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    pad_token_id: int,
+) -> Tensor:
+    """New tokens ``[S, L]``, L at most `max_new_tokens`; after its stop token, which is kept, a row is padding.
+
+    Args:
+        logits: [S, V] of the first new token. next_logits: tokens [S] -> logits [S, V] of those after them.
+        draw_step: (logits [S, V], step) -> tokens [S].
+    """
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    tokens: list[Tensor] = []
+    for step in range(max_new_tokens):
+        if step:
+            logits = next_logits(tokens[-1])
+        tokens.append(draw_step(logits, step).masked_fill(finished, pad_token_id))
+        finished = finished | torch.isin(tokens[-1], stops)
+        if finished.all():
+            break
+    return torch.stack(tokens, dim=1)
+
+
+def _stop_tokens(ensemble: Readable, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    for given in (eos_token_id, getattr(ensemble.model.generation_config, "eos_token_id", None)):
+        if given is not None:
+            return [given] if isinstance(given, int) else list(given)
+    raise ValueError("eos_token_id: needed, as the model's generation_config has none")
+
+
+def _check(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    prompt_ids: Sequence[int],
+) -> None:
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids, attention_mask: expected [B, T] each, B and T at least 1; got {list(input_ids.shape)} and "
+            f"{list(attention_mask.shape)}"
+        )
+    if not attention_mask[:, -1].all():
+        row = int((attention_mask[:, -1] == 0).nonzero()[0])
+        raise ValueError(f"attention_mask: prompt {row} is empty or padded on the right; pad on the left")
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: expected a finite number of at least 0; got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number above 0, at most 1; got {top_p!r}")
+    if len(prompt_ids) != len(input_ids) or any(p < 0 for p in prompt_ids):
+        raise ValueError(f"prompt_ids: expected {len(input_ids)} whole numbers of at least 0; got {list(prompt_ids)}")

@@ -1,0 +1,101 @@
+"""On which base adapters were trained: what their folder says of it, compared with the model that they are put on.
+
+ensemble.json keeps the base's fingerprint, and so does the metadata of every adapter_model.safetensors, which goes with
+a particle wherever it is copied. A folder that PEFT wrote has only the base's name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from renyi_engine.core import files, some
+from renyi_engine.ensemble.fingerprint import Fingerprint, difference, fingerprint, is_fingerprint
+
+KEY = "base"
+"""Where the fingerprint stands in ensemble.json and in the metadata."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base of the adapters in `folder`: its name and its fingerprint, None where they are not recorded."""
+
+    folder: Path
+    name: str | None
+    base: Fingerprint | None
+
+
+def metadata(base: Fingerprint | None) -> dict[str, str]:
+    """What a particle's safetensors file says of its base."""
+    return {} if base is None else {KEY: json.dumps(base)}
+
+
+def of_ensemble(path: Path, ensemble: Mapping[str, Any]) -> Origin:
+    """What ensemble.json, read from `path`, says."""
+    return _origin(path.parent, ensemble.get("base_model_name_or_path"), ensemble.get(KEY), path)
+
+
+def of_particle(config_file: Path, tensors_file: Path) -> Origin:
+    """What the two files of one PEFT folder say. Both were read before and are valid."""
+    text = files.read_metadata(tensors_file).get(KEY)
+    try:
+        base = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        base = text  # refused below: it is no fingerprint
+    name = files.read_json(config_file).get("base_model_name_or_path")
+    return _origin(config_file.parent, name, base, tensors_file)
+
+
+def _origin(folder: Path, name: Any, base: Any, source: Path) -> Origin:
+    if base is not None and not is_fingerprint(base):
+        raise ValueError(f"{source}: {KEY}: expected the fingerprint of a base; it has another form, or is damaged")
+    return Origin(folder, name if isinstance(name, str) and name else None, base)
+
+
+def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
+    """Warn where it cannot be told whether `model` is the base that the adapters were trained on, and where its weights
+    are those of the base but its config is another.
+
+    Raises:
+        ValueError: the model has other weights.
+    """
+    now = fingerprint(model) if any(origin.base for origin in origins) else {}
+    own_name = model.config._name_or_path
+    for origin in origins:
+        there = f"{origin.folder}: the adapters were trained on "
+        remedy = f"pass {repr(origin.name) if origin.name else 'that base'} as --model_name_or_path (in Python: model)"
+        if origin.base is None:
+            if origin.name and own_name and _last_name(origin.name) != _last_name(own_name):
+                _warn(f"{there}{origin.name!r}, and this model is {own_name!r}; if that is another base, {remedy}")
+            continue
+        found = difference(origin.base, now)
+        if found.weights:
+            raise ValueError(
+                f"{there}another base than this model{f' ({own_name})' * bool(own_name)}: the weights of "
+                f"{some(found.weights)} differ; {remedy}, or adapters of this model as --ensemble (directory); "
+                "LoraEnsemble.from_pretrained(..., check_base=False) loads them without this check"
+            )
+        if found.values:
+            _warn(f"{there}this base with another config: {', '.join(found.values)}")
+        if found.unknown:
+            _warn(
+                f"{there}{origin.name or 'a base'!r}; whether this model is the same cannot be told, as the weights of "
+                f"{some(found.unknown)} are quantised, or missing, in one of the two"
+            )
+
+
+def _last_name(name: str) -> str:
+    """ "qwen2.5-0.5b" of Qwen/Qwen2.5-0.5B, of a folder of that name, and of the hub's cache."""
+    cached = re.search(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", name)
+    return (cached[1] if cached else Path(name).name).casefold()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

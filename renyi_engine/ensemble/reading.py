@@ -1,0 +1,155 @@
+"""How a model reads what it continues: from a cache, or all of it again for every token.
+
+A reader gives the logits of the first new token and a function that takes the tokens drawn and gives the logits of
+those after them. A cache is used only if it gave, in a trial, the same values as reading all again: a model may ignore
+the cache that it is given, need one of a class of its own, or let padding into it.
+
+Layout: K particles, B prompts, T tokens, n samples, S = K*B*n rows, particle-major, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from renyi_engine.core import is_out_of_memory, reason
+from renyi_engine.ensemble.adapted_maps import Rows
+from renyi_engine.ensemble.limits import changing_positions
+
+
+class Readable(Protocol):
+    """What a reader needs of an ensemble. `LoraEnsemble` is the one class that has it, and is documented there."""
+
+    reads_from_cache: bool | None
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def rows(self) -> Rows: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_shared_layers(self) -> int: ...
+    def running(self, rows: Rows) -> AbstractContextManager[None]: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor: ...
+
+
+Reader = Callable[[Readable, Tensor, Tensor, int], tuple[Tensor, Callable[[Tensor], Tensor]]]
+"""(ensemble, input_ids [B, T], attention_mask [B, T], n) -> logits [S, V], and tokens [S] -> logits [S, V]."""
+
+AGREE = {torch.float32: 1e-3, torch.float64: 1e-3}
+AGREE_LOW = 0.2
+"""How far readings may be apart in log-probability, by the base's dtype: nats, averaged by probability over the
+vocabulary. Right caches differ by 1e-5 in fp32 and by less than 0.1 in bf16, wrong ones by 0.3 and more."""
+
+
+def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> list[tuple[list[int], Reader]]:
+    """Which prompts are read together, and how; lengths: tokens of each of the B prompts.
+
+    Raises:
+        ValueError: a sequence would grow to where the model's positions depend on the others in its batch.
+    """
+    # the last token is drawn, never read
+    ends = [length + max_new_tokens - 1 for length in lengths]
+    kind, limit = changing_positions(ensemble.model) or ("", max(ends))
+    if "dynamic" in kind and max(ends) > limit:
+        raise ValueError(
+            f"max_new_tokens: a prompt of {max(lengths)} tokens may grow to {max(ends)}, but beyond {limit} the rotary "
+            f"positions of {type(ensemble.model).__name__} (rope_type {kind!r}) depend on what else it has read; "
+            "ask for fewer tokens or shorten the prompts"
+        )
+    cached = from_cache if _cache_agrees(ensemble) else again
+    # Phi-3 has positions of one kind up to the limit and of another beyond it; one kind holds for all tokens of a batch
+    short = [i for i, end in enumerate(ends) if end <= limit]
+    long = [i for i, length in enumerate(lengths) if length > limit]
+    crossing = [i for i in range(len(lengths)) if i not in short and i not in long]
+    return [(group, read) for group, read in ((short, cached), (long, cached), (crossing, again)) if group]
+
+
+def from_cache(
+    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The prompt is read once for each particle, layers below the first adapter once for all; what the cache holds is
+    then shared out among the samples."""
+    (B, _), n, device = input_ids.shape, num_samples, input_ids.device
+    cache = DynamicCache(config=ensemble.model.config)
+    logits = ensemble.next_logits(input_ids, attention_mask, cache)
+    of_prompt = torch.arange(B, device=device).repeat_interleave(n).repeat(ensemble.num_running)
+    of_particle = torch.arange(ensemble.num_running * B, device=device).repeat_interleave(n)
+    for index, layer in enumerate(cache.layers):
+        layer.reorder_cache(of_prompt if index < ensemble.num_shared_layers else of_particle)
+    mask = attention_mask[of_prompt]
+
+    def next_logits(tokens: Tensor) -> Tensor:
+        nonlocal mask
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        with _own_rows(ensemble):
+            return ensemble.next_logits(tokens[:, None], mask, cache)
+
+    return logits[of_particle], next_logits
+
+
+def again(
+    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Every sequence is read from its first token, without padding and without a cache, one prompt after the other:
+    right whatever the model does with either, but slower by a factor of the number of tokens in a sequence."""
+    K, n = ensemble.num_running, num_samples
+    prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+    logits = [ensemble.logits(ensemble(prompt[None])[:, :, -1]) for prompt in prompts]
+    sequences = [prompt.expand(K * n, -1) for prompt in prompts]
+
+    def next_logits(tokens: Tensor) -> Tensor:
+        with _own_rows(ensemble):
+            for b, drawn in enumerate(tokens.view(K, -1, n).unbind(1)):
+                sequences[b] = torch.cat([sequences[b], drawn.reshape(K * n, 1)], dim=1)
+            return torch.stack([ensemble.logits(ensemble(rows)[:, :, -1]) for rows in sequences], 1).flatten(0, 2)
+
+    return torch.stack([one.expand(K, n, -1) for one in logits], 1).flatten(0, 2), next_logits
+
+
+def _own_rows(ensemble: Readable) -> AbstractContextManager[None]:
+    """Inside, every sample has tokens of its own."""
+    return ensemble.running(Rows.OWN if ensemble.rows is Rows.SHARED else ensemble.rows)
+
+
+def _cache_agrees(ensemble: Readable) -> bool:
+    """Whether a cache may be trusted: tried once on two short prompts of all particles, one of them padded."""
+    if ensemble.reads_from_cache is None:
+        with ensemble.running(Rows.SHARED):
+            whole = _try(ensemble, again)
+            try:
+                apart = (whole.exp() * (_try(ensemble, from_cache) - whole).abs()).sum(-1).max().item()
+                agrees = apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW)
+                problem = f"it would be {apart:.2g} nats off"
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                if is_out_of_memory(error):
+                    raise
+                # a model may take no cache at all, or one of a class of its own; models raise different errors then
+                agrees, problem = False, reason(error)
+        ensemble.reads_from_cache = agrees
+        if not agrees:
+            warnings.warn(
+                f"{type(ensemble.model).__name__} cannot be continued from a cache ({problem}): for every new "
+                "token the whole sequence is read again, which is right but slow",
+                stacklevel=2,
+            )
+    return ensemble.reads_from_cache
+
+
+def _try(ensemble: Readable, read: Reader) -> Tensor:
+    """Log-probabilities ``[steps, S, V]`` of several tokens after a prompt: some caches go wrong at the second."""
+    device = ensemble.model.get_input_embeddings().weight.device
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 10, 11, 12, 13]], device=device)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)
+    logits, next_logits = read(ensemble, ids, mask, 2)
+    tokens = torch.arange(len(logits), device=device) % 7 + 3
+    return torch.stack([logits, *(next_logits(tokens + step) for step in range(3))]).double().log_softmax(-1)

@@ -1,0 +1,5 @@
+"""What a trained ensemble knows: likelihoods, uncertainty, answers, MMLU and refusals, a module or package each."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

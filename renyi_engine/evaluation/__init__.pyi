@@ -1,0 +1,17 @@
+from .config import EvalConfig as EvalConfig
+from .config import GenerateConfig as GenerateConfig
+from .config import MmluConfig as MmluConfig
+from .config import NllConfig as NllConfig
+from .config import RefusalConfig as RefusalConfig
+from .generate import answer as answer
+from .mmlu.evaluation import evaluate_mmlu as evaluate_mmlu
+from .mmlu.questions import COMPLETIONS as COMPLETIONS
+from .mmlu.questions import load_questions as load_questions
+from .mmlu.questions import prompt as prompt
+from .nll import evaluate_nll as evaluate_nll
+from .refusal.evaluation import evaluate_refusal as evaluate_refusal
+from .uncertainty import Policy as Policy
+from .uncertainty import Predictive as Predictive
+from .uncertainty import calibrate as calibrate
+from .uncertainty import decide as decide
+from .uncertainty import predictive as predictive

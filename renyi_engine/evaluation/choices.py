@@ -1,0 +1,153 @@
+"""What an ensemble predicts: the subject of an evaluation, and the log-likelihood of completions that are given.
+
+Layout: K particles, N questions, C choices, B rows of a batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from renyi_engine.data import Encoder, longest_first
+from renyi_engine.ensemble import LoraEnsemble, changing_positions, check_tokens, num_positions
+from renyi_kernels import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A prompt and C completions of it, as token ids."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """What the longest completion asks the model to read: its own last token is predicted, never read."""
+        return len(self.prompt) + max(map(len, self.completions)) - 1
+
+
+def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str]) -> Choices:
+    """Tokens of a prompt and of each completion, split as in lm-eval, so that scores can be compared.
+
+    Prompt and completion are encoded as one text, which is cut where the tokens of the prompt alone end; white space
+    at the end of the prompt goes to the completions. What the tokenizer puts before a text is there once; nothing
+    is put after the completion.
+
+    Raises:
+        ValueError: the prompt is empty, or a completion adds no token to it.
+    """
+    stripped = prompt.rstrip()
+    if not stripped:
+        raise ValueError("prompt: it is empty, and a first token has no prediction; begin it with the BOS token")
+    encoder = Encoder(tokenizer)
+    alone = encoder.prompt(stripped)
+    encoded = [encoder.prompt(prompt + completion) for completion in completions]
+    for completion, ids in zip(completions, encoded, strict=True):
+        if len(ids) <= len(alone):
+            raise ValueError(f"completions: {completion!r} adds no token to the prompt {prompt[-40:]!r}")
+    return Choices(alone, [ids[len(alone) :] for ids in encoded])
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read at once, where its table of positions or its configuration limits them."""
+    return num_positions(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def score_choices(
+    ensemble: LoraEnsemble,
+    choices: Sequence[Choices],
+    *,
+    batch_size: int,
+    track: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
+) -> Tensor:
+    """Log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
+
+    Where every completion is one token, the prompt is read once for all of them. Of a sequence longer than the model's
+    context, the left end is cut off. Inside `ensemble.disable_adapters()` it is the bare base's, K = 1.
+
+    Args:
+        choices: N prompts, each with the same number C of completions.
+        batch_size: prompts of a batch; batches are of similar length, right-padded.
+        track: goes through the batches in place of `iter`, to show progress.
+
+    Raises:
+        ValueError: no prompt, a different number of completions, a completion longer than the model's context, or a
+            token that the model has no embedding for.
+    """
+    if len({len(one.completions) for one in choices}) != 1:
+        raise ValueError("choices: expected at least one prompt, and the same number of completions for each")
+    num_embeddings = ensemble.model.get_input_embeddings().weight.shape[0]
+    for number, one in enumerate(choices):
+        check_tokens(num_embeddings, f"prompt {number}", one.prompt)
+        for ids in one.completions:
+            check_tokens(num_embeddings, f"a completion of prompt {number}", ids)
+    context = context_length(ensemble.model) or sys.maxsize
+    longest = max(len(ids) for one in choices for ids in one.completions)
+    if longest > context:
+        raise ValueError(f"completions: one has {longest} tokens, but the model reads {context} at once; shorten it")
+    if longest == 1:
+        labels = torch.tensor([[ids[0] for ids in one.completions] for one in choices])
+        prompts = [one.prompt[-context:] for one in choices]
+        score = partial(_last_logprob, ensemble, prompts, labels)
+        return _score_rows(ensemble.model, list(map(len, prompts)), batch_size, track, score)
+    sequences = [(one.prompt + ids)[-context - 1 :] for one in choices for ids in one.completions]
+    num_labels = [len(ids) for one in choices for ids in one.completions]
+    # the last token of a sequence is predicted, and never read
+    lengths = [len(ids) - 1 for ids in sequences]
+    score = partial(_suffix_logprob, ensemble, sequences, num_labels)
+    rows = _score_rows(ensemble.model, lengths, batch_size, track, score)
+    return rows.view(rows.shape[0], len(choices), -1)
+
+
+def _score_rows(
+    model: PreTrainedModel,
+    lengths: Sequence[int],
+    batch_size: int,
+    track: Callable[[Sequence[list[int]]], Iterable[list[int]]],
+    score: Callable[[list[int]], Tensor],
+) -> Tensor:
+    """`score` [K, B, ...] of batches, each given by the indices of its rows, put together in the order of the rows.
+
+    lengths: tokens that the model reads of each row. Rows with positions of another kind are in batches of their own.
+    """
+    _, limit = changing_positions(model) or ("", sys.maxsize)
+    order = longest_first(lengths)
+    kinds = ([i for i in order if lengths[i] > limit], [i for i in order if lengths[i] <= limit])
+    batches = [kind[start : start + batch_size] for kind in kinds for start in range(0, len(kind), batch_size)]
+    scores = torch.cat([score(batch).cpu() for batch in track(batches)], dim=1)
+    return scores[:, torch.tensor(order).argsort()]
+
+
+def _last_logprob(ensemble: LoraEnsemble, prompts: Sequence[list[int]], labels: Tensor, batch: list[int]) -> Tensor:
+    """[K, B, C]: of C single tokens, labels [N, C], after the last token of each prompt."""
+    hidden = _read(ensemble, [prompts[i] for i in batch])
+    ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=hidden.device)
+    last = hidden[:, torch.arange(len(batch), device=hidden.device), ends]
+    return ensemble.label_logprob(last.unsqueeze(2).expand(-1, -1, labels.shape[1], -1), labels[batch])
+
+
+def _suffix_logprob(
+    ensemble: LoraEnsemble, sequences: Sequence[list[int]], num_labels: Sequence[int], batch: list[int]
+) -> Tensor:
+    """[K, B]: of the last num_labels[i] tokens of each sequence together."""
+    hidden = _read(ensemble, [sequences[i][:-1] for i in batch])
+    labels = torch.full(hidden.shape[1:3], IGNORE_INDEX)
+    for row, i in enumerate(batch):
+        # the last of them is predicted at the last position that is read
+        end = len(sequences[i]) - 1
+        labels[row, end - num_labels[i] : end] = torch.tensor(sequences[i][-num_labels[i] :])
+    return ensemble.label_logprob(hidden, labels).sum(dim=-1)
+
+
+def _read(ensemble: LoraEnsemble, rows: Sequence[list[int]]) -> Tensor:
+    """Hidden states [K, B, T, D] of right-padded rows."""
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
+    return ensemble(pad_sequence([torch.tensor(row) for row in rows], batch_first=True), mask)

@@ -1,0 +1,1 @@
+"""Who refuses what: prompts, responses, judges, and how much particles differ."""

@@ -1,0 +1,191 @@
+"""What an evaluation of refusals shows: rates, as text and on a page, and the prompts that particles disagree about.
+
+Layout: K particles, G splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+
+from renyi_engine.core import one_line
+from renyi_engine.evaluation.refusal.results import Results
+from renyi_engine.reports import Picture, Section, Table, as_text, charts, write_page
+
+NUM_SHOWN = 20
+"""Prompts in the table of most disagreement."""
+MAX_PROMPT_CHARACTERS = 300
+DASH = "–"
+ESTIMATES = {
+    "refusal rate": ("refusal_rate", 3),
+    "variance over particles": ("variance_over_particles", 5),
+    "variance within prompts": ("variance_within_prompts", 5),
+    "disagreement": ("disagreement", 5),
+}
+COUNTS = {
+    "answers": "num_direct_answer",
+    "direct refusals": "num_direct_refusal",
+    "indirect refusals": "num_indirect_refusal",
+    "unparsed": "num_unparsed",
+    "failed": "num_failed",
+}
+WORDS = (
+    ("refusal", "A response that does not do what was asked, whether it says so (direct) or evades (indirect)."),
+    ("refusal rate", "Share of refusals among a prompt's judged responses, averaged over prompts: of the base, of each "
+     "particle; the ensemble's is the mean over its particles."),
+    ("±", "Standard error over prompts (jackknife): how far the number may move with other prompts of the kind."),
+    ("variance over particles", "Sample variance (K - 1) of the particles' refusal rates on a split."),
+    ("variance within prompts", "The same of their rates on one prompt, averaged over prompts, as drawn: particles may "
+     "differ in which prompts they refuse and still refuse equally many."),
+    ("disagreement", "Variance within prompts less what the sampling of a few responses alone is expected to bring: 0 "
+     "if all particles are alike, below 0 by chance. With one response to a prompt that cannot be told, and stays in."),
+    ("unparsed, failed", "The judge gave no label that could be read, or no answer at all; unparsed is also a response "
+     "that was cut off inside a thought (a larger max_new_tokens helps). Counted, left out of every rate."),
+)  # fmt: skip
+
+
+def write_refusal_report(output: Path, results: Results, facts: Mapping[str, Any]) -> str:
+    """Write the page; returns the tables of rates as plain text.
+
+    Args:
+        facts: judge, settings and versions, to be shown with it.
+    """
+    summary = results.summary
+    tables = [_rates(summary), _verdicts(summary), *([_areas(summary)] if summary["auroc"] else [])]
+    text = "Each response was labelled by the judge; what it could not label is part of no rate."
+    sections = [Section("How often it refuses", text, tables[:1], _bars(summary))]
+    if summary["num_particles"] > 1:
+        text = (
+            "Prompts that some particles refuse and others answer: there the ensemble does not know what it should do. "
+            f"Ranked by disagreement ({summary['disagreement_measure']})."
+        )
+        sections.append(Section("Where the particles disagree", text, [_prompts(results)], _scatter(results)))
+    if summary["auroc"]:
+        sections.append(Section("What it can tell apart", _areas_text(summary), tables[2:]))
+    sections.append(
+        Section("What the judge said", f"Responses by their verdict; judge: {facts['judge']}.", tables[1:2])
+    )
+    K = summary["num_particles"]
+    lead = (
+        f"{len(results.prompts):,} prompts, {summary['num_samples']} responses to each by the frozen base"
+        f"{f' and by each of {K} particles' if K else ''}; judge: {facts['judge']}."
+    )
+    details = {"settings": facts["settings"], "versions": facts["versions"]}
+    write_page(output, title="Refusals", lead=lead, sections=sections, words=WORDS, details=details)
+    return "\n".join(map(as_text, tables))
+
+
+def _rates(summary: Mapping[str, Any]) -> Table:
+    rows = [
+        [split, who, *(_estimate(row, key, digits) for key, digits in ESTIMATES.values())]
+        for split, who, row in _speakers(summary)
+    ]
+    return Table("", ["split", "who", *ESTIMATES], rows)
+
+
+def _verdicts(summary: Mapping[str, Any]) -> Table:
+    rows = [
+        [split, who, f"{summary['splits'][split]['num_prompts']:,}", *(f"{row[key]:,}" for key in COUNTS.values())]
+        for split, who, row in _speakers(summary)
+    ]
+    return Table("", ["split", "who", "prompts", *COUNTS], rows)
+
+
+def _speakers(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(split, who, row): of each split the base, the ensemble if there is one, and each particle."""
+    found = []
+    for name, split in summary["splits"].items():
+        found.append((name, "base", split["base"]))
+        if split["ensemble"]:
+            found.append((name, "ensemble", split["ensemble"]))
+        found += [(name, f"particle {k}", row) for k, row in enumerate(split["particles"])]
+    return found
+
+
+def _areas(summary: Mapping[str, Any]) -> Table:
+    found = summary["auroc"]
+    rows = [[name, _fixed(area, 3)] for name, area in found["scores"].items()]
+    return Table("", ["score of a prompt", f"AUROC of {found['label_column']} = {found['positive']}"], rows)
+
+
+def _areas_text(summary: Mapping[str, Any]) -> str:
+    found = summary["auroc"]
+    return (
+        f"The probability that a prompt whose {found['label_column']} is {found['positive']} has the higher score than "
+        "one whose is not: 1 tells them apart, 0.5 knows nothing, below 0.5 the score is lower where the label is."
+    )
+
+
+def _prompts(results: Results) -> Table:
+    found = [row for row in results.prompts if row["disagreement"] is not None and row["disagreement"] > 0]
+    found = sorted(found, key=lambda row: (-row["disagreement"], row["prompt_id"]))
+    rows = []
+    for row in found[:NUM_SHOWN]:
+        particles = row["particle_refusal_rates"]
+        least, most = np.argmin(particles), np.argmax(particles)
+        texts = [row["split"], row["category"] or DASH, shorten(row["prompt"], MAX_PROMPT_CHARACTERS, placeholder=" …")]
+        numbers = [_fixed(row[f"{who}_refusal_rate"], 2) for who in ("base", "ensemble")]
+        extremes = [f"{particles[k]:.2f} ({k})" for k in (least, most)]
+        rows.append([*texts, *numbers, *extremes, _fixed(row["disagreement"], 3)])
+    header = ["split", "category", "prompt", "base", "ensemble", "least (particle)", "most (particle)", "disagreement"]
+    note = f"{min(len(found), NUM_SHOWN)} of {len(results.prompts):,} prompts; all of them are in prompts.jsonl."
+    if not found:
+        note = "On no prompt do the particles differ by more than sampling alone would make them."
+    return Table("", header, rows, note)
+
+
+def _bars(summary: Mapping[str, Any]) -> list[Picture]:
+    """None of a split where somebody has no rate."""
+    columns = {}
+    for name, split in summary["splits"].items():
+        rows = [split["base"], *([split["ensemble"]] if split["ensemble"] else []), *split["particles"]]
+        if all(row["refusal_rate"] is not None for row in rows):
+            columns[name] = [(row["refusal_rate"], row["refusal_rate_se"] or 0.0) for row in rows]
+    if not columns:
+        return []
+    values, errors = np.array(list(columns.values())).transpose(2, 1, 0)
+    return [
+        charts.bars(
+            "refusal-rates",
+            [one_line(name) for name in columns],
+            values,
+            errors,
+            rows=["base", "ensemble"][: 2 if summary["num_particles"] else 1],
+            ylabel="refusal rate",
+            caption="Refusal rate of each split, with one standard error over prompts to either side.",
+        )
+    ]
+
+
+def _scatter(results: Results) -> list[Picture]:
+    known = [row for row in results.prompts if row["disagreement"] is not None]
+    if not known:
+        return []
+    kind = "split" if len(results.summary["splits"]) > 1 or not results.summary["auroc"] else "label"
+    return [
+        charts.scatter(
+            "disagreement",
+            [row["ensemble_refusal_rate"] for row in known],
+            [row["disagreement"] for row in known],
+            [row[kind] for row in known],
+            xlabel="refusal rate of the ensemble",
+            ylabel="disagreement of the particles",
+            caption="Disagreement of the particles about each prompt over how often the ensemble refuses it. In the "
+            "middle, a low point is a coin that every particle tosses, a high one a question that divides them.",
+        )
+    ]
+
+
+def _estimate(row: Mapping[str, Any], key: str, digits: int) -> str:
+    if row.get(key) is None:
+        return DASH
+    error = row[f"{key}_se"]
+    return _fixed(row[key], digits) + ("" if error is None else f" ± {_fixed(error, digits)}")
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"

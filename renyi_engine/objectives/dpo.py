@@ -1,0 +1,262 @@
+"""Direct preference optimisation: pairs of completions, and s[k, i] = how surely particle k prefers the chosen one.
+
+    s[k, i] = log sigmoid( beta ((lp_k(y+) - lp_ref(y+)) - (lp_k(y-) - lp_ref(y-))) )         (24), App. B
+
+lp sums over completion tokens; the reference is the bare base, scored once per data set before training.
+
+Layout: K particles, B pairs, N pairs of a data set, T tokens; in [B, 2], 0 is the chosen, 1 the rejected completion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from renyi_engine.core import files, track
+from renyi_engine.data import (
+    CONTEXT_COLUMNS,
+    Dropped,
+    Encoder,
+    Example,
+    collate,
+    common_prefix,
+    is_conversation,
+    longest_first,
+    missing_column,
+    pad_token_id,
+    require_field,
+    unexpected,
+    warn_unread,
+)
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.objectives.task import Scores, length
+from renyi_kernels import IGNORE_INDEX
+
+FORMS = ("prompt + chosen + rejected", "chosen + rejected")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt, and what the bare base gives them: log-probabilities (chosen, rejected), nats."""
+
+    row: int
+    chosen: Example
+    rejected: Example
+    reference: tuple[float, float] | None = None
+
+    @property
+    def sequences(self) -> tuple[Example, Example]:
+        return self.chosen, self.rejected
+
+    @property
+    def num_labels(self) -> int:
+        return 1
+
+
+class DpoTask:
+    """A `Task`: a pair an example, chosen and rejected in one batch."""
+
+    unit = "pair"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        beta: float,
+        min_score_gap: float | None = None,
+        score_columns: Sequence[str] = ("score_chosen", "score_rejected"),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length, self.beta = max_length, beta
+        self.min_score_gap, self.score_columns = min_score_gap, list(score_columns)
+        self.pad_token_id = pad_token_id(tokenizer)
+        self._encoder = Encoder(tokenizer)
+
+    def check_columns(self, columns: Sequence[str], argument: str) -> None:
+        if not {"chosen", "rejected"} <= set(columns):
+            raise missing_column(argument, columns, FORMS)
+        if "instruction" in columns and "prompt" not in columns:
+            raise ValueError(
+                f"{argument}: expected a column prompt beside chosen and rejected; got instruction, which would not be "
+                "read; rename it to prompt, and append to it an empty line and input where that is not empty"
+            )
+        scores = [] if self.min_score_gap is None else self.score_columns
+        if not set(scores) <= set(columns):
+            raise missing_column(argument, columns, [" + ".join(scores)])
+        warn_unread(argument, columns, ["prompt", "chosen", "rejected", *scores, *CONTEXT_COLUMNS])
+
+    def example(self, number: int, row: Mapping[str, Any]) -> Pair:
+        """The pair of row `number`.
+
+        Raises:
+            Dropped, a ValueError: the pair teaches nothing (both are the same, a score is missing or too near, a
+                completion is empty or cut off whole), or where the completions begin cannot be found. ValueError: a
+                field is missing or not what its column says.
+        """
+        prompt, chosen, rejected = _with_prompt(number, row)
+        if chosen == rejected:
+            raise Dropped("chosen and rejected are the same")
+        if self.min_score_gap is not None:
+            self._require_gap(number, row, self.min_score_gap)
+        if not prompt:
+            given = row.get("prompt") in ("", [])
+            raise Dropped("the prompt is empty" + ("" if given else ": chosen and rejected do not begin alike"))
+        if not chosen or not rejected:
+            raise Dropped("a completion is empty")
+        sides = [
+            self._encoder.completed(number, prompt, completion, column, row)
+            for column, completion in (("chosen", chosen), ("rejected", rejected))
+        ]
+        # where a merged token makes one completion begin earlier, both are learnt from there, as in TRL
+        start = min(_first_label(labels) for _, labels in sides)
+        if start >= self.max_length:
+            raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
+        first, second = (self._sequence(number, input_ids, labels, start) for input_ids, labels in sides)
+        if first.input_ids == second.input_ids:
+            cut = f" as far as max_length ({self.max_length} tokens)" if first.num_cut or second.num_cut else ""
+            raise Dropped(f"chosen and rejected are the same tokens{cut}")
+        return Pair(number, first, second)
+
+    def prepare(
+        self, ensemble: LoraEnsemble, items: Sequence[Pair], folder: Path, batch_size: int, fingerprint: str
+    ) -> list[Pair]:
+        """The pairs with their reference log-probabilities, kept in `folder` under a key of base, data and template.
+
+        A file of them that is damaged is made anew, with a warning.
+        """
+        key = _key(items, fingerprint, str(ensemble.model.dtype))
+        path = folder / f"reference-{key}.safetensors"
+        logp = _read_reference(path, len(items))
+        if logp is None:
+            logp = self._reference(ensemble, items, batch_size)
+            tensors = {"logp_nats": logp}
+            files.write_tensors(path, tensors, files.checksum(tensors))
+        return [
+            dataclasses.replace(pair, reference=(chosen, rejected))
+            for pair, (chosen, rejected) in zip(items, logp.tolist(), strict=True)
+        ]
+
+    def collate(self, items: Sequence[Pair]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels [B, 2, T]; reference_logp [B, 2] once the pairs are prepared."""
+        rows = collate([sequence for pair in items for sequence in pair.sequences], self.pad_token_id)
+        batch = {name: value.view(len(items), 2, -1) for name, value in rows.items()}
+        if items[0].reference is not None:
+            batch["reference_logp"] = torch.tensor([pair.reference for pair in items])
+        return batch
+
+    def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
+        """Details are named as TRL names them; rewards are beta times the log-ratio to the base, in nats."""
+        logp = _completion_logp(ensemble, batch)
+        reference = batch["reference_logp"].to(logp.device)
+        rewards = self.beta * (logp - reference.view(-1, *logp.shape[1:]))
+        margins = rewards[..., 0] - rewards[..., 1]
+        s = nn.functional.logsigmoid(margins)
+        details = {
+            "rewards/chosen": rewards[..., 0],
+            "rewards/rejected": rewards[..., 1],
+            "rewards/accuracies": (margins > 0).float(),
+            "rewards/margins": margins,
+            "logps/chosen": logp[..., 0],
+            "logps/rejected": logp[..., 1],
+            # the particles' probabilities averaged
+            "rewards/mixture_accuracies": (s.exp().mean(dim=0) > 0.5).float(),
+        }
+        return Scores(s, {name: value.detach() for name, value in details.items()})
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        return f"reward accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.3f} nats"
+
+    def _require_gap(self, number: int, row: Mapping[str, Any], gap: float) -> None:
+        chosen, rejected = (_score(number, column, row.get(column)) for column in self.score_columns)
+        if not chosen - rejected > gap:
+            raise Dropped(f"the scores do not differ by more than {gap:g} (min_score_gap)")
+
+    def _sequence(self, number: int, input_ids: list[int], labels: list[int], start: int) -> Example:
+        first = _first_label(labels)
+        labels = [*labels[:start], *input_ids[start:first], *labels[first:]]
+        return Example.cut(number, input_ids, labels, self.max_length)
+
+    @torch.no_grad()
+    def _reference(self, ensemble: LoraEnsemble, items: Sequence[Pair], batch_size: int) -> Tensor:
+        """Log-probabilities [N, 2] of the bare base."""
+        logp = torch.empty(len(items), 2)
+        order = longest_first(map(length, items))
+        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        with ensemble.disable_adapters():
+            for part in track(parts, "reference log-probabilities of the base"):
+                logp[part] = _completion_logp(ensemble, self.collate([items[i] for i in part]))[0].float().cpu()
+        return logp
+
+
+def _read_reference(path: Path, num_pairs: int) -> Tensor | None:
+    """Log-probabilities [N, 2] of the bare base from an earlier run; None if they are not there, or not to be used."""
+    if not path.is_file():
+        return None
+    try:
+        tensors = files.read_tensors(path)
+        if tensors.keys() != {"logp_nats"} or tensors["logp_nats"].shape != (num_pairs, 2):
+            raise ValueError(f"{path}: not the reference log-probabilities of {num_pairs} pairs")
+    except ValueError as error:
+        warnings.warn(f"{error}; the reference log-probabilities are computed again", stacklevel=3)
+        return None
+    return tensors["logp_nats"]
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    """Where the completion begins; after the last token if there is none."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+
+
+def _score(number: int, column: str, value: Any) -> float:
+    """A score of row `number`; a .csv file holds numbers as text."""
+    if value is None or value == "":
+        raise Dropped("a score is missing")
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    raise unexpected(f"row {number}: {column}", "a number", value)
+
+
+def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probability [K, B, 2] of the completions, nats."""
+    rows = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+    return ensemble.sequence_logprob(rows).unflatten(1, (-1, 2))
+
+
+def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), all strings or all lists of messages.
+
+    Without a prompt, or with a string beside whole conversations, the prompt is what chosen and rejected begin with; of
+    strings, a space at the seam goes to the completions. Both keep at least one message or character.
+    """
+    sides: dict[str, Any] = {column: row.get(column) for column in ("prompt", "chosen", "rejected")}
+    prompt, chosen, rejected = sides.values()
+    for column, value in (("chosen", chosen), ("rejected", rejected)):
+        known = isinstance(value, str) or is_conversation(value)
+        require_field(known, number, column, "a string or a list of messages", value)
+    same_kind = isinstance(chosen, str) == isinstance(rejected, str)
+    require_field(same_kind, number, "rejected", f"a {type(chosen).__name__}, as chosen is", rejected)
+    if isinstance(chosen, str):
+        require_field(prompt is None or isinstance(prompt, str), number, "prompt", "a string, as chosen is", prompt)
+    if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
+        return prompt, chosen, rejected
+    length = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if length > 0 and chosen[length - 1] == " ":
+        length -= 1
+    return chosen[: max(length, 0)], chosen[max(length, 0) :], rejected[max(length, 0) :]
+
+
+def _key(items: Sequence[Pair], fingerprint: str, dtype: str) -> str:
+    """Of base, data and template: the tokens and labels hold the last two."""
+    sequences = [[s.input_ids, s.labels] for pair in items for s in pair.sequences]
+    return files.sha256_of_json([fingerprint, dtype, sequences])[:16]

@@ -1,0 +1,100 @@
+"""Supervised fine-tuning: rows of text, chat or prompt + completion, and s[k, i] = the completion's log-likelihood.
+
+Layout: K particles, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from renyi_engine.data import (
+    CONTEXT_COLUMNS,
+    Dropped,
+    Encoder,
+    Example,
+    collate,
+    missing_column,
+    pad_token_id,
+    require_field,
+    warn_unread,
+)
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.objectives.task import Scores
+from renyi_kernels import IGNORE_INDEX
+
+FORMS = ("messages", "prompt + completion", "text")
+
+
+class SftTask:
+    """A `Task`: one sequence an example, and the log-likelihood of its labelled tokens (4.1)."""
+
+    unit = "token"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.pad_token_id = pad_token_id(tokenizer)
+        self._encoder = Encoder(tokenizer)
+
+    def check_columns(self, columns: Sequence[str], argument: str) -> None:
+        """ValueError unless the columns are one of `FORMS`; a warning names those that are not read."""
+        form = next((form.split(" + ") for form in FORMS if set(form.split(" + ")) <= set(columns)), None)
+        if form is None:
+            raise missing_column(argument, columns, FORMS)
+        warn_unread(argument, columns, form if form == ["text"] else [*form, *CONTEXT_COLUMNS])
+
+    def example(self, number: int, row: Mapping[str, Any]) -> Example:
+        """Tokens and labels of row `number`.
+
+        Raises:
+            Dropped, a ValueError: no token is left to learn, or where it begins or ends cannot be found.
+                ValueError: a field is missing or not what its column says.
+        """
+        learnt = _learnt_column(row)
+        if learnt == "messages":
+            input_ids, labels = self._encoder.conversation(number, row, learnt)
+        elif learnt == "completion":
+            if row[learnt] in ("", []):
+                raise Dropped("no token to learn: the completion is empty")
+            input_ids, labels = self._encoder.completed(number, row.get("prompt"), row[learnt], learnt, row)
+        elif learnt == "text":
+            require_field(isinstance(row[learnt], str), number, learnt, "a string", row[learnt])
+            if not row[learnt]:
+                raise Dropped("no token to learn: the text is empty")
+            input_ids, labels = self._encoder.text(row[learnt])
+        else:
+            raise ValueError(f"row {number}: expected a value in messages, in prompt and completion, or in text")
+        example = Example.cut(number, input_ids, labels, self.max_length)
+        if example.num_labels == 0:
+            has_labels = any(label != IGNORE_INDEX for label in labels)
+            if has_labels and example.num_cut:
+                raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
+            if has_labels:
+                raise Dropped("no token to learn: it is the first of all, and has no prediction")
+            raise Dropped("no token to learn: the completion is empty")
+        return example
+
+    def prepare(
+        self, ensemble: LoraEnsemble, items: Sequence[Example], folder: Path, batch_size: int, fingerprint: str
+    ) -> list[Example]:
+        return list(items)
+
+    def collate(self, items: Sequence[Example]) -> dict[str, Tensor]:
+        return collate(items, self.pad_token_id)
+
+    def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
+        return Scores(ensemble.sequence_logprob(batch))
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        return f"mixture NLL {metrics['mixture_nll_nats_per_token']:.3f} nats/token"
+
+
+def _learnt_column(row: Mapping[str, Any]) -> str | None:
+    """The column of the row that is learnt: the first that holds something, else the first that is there."""
+    there = [column for column in ("messages", "completion", "text") if column in row]
+    return next((column for column in there if row[column] is not None), there[0] if there else None)

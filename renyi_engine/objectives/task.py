@@ -1,0 +1,104 @@
+"""What the trainer asks of a kind of training. SFT and DPO differ in nothing else.
+
+Layout: K particles, B examples, N examples of a data set, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from renyi_engine.data import Example, Row, columns_of, describe_dropped, name_rows, tokenize
+from renyi_engine.ensemble import LoraEnsemble, limits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a batch fares.
+
+    Attributes:
+        logp: s [K, B] in nats, from which the loss is made.
+        details: what else is worth a line of metrics, detached: [K, B], or [B] where it is the mixture's.
+    """
+
+    logp: Tensor
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Item(Protocol):
+    """An example: one token sequence, or several that are judged together."""
+
+    @property
+    def row(self) -> int:
+        """Its number in the data set."""
+
+    @property
+    def sequences(self) -> tuple[Example, ...]: ...
+
+    @property
+    def num_labels(self) -> int:
+        """What its negative log-likelihood is divided by: `Task.unit`s."""
+
+
+def length(item: Item) -> int:
+    """Tokens of its longest sequence."""
+    return max(len(sequence.input_ids) for sequence in item.sequences)
+
+
+class Task(Protocol):
+    tokenizer: PreTrainedTokenizerBase
+    unit: str
+    """What one label is: "token" or "pair"."""
+
+    def check_columns(self, columns: Sequence[str], argument: str) -> None:
+        """ValueError unless rows with these columns can be taken."""
+
+    def example(self, number: int, row: Mapping[str, Any]) -> Any:
+        """The `Item` that row `number` makes. Raises Dropped if it cannot be used, ValueError if it is broken."""
+
+    def prepare(
+        self, ensemble: LoraEnsemble, items: Sequence[Any], folder: Path, batch_size: int, fingerprint: str
+    ) -> list[Any]:
+        """The items, with what has to be known of them before training; `folder` is the run's, to keep it in."""
+
+    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """A batch; its "labels" has one entry an item."""
+
+    def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores: ...
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """The few words of a line of metrics that a person wants to see while training."""
+
+
+def read_items(task: Task, rows: Sequence[Row], argument: str) -> tuple[list[Any], dict[str, list[int]]]:
+    """(items, dropped) of a data set's rows, as `tokenize` gives them.
+
+    Raises:
+        ValueError: a column is missing, a row is broken, or none is left.
+    """
+    task.check_columns(columns_of(rows), argument)
+    return tokenize(rows, task.example, argument)
+
+
+def cut_rows(items: Sequence[Item]) -> list[int]:
+    """The rows whose end was cut off at max_length."""
+    return [item.row for item in items if any(sequence.num_cut for sequence in item.sequences)]
+
+
+def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -> list[str]:
+    """The rows of a data set that were dropped and why, and those that were cut, in lines."""
+    cut = cut_rows(items)
+    of_cut = [f"{len(cut)} rows cut off at max_length ({name_rows(cut)})"] if cut else []
+    return describe_dropped(dropped) + of_cut
+
+
+def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
+    """ValueError unless `model` can read every sequence of these examples, in any batch: see `limits`."""
+    sequences = [(f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences]
+    limits.check_fits(model, sequences, "max_length")
+    limits.check_batches(model, [len(ids) for _, ids in sequences], "max_length")

@@ -1,0 +1,10 @@
+from .finite import Posterior as Posterior
+from .finite import mixture_loss as mixture_loss
+from .finite import objective as objective
+from .finite import reweighted as reweighted
+from .finite import self_consistent_posterior as self_consistent_posterior
+from .finite import threshold as threshold
+from .two_regimes import GaussianPosterior as GaussianPosterior
+from .two_regimes import Prediction as Prediction
+from .two_regimes import TwoRegimes as TwoRegimes
+from .two_regimes import fit as fit

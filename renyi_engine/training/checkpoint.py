@@ -1,0 +1,235 @@
+"""Checkpoints: whole or not there, checked before they are believed, and never unpickled.
+
+    RUN/checkpoint-120/adapters.safetensors     stacked fp32 adapters
+                       optimizer.safetensors    AdamW moments
+                       state.json               step, schedule, counters
+                       manifest.json            size and sha256 of each file; written last
+
+A checkpoint is built in a temporary folder, forced to the disk and renamed; older ones go only after that. Nothing in
+training draws from a global random generator, so there is none to save. Only `save` changes anything in a run's folder.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from renyi_engine.core import files, some
+from renyi_engine.ensemble import LoraEnsemble
+
+MANIFEST_FILE = "manifest.json"
+ADAPTERS_FILE, OPTIMIZER_FILE, STATE_FILE = "adapters.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter: a number, and two tensors of the parameter's shape."""
+
+
+class Incomplete(ValueError):
+    """A checkpoint that is not whole: files missing or shorter than its manifest says, or no readable manifest."""
+
+
+def save(
+    run: Path, step: int, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write RUN/checkpoint-`step`, then remove of the earlier ones all but the newest `keep` - 1.
+
+    A whole checkpoint of this step is left as it is, because a run always reaches a step in the same state.
+
+    Raises:
+        OSError: the earlier checkpoints are untouched.
+    """
+    final = run / f"checkpoint-{step}"
+    if final.exists():
+        try:
+            verify(final)
+            return final
+        except ValueError:
+            remove(final)
+    temporary = files.temporary_name(final)
+    temporary.mkdir()
+    try:
+        parameters = dict(_named(ensemble))
+        files.write_tensors(temporary / ADAPTERS_FILE, parameters)
+        moments = {
+            f"{name}.{entry}": value
+            for name, parameter in parameters.items()
+            for entry, value in optimizer.state.get(parameter, {}).items()
+        }
+        files.write_tensors(temporary / OPTIMIZER_FILE, moments)
+        files.write_json(temporary / STATE_FILE, {"step": step, **state})
+        written = sorted(temporary.iterdir())
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": files.sha256_of(file)} for file in written}
+        files.write_json(temporary / MANIFEST_FILE, manifest)
+        files.fsync(temporary)
+        temporary.rename(final)
+        files.fsync(run)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    keep_newest(run, step, keep)
+    return final
+
+
+def keep_newest(run: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to `step`, remove all but the newest `keep`."""
+    from_newest = [path for number, path in reversed(all_of(run)) if number <= step]
+    for old in from_newest[keep:]:
+        remove(old)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint, verified; None if there is none.
+
+    One that is not whole is passed over with a warning that names it and the one that is taken instead.
+
+    Raises:
+        ValueError: a checksum does not match.
+    """
+    problems = []
+    for _, path in reversed(all_of(run)):
+        try:
+            verify(path)
+        except Incomplete as problem:
+            problems.append(str(problem))
+            continue
+        if problems:
+            warnings.warn(f"{'; '.join(problems)}; falling back to {path}", stacklevel=2)
+        return path
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; and {run} has no other checkpoint")
+    return None
+
+
+def all_of(run: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint of a run, whole or not, from the oldest to the newest."""
+    matches = ((_NAME.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint in one go, so that no reader finds half of it; of one that is a link, only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path.rename(files.temporary_name(path)))
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        Incomplete: the manifest cannot be used; a file is missing or has another size.
+        ValueError: a file has another checksum.
+    """
+    manifest = _manifest(path)
+    for name, expected in manifest.items():
+        file = files.inside(path, name)
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected["bytes"]:
+            raise Incomplete(f"{file}: {size} bytes instead of {expected['bytes']}")
+    for name, expected in manifest.items():
+        if files.sha256_of(path / name) != expected["sha256"]:
+            raise ValueError(
+                f"{path / name}: sha256 differs from {MANIFEST_FILE}; one of the two is damaged: resume from another "
+                "checkpoint"
+            )
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """{file: {"bytes": size, "sha256": digest}}, for exactly the files that `save` writes. Raises Incomplete."""
+    file = path / MANIFEST_FILE
+    if not file.is_file():
+        raise Incomplete(f"{path}: no {MANIFEST_FILE}, so it is not a whole checkpoint")
+    try:
+        manifest = files.read_json(file)
+    except ValueError as error:
+        raise Incomplete(str(error)) from None
+    expected = {ADAPTERS_FILE, OPTIMIZER_FILE, STATE_FILE}
+    if not isinstance(manifest, dict) or manifest.keys() != expected:
+        raise Incomplete(f"{file}: damaged; it does not list exactly {', '.join(sorted(expected))}")
+    for name, entry in manifest.items():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise Incomplete(f"{file}: damaged; it does not give the bytes and the sha256 of {name}")
+    return manifest
+
+
+def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Verify `path`, put its adapters and moments in place, and return its state.
+
+    Raises:
+        ValueError: damaged, not finite, or of another shape than `ensemble`; nothing was put in place.
+    """
+    verify(path)
+    state = read_state(path)
+    parameters = dict(_named(ensemble))
+    saved = files.read_tensors(path / ADAPTERS_FILE, stacked=True)
+    moments = files.read_tensors(path / OPTIMIZER_FILE, stacked=True)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    _require_fitting(path / ADAPTERS_FILE, saved, shapes)
+    if moments:  # none before the first update
+        of_moments = {
+            f"{name}.{entry}": torch.Size() if entry == "step" else shape
+            for name, shape in shapes.items()
+            for entry in _MOMENTS
+        }
+        _require_fitting(path / OPTIMIZER_FILE, moments, of_moments)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    for key, value in moments.items():
+        name, _, entry = key.rpartition(".")
+        parameter = parameters[name]
+        # the fused AdamW keeps its step counter beside its moments
+        optimizer.state[parameter][entry] = value.to(parameter.device)
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `save` was given as the state, with its step, from a checkpoint that was verified before.
+
+    Raises:
+        ValueError: it is the state of another checkpoint.
+    """
+    state = files.read_json(path / STATE_FILE)
+    name = path.absolute().name
+    if not isinstance(state, dict) or name != f"checkpoint-{state.get('step')}":
+        raise ValueError(f"{path / STATE_FILE}: not the state of {name}; the folder was renamed, or the file replaced")
+    return state
+
+
+def _require_fitting(file: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """ValueError unless the file holds exactly the tensors of these `shapes`, in fp32."""
+    wrong = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
+    wrong += [f"{name} is not of this ensemble" for name in tensors.keys() - shapes.keys()]
+    wrong += [
+        f"{name} is {tensors[name].dtype} {list(tensors[name].shape)} instead of fp32 {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and (tensors[name].shape != shape or tensors[name].dtype != torch.float32)
+    ]
+    if wrong:
+        raise ValueError(f"{file}: does not fit this ensemble: {some(sorted(wrong))}")
+
+
+def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A [K, R, I], B [K, O, R]) by path of a checkpoint, with no model needed. Raises ValueError if it is damaged."""
+    verify(path)
+    tensors = files.read_tensors(path / ADAPTERS_FILE, stacked=True)
+    maps = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    pairs = {name: (tensors[f"{name}.lora_A"], tensors.get(f"{name}.lora_B", torch.empty(0))) for name in maps}
+    sizes = {(*A.shape[:-1], *B.shape[::2]) for A, B in pairs.values()}  # K, R, K, R
+    if len(tensors) != 2 * len(pairs) or len(sizes) != 1 or (size := sizes.pop()) != size[:2] * 2:
+        raise ValueError(f"{path / ADAPTERS_FILE}: not stacked adapters A [K, R, I] and B [K, O, R] of one K and one R")
+    return pairs
+
+
+def _named(ensemble: LoraEnsemble) -> Iterator[tuple[str, Tensor]]:
+    for path, (A, B) in ensemble.stacked().items():
+        yield f"{path}.lora_A", A
+        yield f"{path}.lora_B", B

@@ -1,0 +1,123 @@
+"""From a training checkpoint to the adapter folders that PEFT and vLLM load; the base's weights are not read.
+
+A run's folder may come from somebody else. What it says is checked against the checkpoint's tensors, and it cannot say
+that code is to be run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from renyi_engine import base_model
+from renyi_engine.core import CONFIG_FILE, changes, output_folder, parse, read_yaml
+from renyi_engine.ensemble import adapter_folder, is_fingerprint, targets
+from renyi_engine.training import checkpoint
+from renyi_engine.training.config import DpoConfig, SftConfig, TrainConfig
+
+_OF_DPO = {field.name for field in dataclasses.fields(DpoConfig)} - {f.name for f in dataclasses.fields(SftConfig)}
+
+
+def export_particles(source: Path, output: Path, *, trust_remote_code: bool = False) -> Path:
+    """Write the adapters of `source`, RUN/checkpoint-N or RUN for its newest, to `output`/p000, p001, ...
+
+    Args:
+        trust_remote_code: run code that comes with the base; what the run's settings say about it does not count.
+
+    Raises:
+        ValueError: no such checkpoint, or damaged; the run's settings cannot be read, or are not those of the
+            checkpoint; the base's configuration cannot be had; `output` is not free, see `output_folder.claimed`.
+    """
+    run = source if (source / CONFIG_FILE).is_file() else source.parent
+    if not (run / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"checkpoint: {source} is neither a run folder nor a checkpoint in one ({CONFIG_FILE} is missing)"
+        )
+    path = checkpoint.newest(run) if source == run else source
+    if path is None:
+        raise ValueError(f"checkpoint: {run} holds no checkpoint yet")
+    config = _settings(run / CONFIG_FILE, trust_remote_code)
+    adapters, state = checkpoint.adapters(path), checkpoint.read_state(path)
+    alpha: Any = state.get("alpha")
+    base = state.get("base")
+    if not (adapter_folder.is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base))):
+        raise ValueError(
+            f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, and base, the fingerprint of a "
+            "base; restore the file"
+        )
+    try:
+        skeleton = base_model.skeleton(config)
+        _check(config, skeleton, adapters, path)
+        _check_unseen(config, state.get("ensemble"), path)
+    except ValueError as error:
+        raise ValueError(f"{run / CONFIG_FILE}: {error}") from None
+    with output_folder.claimed(output) as folder:
+        adapter_folder.write(
+            folder,
+            config=config.ensemble_config(),
+            adapters=adapters,
+            **targets.describe(skeleton, list(adapters))._asdict(),
+            base_model=config.model_name_or_path,
+            base=base,
+            fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
+            alpha=alpha,
+        )
+    return output
+
+
+def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
+    """What a run was told: every name known, every value of its type and in its range."""
+    values = read_yaml(path)
+    for name in ("model_name_or_path", "dataset_name", "output_dir"):
+        if not values.get(name):
+            raise ValueError(f"{path}: not the settings of a run: {name} is missing; restore the file")
+    kind, command = (DpoConfig, "dpo") if _OF_DPO & values.keys() else (SftConfig, "sft")
+    flags = ["--config", str(path), f"--trust_remote_code={trust_remote_code}"]
+    try:
+        return parse(kind, flags, f"renyi-engine {command}")[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _check_unseen(config: TrainConfig, trained: Any, path: Path) -> None:
+    """ValueError unless what no tensor shows, lora_alpha for one, is what the checkpoint at `path` was trained with."""
+    if trained is None:  # a checkpoint of an earlier version
+        return
+    now = json.loads(json.dumps(dataclasses.asdict(config.ensemble_config())))
+    if now != trained:
+        different = "; ".join(changes(now, trained, ()).strip().splitlines())
+        raise ValueError(f"other settings than those of {path}: {different}; restore the file")
+
+
+def _check(
+    config: TrainConfig, model: PreTrainedModel, adapters: Mapping[str, tuple[Tensor, Tensor]], path: Path
+) -> None:
+    """ValueError unless the settings describe these adapters, and the model has the maps that they adapt."""
+    A, _ = next(iter(adapters.values()))
+    for name, held in (("num_particles", A.shape[0]), ("lora_r", A.shape[1])):
+        if getattr(config, name) != held:
+            raise ValueError(f"{name}: {getattr(config, name)} here, but {path} holds {held}; restore the file")
+    target_modules = config.ensemble_config().target_modules
+    maps = targets.match_targets(model, target_modules, config.layers_to_transform)
+    different = adapters.keys() - maps.keys()
+    if not targets.is_all_linear(target_modules):  # which leaves out maps that text does not go through
+        different |= maps.keys() - adapters.keys()
+    if different:
+        one = min(different)
+        place = f"are only in {path}" if one in adapters else f"are not in {path}"
+        raise ValueError(
+            f"lora_target_modules, layers_to_transform: adapters of {one} {place}; restore the file, or give "
+            f"{config.model_name_or_path} as it was"
+        )
+    for name, (A, B) in adapters.items():
+        if (A.shape[-1], B.shape[1]) != targets.features(maps[name]):
+            raise ValueError(
+                f"model_name_or_path: {name} has {targets.features(maps[name])} in and out features in "
+                f"{config.model_name_or_path}, and {(A.shape[-1], B.shape[1])} in {path}; restore the file"
+            )

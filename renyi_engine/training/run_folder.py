@@ -1,0 +1,220 @@
+"""The folder of a training run: what it was asked, what it measured, and whether it may be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_yaml
+from renyi_engine.training import checkpoint
+from renyi_engine.training.config import TrainConfig
+
+# settings that may differ when a run is continued. None of them changes how a step is computed, but for
+# spike_threshold: a run that was stopped after too many spikes may go on with a larger one
+_MAY_CHANGE = {
+    "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
+    "gradient_checkpointing", "spike_threshold",
+}  # fmt: skip
+
+
+class RunFolder:
+    """RUN/config.yaml, run.json, metrics.jsonl, evaluation.json, checkpoint-N/, particles/, report.html.
+
+    Where the run went on from an older checkpoint, RUN/set-aside-1/ holds the same files of what came after it.
+    """
+
+    def __init__(self, path: Path, resume_from: Path | None) -> None:
+        self.path = path
+        self.resume_from = resume_from
+        """The checkpoint to continue from; None starts at step 0."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: TrainConfig) -> Iterator[RunFolder]:
+        """Make the folder that `config` names, or continue in it. Inside the block, no other process writes into it.
+
+        Raises:
+            ValueError: it cannot be written; another process writes into it; it holds another run; or is to be resumed
+                with settings that differ.
+        """
+        with output_folder.locked(Path(config.output_dir)) as path:
+            resume_from = _checkpoint_to_resume(config, path)
+            output_folder.clear_away_leftovers(path)
+            yield cls(path, resume_from)
+
+    def check_data(self, config: TrainConfig, sha256: Mapping[str, str]) -> None:
+        """ValueError if the run is to be continued with other data than it was begun with: see `Dataset.sha256`."""
+        if self.resume_from is None:
+            return
+        before = checkpoint.read_state(self.resume_from).get("data_sha256")
+        if before is None:
+            raise another_version(self.resume_from)
+        settings = {
+            "training rows": "dataset_name",
+            "held-out rows": "eval_dataset_name" if config.eval_dataset_name else "dataset_test_split",
+            "tokens": "model_name_or_path",  # the rows are the same: the tokenizer or its chat template is another
+        }
+        for what, setting in settings.items():
+            then, now = before[what], sha256[what]
+            if then != now:
+                raise ValueError(
+                    f"{setting}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} "
+                    "now; give what the run was begun with, or begin another run in a new output_dir"
+                )
+
+    def claim(self, config: TrainConfig) -> None:
+        """Save the settings, if none are there: with them, what is written before `begin` belongs to a run that can be
+        taken up."""
+        if not (self.path / CONFIG_FILE).exists():
+            self._save(config)
+
+    def begin(self, config: TrainConfig, step: int) -> None:
+        """Save the settings. Where the run goes back to `step`, set aside the later checkpoints, and remove the later
+        lines of metrics, which will be measured again."""
+        self._set_aside(step)
+        checkpoint.keep_newest(self.path, step, config.save_total_limit)  # a kill may have come before it
+        self._save(config)
+        for path in (self._metrics, self.skips):
+            if path.exists():
+                lines = _lines(path)
+                for number, line in enumerate(lines[:-1], start=1):  # the last one may have been cut short by a kill
+                    if _step_of(line) == math.inf:
+                        warnings.warn(f"{path}: line {number} is damaged and is left out", stacklevel=2)
+                files.write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+
+    def _save(self, config: TrainConfig) -> None:
+        saved = dataclasses.replace(config, resume_from_checkpoint=None)
+        files.write_text(self.path / CONFIG_FILE, to_yaml(saved))
+
+    def _set_aside(self, step: int) -> None:
+        """Where checkpoints are newer than `step`, or a finished run has none left and begins again: move them, and
+        what else was made after `step`, into a run folder of their own. The newest go first: after a kill, what is left
+        still ends at one step."""
+        later = [path for number, path in checkpoint.all_of(self.path) if number > step]
+        if not later and (step > 0 or not self.particles.exists()):
+            return
+        number = 1
+        while (aside := self.path / f"set-aside-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in (self.path / CONFIG_FILE, self.path / "run.json", self._metrics, self.skips):
+            if path.exists():
+                shutil.copy2(path, aside)
+        made_at_the_end = [self.particles, self.path / "evaluation.json", self.path / "report.html"]
+        moved = [*filter(Path.exists, made_at_the_end), *reversed(later)]
+        for path in moved:
+            if path.is_symlink():  # a relative link would lead elsewhere from there
+                (aside / path.name).symlink_to(path.resolve())
+                path.unlink()
+            else:
+                path.rename(aside / path.name)
+        names = ", ".join(path.name for path in later or moved)
+        warnings.warn(f"{self.path} goes on from step {step}; what came after it ({names}) is in {aside}", stacklevel=3)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has the line of the evaluation at `step`."""
+        if not self._metrics.exists():
+            return False
+        return any(_step_of(line) == step and '"eval_' in line for line in _lines(self._metrics))
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; what is not a finite number becomes null."""
+        files.append_text(self._metrics, json.dumps(files.finite(values)) + "\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        files.write_json(self.path / name, files.finite(value))
+
+    def log_skip(self, values: dict[str, Any]) -> None:
+        """Append one line to skipped.jsonl: a step at which particles were not updated, and its rows."""
+        files.append_text(self.skips, json.dumps(values) + "\n")
+
+    @property
+    def command(self) -> str:
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+    @property
+    def skips(self) -> Path:
+        return self.path / "skipped.jsonl"
+
+    @property
+    def particles(self) -> Path:
+        return self.path / "particles"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
+    """The checkpoint of the run in `path` that `config` asks to continue from; None to start at step 0."""
+    wanted = config.resume_from_checkpoint
+    has_run = (path / CONFIG_FILE).exists()
+    if wanted is None:
+        if has_run:
+            raise ValueError(
+                f"output_dir: {path} already holds a run; choose another, remove it, or continue it with "
+                "--resume_from_checkpoint true"
+            )
+        output_folder.require_free(path)
+        return None
+    if not has_run:
+        raise ValueError(
+            f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
+        )
+    if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
+        raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
+    if wanted == "true":
+        with _resuming():
+            found = checkpoint.newest(path)
+        if found is None:
+            warnings.warn(f"{path} holds no checkpoint yet; starting from step 0", stacklevel=3)
+        return found
+    explicit = Path(wanted)
+    if not explicit.is_dir():
+        raise ValueError(f"resume_from_checkpoint: {explicit}: no such folder; 'true' takes the newest of output_dir")
+    if explicit.resolve() == path.resolve():
+        raise ValueError(
+            f"resume_from_checkpoint: {wanted!r} is output_dir itself; expected one of its folders checkpoint-N, or "
+            "true for the newest"
+        )
+    if explicit.absolute().parent.resolve() != path.resolve():
+        raise ValueError(f"resume_from_checkpoint: {explicit} belongs to another run than output_dir {path}")
+    with _resuming():
+        checkpoint.verify(explicit)
+    return explicit
+
+
+@contextmanager
+def _resuming() -> Iterator[None]:
+    """Inside, a ValueError about a checkpoint names the setting that asked for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"resume_from_checkpoint: {error}") from None
+
+
+def another_version(path: Path) -> ValueError:
+    return ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine")
+
+
+def _lines(path: Path) -> list[str]:
+    """Each with its end, that of the last one too, which a kill may have cut off."""
+    return [f"{line}\n" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl or skipped.jsonl; infinity if the line is damaged or was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,114 @@
+"""One optimizer step: the whole of the method.
+
+Layout: K particles, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from renyi_engine.core import must_fit
+from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.objectives import Task, data_term, prior_term
+from renyi_engine.training.config import TrainConfig
+from renyi_engine.training.particle_optim import clip_grad_norms_, grad_norms, step_healthy
+from renyi_kernels import renyi_reduce
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw and did.
+
+    Attributes:
+        logp: [K, examples] nats. details: what else the task says of them.
+        loss, ess: [examples]. prior: a scalar, nats.
+        mixture_nll: [examples] nats, of the mixture of the particles whose gradient is finite.
+        norms: [K], of each particle's own gradient (see `train_step`), before clipping; nats.
+        spike: a scalar, whether the examples' mean mixture_nll was above the largest one allowed.
+        updated: [K], which particles were.
+    """
+
+    logp: Tensor
+    details: dict[str, Tensor]
+    loss: Tensor
+    ess: Tensor
+    prior: Tensor
+    mixture_nll: Tensor
+    norms: Tensor
+    spike: Tensor
+    updated: Tensor
+
+
+def train_step(
+    ensemble: LoraEnsemble,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Mapping[str, Tensor]],
+    alpha: float,
+    config: TrainConfig,
+    num_train_examples: int,
+    largest_nll: float = math.inf,
+) -> StepResult:
+    """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
+
+    The gradients are K times those of (19) with its prior, as both are means over the particles: of the gradient that
+    it would have alone, a particle gets r_k, which is 1/K at alpha = 0, and the r_k of an example sum to 1. With the
+    factor K, a particle's norm, its clipping and AdamW's epsilon mean the same as for one adapter that is trained
+    alone; at alpha = 0 the step is exactly K steps of single adapters.
+
+    No update of a particle whose gradient is not finite; of none if the mean NLL of the mixture, in nats, is above
+    `largest_nll`.
+
+    Raises:
+        DoesNotFit: a micro-batch does not.
+    """
+    parameters, num_particles = list(ensemble.parameters()), ensemble.config.num_particles
+    num_examples = sum(len(batch["labels"]) for batch in micro_batches)
+    optimizer.zero_grad()
+    reductions, details = [], []
+    for batch in micro_batches:
+        with must_fit(f"a micro-batch of {list(batch['labels'].shape)} tokens"):
+            scores = task.score(ensemble, batch)
+            loss, reduction = data_term(scores.logp, alpha, num_examples)
+            (num_particles * loss).backward()
+        reductions.append(reduction)
+        details.append(scores.details)
+    prior = prior_term(
+        config.prior,
+        parameters,
+        weight=config.prior_lambda,
+        num_examples=num_train_examples,
+        std=config.prior_std,
+        bandwidth=config.kernel_bandwidth,
+    )
+    if prior.requires_grad:
+        (num_particles * prior).backward()
+    norms = grad_norms(parameters)
+    clip_grad_norms_(parameters, norms, config.max_grad_norm)
+    logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()
+    mixture_nll = _mixture_nll(logp, healthy)
+    spike = healthy.any() & (mixture_nll.mean() > largest_nll)
+    updated = healthy & ~spike
+    step_healthy(optimizer, updated)
+    return StepResult(
+        logp=logp,
+        details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},
+        loss=torch.cat([r.loss.detach() for r in reductions]),
+        ess=torch.cat([r.ess for r in reductions]),
+        prior=prior.detach(),
+        mixture_nll=mixture_nll,
+        norms=norms,
+        spike=spike,
+        updated=updated,
+    )
+
+
+def _mixture_nll(logp: Tensor, healthy: Tensor) -> Tensor:
+    """-log of the mean probability (alpha = 1, Lemma 1) over the particles that are `healthy` [K]: [examples]."""
+    of_all = renyi_reduce(logp.where(healthy[:, None], -torch.inf), 1.0).loss
+    return of_all + (healthy.sum().clamp(min=1) / len(healthy)).log()

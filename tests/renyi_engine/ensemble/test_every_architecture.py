@@ -1,0 +1,72 @@
+"""On every causal LM class an ensemble is right, or attach refuses in one sentence: see `every_architecture`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from .. import every_architecture, tiny_models
+from ..every_architecture import LIST, Subject
+
+
+@pytest.fixture(scope="module", params=tiny_models.names())
+def subject(request):
+    return Subject(request.param)
+
+
+@pytest.fixture
+def attached(subject):
+    if subject.ensemble is None:
+        pytest.skip(subject.refusal)
+    return subject
+
+
+def test_attach_succeeds_or_refuses_in_one_sentence(subject):
+    if subject.refusal is not None:
+        assert subject.refusal.startswith(("model: ", "target_modules: "))
+        assert "\n" not in subject.refusal
+
+
+BATCHES = [(1, "none"), (2, "right"), (2, "left"), (4, "right"), (4, "left")]
+"""B sequences and the side of their padding; four are as many as there are attention heads."""
+
+
+def test_every_particle_is_the_model_alone_with_its_adapter_merged(attached):
+    ensemble, truth = attached.ensemble, attached.truth
+    assert (truth.logp[0] - truth.logp[1]).abs().max() > 0.05, "the particles are too alike to test anything"
+    for num_sequences, padding in BATCHES:
+        batch = attached.batch(num_sequences, padding)
+        if padding == "left" and not ensemble.pads_left:
+            with pytest.raises(ValueError, match="padding on the right"):
+                ensemble.sequence_logprob(batch)
+            continue
+        with torch.no_grad():
+            hidden = ensemble(batch["input_ids"], batch["attention_mask"])
+            logp = ensemble.sequence_logprob(batch)
+        torch.testing.assert_close(logp, truth.logp[:, :num_sequences], rtol=1e-4, atol=1e-3)
+        for row, keep in enumerate(batch["attention_mask"].bool()):
+            torch.testing.assert_close(hidden[:, row, keep], truth.hidden[row], rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_are_those_of_the_model_alone(attached):
+    ensemble, truth = attached.ensemble, attached.truth
+    for padding in ("right", "left") if ensemble.pads_left else ("right",):
+        ensemble.zero_grad()
+        ensemble.sequence_logprob(attached.batch(4, padding)).sum().backward()
+        for path, stack in ensemble.stacked().items():
+            for ours, theirs in zip(stack, truth.gradients[path], strict=True):
+                found = torch.zeros_like(theirs) if ours.grad is None else ours.grad
+                assert (found - theirs).norm() <= 1e-3 * theirs.norm() + 1e-4, path
+
+
+def test_the_list_in_the_docs_says_what_is_found(subject):
+    text = LIST.read_text()
+    if f"transformers {transformers.__version__}," not in text:
+        pytest.skip("the list is of another version of transformers")
+    assert every_architecture.row(subject) in text.splitlines()
+
+
+def test_the_list_in_the_docs_has_no_other_rows():
+    lines = [line for line in LIST.read_text().splitlines() if line.startswith("| ")]
+    assert len(lines) == 4 + len(tiny_models.names()) + len(tiny_models.NOT_TINY)

@@ -1,0 +1,136 @@
+"""A page of an evaluation is self-contained, shows what it is given in that order, and lets no text in as HTML."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from renyi_engine.reports import charts
+from renyi_engine.reports.page import Key, Picture, Section, Table, write_page
+from renyi_engine.reports.pictures import particle_colours
+
+from ..html_page import Page, pictures_of
+
+EVIL = '<script>alert("1")</script>'
+
+
+def scatter(name: str, kind: str = "kind") -> Picture:
+    label = {"xlabel": kind, "ylabel": kind, "caption": kind, "vertical": {kind: 0.5}}
+    return charts.scatter(name, [0.0, 1.0], [0.0, 1.0], [kind, "other"], **label)
+
+
+def heat_map(name: str, group: str = "all") -> Picture:
+    weights = np.full((2, 4), 0.5)
+    return charts.heat_map(name, weights, xlabel=group, caption=group, groups=[(group, 3), ("rest", 1)])
+
+
+def make_page(output: Path, **content: Any) -> Path:
+    sections = [
+        Section("First heading", "First text.", [Table("A table", ["who", "score"], [["base", "1.5"]], "A note.")]),
+        Section("Second heading", "Second text.", pictures=[scatter("one"), heat_map("two")]),
+    ]
+    details = {"Command": "renyi-engine mmlu", "Settings": {"alpha": 0.8, "seed": None}}
+    page = {"title": "A title", "lead": "A lead.", "sections": sections, "words": [("Word", "Meaning.")]}
+    return write_page(output, **{**page, "details": details, **content})
+
+
+def test_everything_given_is_on_the_page_in_its_order(tmp_path: Path) -> None:
+    output = tmp_path / "sub" / "page.html"
+    assert make_page(output) == output
+    expected = ["A title", "A title", "A lead.", "First heading", "First text.", "A table", "who", "base", "1.5"]
+    expected += ["A note.", "Words used below", "Word", "Meaning.", "Second heading", "Second text."]
+    expected += ["kind", "(1)", "adds up to 1", "Command", "renyi-engine mmlu", "alpha", "0.8", "seed", "null"]
+    text = Page(output).text
+    found = 0
+    for part in expected:
+        found = text.index(part, found) + len(part)
+    assert len(pictures_of(output)) == 2
+    assert [file.name for file in output.parent.iterdir()] == ["page.html"]
+
+
+def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path: Path) -> None:
+    output = make_page(tmp_path / "page.html")
+    page, source = Page(output), output.read_text(encoding="utf-8")
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"https?:|@import", source)
+    loaded = page.values("src", "href", "xlink:href")
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in loaded)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    references = [value[1:] for value in loaded if value.startswith("#")] + re.findall(r"url\(#([^)]+)\)", source)
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_text_from_outside_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
+    table = Table(EVIL, [EVIL], [[EVIL]], EVIL)
+    bars = charts.bars("bars", [EVIL], [[0.5]], [[0.1]], rows=[EVIL], ylabel=EVIL, caption=EVIL)
+    curves = charts.risk_coverage("risk", {EVIL: ([0.5, 1], [0, 0.5])}, caption=EVIL)
+    groups = charts.group_heat_map("groups", np.full((2, 1), 0.5), [EVIL], caption=EVIL)
+    drawn = [scatter("scatter", EVIL), heat_map("heat", EVIL), bars, curves, groups]
+    sections = [Section(EVIL, EVIL, [table], drawn)]
+    details = {EVIL: EVIL, "settings": {EVIL: EVIL}}
+    output = make_page(
+        tmp_path / "page.html", title=EVIL, lead=EVIL, sections=sections, words=[(EVIL, EVIL)], details=details
+    )
+    assert "<script" not in output.read_text()
+    assert Page(output).text.count("<script>") > 25
+
+
+def test_a_dollar_sign_in_a_label_is_one() -> None:
+    assert ">from $5 to $6</text>" in scatter("dollars", "from $5 to $6").svg
+
+
+def test_two_pictures_of_one_name_are_refused_and_the_old_page_stays(tmp_path: Path) -> None:
+    output = tmp_path / "page.html"
+    output.write_text("old")
+    sections = [Section("a", "b", pictures=[scatter("same")]), Section("c", "d", pictures=[scatter("same")])]
+    with pytest.raises(ValueError, match="2 pictures are named 'same'"):
+        make_page(output, sections=sections)
+    assert output.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["", "two words", 'a"b', "<b>", "1"])
+def test_a_name_that_makes_no_id_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name: expected letters, digits and hyphens"):
+        scatter(name)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert make_page(tmp_path / "a.html").read_bytes() == make_page(tmp_path / "b.html").read_bytes()
+
+
+def test_words_details_tables_and_pictures_may_be_left_out(tmp_path: Path) -> None:
+    output = write_page(tmp_path / "page.html", title="Title", lead="Lead.", sections=[Section("Heading", "Text.")])
+    page = Page(output)
+    assert [tag for tag, _ in page.tags if tag in ("table", "svg", "dl", "details", "h2")] == ["h2"]
+    assert page.text.split()[-4:] == ["Title", "Lead.", "Heading", "Text."]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1.5", "–", "", "12,345"], "num"),
+        (["91.5 %", "−3", "nan"], "num"),
+        (["0.52 ± 0.03"], "num"),
+        (["41.2 [39.1, 43.3]", "1e-05"], "num"),
+        (["1.5", "not recorded"], ""),
+        (["particle 3"], ""),
+        ([], ""),
+    ],
+)
+def test_columns_of_numbers_are_set_to_the_right(cells: list[str], expected: str) -> None:
+    assert Table("", ["who", "what"], [["a", cell] for cell in cells]).classes == ["", expected]
+
+
+@pytest.mark.parametrize("K", [1, 3, 12])
+def test_the_legend_names_keys_and_particles(tmp_path: Path, K: int) -> None:
+    picture = Picture(scatter("one").svg, "Caption.", [Key("dash", "#123456", "base model")], num_particles=K)
+    output = make_page(tmp_path / "page.html", sections=[Section("a", "b", pictures=[picture])])
+    styles = " ".join(Page(output).values("style"))
+    assert all(colour in styles for colour in ["#123456", *particle_colours(K)])
+    assert "base model particle" in " ".join(Page(output).text.split())
