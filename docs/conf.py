@@ -29,21 +29,30 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
-# `name` in a docstring is code; types of other libraries have no page here to link to
-default_role = "code"
+default_role = "code"  # `name` in a docstring
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|transformers|collections|pathlib|typing|types|contextlib|numpy)\..*")]
+nitpick_ignore_regex = [
+    ("py:exc", ".*"),  # what follows "Raises" is prose
+    ("py:class", r"(torch|collections)\..*"),  # types of others, as dataclasses name them
+]
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_typehints_format = "short"
+autodoc_typehints = "none"  # docstrings say types, shapes and units
 napoleon_numpy_docstring = False
 
 
 def setup(app):
     app.connect("source-read", add_commands)
+    app.connect("autodoc-process-docstring", keep_as_prose, priority=400)  # before napoleon, at 500
 
 
 def add_commands(app, page, source):
     """The page of commands ends in what argparse knows of each of them."""
     if page == "commands":
         source[0] += commands.reference()
+
+
+def keep_as_prose(app, what, name, obj, options, lines):
+    """Napoleon would take what stands before the first colon of an attribute's docstring for its type, but only if that
+    colon is in the first line: an empty comment is put there."""
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]

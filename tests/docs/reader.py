@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers  # noqa: F401  (before the forks)
+from markdown_it import MarkdownIt
 
 from renyi_engine import cli, train  # noqa: F401
 
@@ -34,8 +34,8 @@ NEEDS = "# needs "
 
 def blocks_of(text: str) -> list[tuple[str, str]]:
     """(language, code) of each fenced block; directives of Sphinx, as {toctree}, are none."""
-    found = re.findall(r"^```([^\n{]*)\n(.*?)^```$", text, re.M | re.S)
-    return [(language.strip(), code) for language, code in found]
+    fences = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
+    return [(fence.info, fence.content) for fence in fences if not fence.info.startswith("{")]
 
 
 def pages_of(clone: Path) -> list[str]:
@@ -43,17 +43,16 @@ def pages_of(clone: Path) -> list[str]:
     return [README, START, *(page for page in others if page != START)]
 
 
-def read(page: str, folder: Path, outputs: Path) -> list[tuple[str, str, str, str | None]]:
-    """Run the blocks of a page in `folder`, up to the first that fails."""
+def read(page: str, folder: Path) -> None:
+    """Run the blocks of a page in `folder`, up to the first that fails; read.json beside it says what came of them."""
     os.chdir(folder)
     os.environ["PYTHONPATH"] = f"{folder}:{folder / 'kernels'}"
-    outputs.mkdir(parents=True)
     names: dict[str, object] = {"__name__": "__main__"}
-    read = []
+    results = []
     for number, (language, code) in enumerate(blocks_of((folder / page).read_text(encoding="utf-8"))):
         if language not in RUN or code.startswith(NEEDS):
             continue
-        output, error = outputs / f"{number}.txt", None
+        output, error = folder.parent / f"{number}.txt", None
         with output.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -65,14 +64,14 @@ def read(page: str, folder: Path, outputs: Path) -> list[tuple[str, str, str, st
         except BaseException:
             error = traceback.format_exc()
         sys.stdout.flush()
-        read.append((language, code, output.read_text(encoding="utf-8", errors="replace"), error))
+        results.append((language, code, output.read_text(encoding="utf-8", errors="replace"), error))
         if error is not None:
             break
-    return read
+    (folder.parent / "read.json").write_text(json.dumps(results))
 
 
 def run_shell(code: str) -> None:
-    """The commands of a block one after the other: those of renyi-engine in a fork, what stands between them in bash."""
+    """The commands of a block in turn: those of renyi-engine in a fork, what stands between them in bash."""
     lines = code.replace("\\\n", " ").splitlines()
     while lines:
         ours = lines[0].startswith("renyi-engine ")
@@ -80,21 +79,26 @@ def run_shell(code: str) -> None:
         while lines and lines[0].startswith("renyi-engine ") == ours and not (ours and script):
             script.append(lines.pop(0))
         if ours:
-            arguments = shlex.split(script[0], comments=True)[1:]
-            status = in_a_fork(lambda arguments=arguments: cli.main(arguments))
+            status = in_a_fork(command_line, script[0])
         else:
             status = subprocess.run(["bash", "-euo", "pipefail", "-c", "\n".join(script)]).returncode
         if status:
             raise RuntimeError(f"exit status {status} of {script[0]}")
 
 
-def in_a_fork(function: Callable[[], int | None]) -> int:
+def command_line(line: str) -> int:
+    sys.argv = shlex.split(line, comments=True)
+    return cli.main()
+
+
+def in_a_fork(function: Callable[..., int | None], *arguments: object) -> int:
+    """The exit status of a process that goes on from here with `function`."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            status = function() or 0
+            status = function(*arguments) or 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
         except BaseException:
@@ -107,18 +111,13 @@ def in_a_fork(function: Callable[[], int | None]) -> int:
 
 def main() -> None:
     clone, scratch = (Path(argument).resolve() for argument in sys.argv[1:])
-    results, started = {}, scratch / START
+    results = {}
     for page in pages_of(clone):
-        folder, result = scratch / page, scratch / f"{page}.json"
-        shutil.copytree(clone if page in (README, START) else started, folder)
-        in_a_fork(
-            lambda page=page, folder=folder, result=result: result.write_text(
-                json.dumps(read(page, folder, scratch / "outputs" / page))
-            )
-            and 0
-        )
-        results[page] = json.loads(result.read_text())
-        print(page, sum(error is not None for *_, error in results[page]), file=sys.stderr)
+        folder = scratch / page / "clone"
+        shutil.copytree(clone if page in (README, START) else scratch / START / "clone", folder)
+        if in_a_fork(read, page, folder):
+            raise SystemExit(f"{page}: could not be read")
+        results[page] = json.loads((scratch / page / "read.json").read_text())
     print(json.dumps(results))
 
 
