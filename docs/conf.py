@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # commands.py
 
 import commands
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 import renyi_engine
 
@@ -21,9 +23,12 @@ project = "renyi-engine"
 author = "the authors of renyi-engine"
 version = release = getattr(renyi_engine, "__version__", "")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "renyi-engine"
+html_show_copyright = False
+html_math_renderer = "mathml"
+smartquotes = False  # they make one dash of --flag
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -38,11 +43,21 @@ nitpick_ignore_regex = [
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say types, shapes and units
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 
 def setup(app):
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
     app.connect("source-read", add_commands)
     app.connect("autodoc-process-docstring", keep_as_prose, priority=400)  # before napoleon, at 500
+
+
+def write_formula(writer, node):
+    """As MathML, which browsers draw by themselves; MathJax would have to be fetched from elsewhere."""
+    alone = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=alone)
+    writer.body.append(f'<div class="math" style="padding: 0.5em 0">{formula}</div>' if alone else formula)
+    raise nodes.SkipNode
 
 
 def add_commands(app, page, source):

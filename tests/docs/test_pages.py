@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import json
 import os
@@ -38,10 +39,16 @@ def text_of(page: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory) -> dict[str, list[list]]:
+def scratch(tmp_path_factory) -> Path:
+    """Where a page's copy of the clone is, as PAGE/clone, once the pages are read."""
+    return tmp_path_factory.mktemp("reader") / "scratch"
+
+
+@pytest.fixture(scope="module")
+def read(scratch) -> dict[str, list[list]]:
     """What came of every page for a reader with a clone, an empty home folder and no network: see reader.py."""
-    folder = tmp_path_factory.mktemp("reader")
-    clone, home, scratch = (folder / name for name in ("clone", "home", "scratch"))
+    folder = scratch.parent
+    clone, home = folder / "clone", folder / "home"
     home.mkdir()
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -96,16 +103,35 @@ def test_particles_take_sides_on_the_readmes_contested_question_and_agree_on_the
     assert set(agreed) == {"ask first."}
 
 
-def test_the_readmes_loop_is_twenty_lines_and_learns(read):
+def test_the_readmes_loop_is_twenty_lines_learns_and_saves(read, scratch):
     code, output = next((code, output) for language, code, output, _ in read["README.md"] if language == "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
     assert losses[-1] < losses[0]
+    assert (scratch / "README.md" / "clone" / "particles" / "p003" / "adapter_model.safetensors").exists()
 
 
 def test_a_contested_question_is_to_be_clarified_and_another_answered(read):
     output = next(output for _, code, output, _ in read["docs/evaluation.md"] if "decide(" in code)
     assert output.splitlines()[-1] == "['clarify', 'answer']"
+
+
+def test_exactly_the_contested_rows_of_the_toy_are_flagged(read, scratch):
+    table = scratch / "docs" / "evaluation.md" / "clone" / "runs" / "nll" / "examples.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60
+    assert {row["row"] for row in rows if row["flag"] == "contested or poisoned"} == {
+        row["row"] for row in rows if "Should the" in row["text"]
+    }
+
+
+def test_the_critical_alpha_of_the_toy_is_below_the_default_and_contested_answers_drive_it(read):
+    output = next(output for _, code, output, _ in read["docs/alpha.md"] if "alpha-star --model" in code)
+    assert 0.6 < float(re.search(r"alpha\* = ([\d.]+)", output)[1]) < 0.75
+    drivers = re.findall(r"slope ([+-])\S+  (.*)$", output, re.M)
+    assert {sign for sign, _ in drivers} == {"+", "-"}
+    assert all("Should the" in text for _, text in drivers)
 
 
 def test_the_readmes_times_on_a_cpu_are_those_of_the_benchmarks():
