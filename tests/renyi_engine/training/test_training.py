@@ -399,7 +399,7 @@ def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_co
         "save_steps": 4,
         "logging_steps": 3,  # the window of metrics spans a checkpoint
         "lr_scheduler_type": "cosine",
-        "group_by_length": True,
+        "train_sampling_strategy": "group_by_length",
         "prior_lambda": 1.0,
     }
     whole = sft_config(output_dir=str(tmp_path / "whole"), **settings | changed)
@@ -874,7 +874,7 @@ def room_for(monkeypatch, num_examples, where="forward", from_step=1):
         if not torch.is_grad_enabled():
             return original(self, ensemble, batch)
         assert [one() for one in held] == [None] * len(held), "the memory of an attempt that failed is not free"
-        assert not any(adapted._waiting for adapted in ensemble._maps)
+        assert not any(adapted._waiting for adapted in ensemble._installation.maps)
         seen.append(None)
         too_many = len(batch["labels"]) > num_examples and len(seen) >= from_step
         activations = torch.zeros(1)
