@@ -48,7 +48,7 @@ def _section(words: tuple[str, ...], parser: argparse.ArgumentParser) -> str:
     if parser.description:
         text += f"\n{parser.description}\n"
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+        actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
         if actions:
             text += f"\n### {' '.join(words)}: {group.title}\n"
             text += f"\n{group.description}\n" * bool(group.description)
@@ -57,8 +57,6 @@ def _section(words: tuple[str, ...], parser: argparse.ArgumentParser) -> str:
 
 
 def _option(action: argparse.Action) -> str:
-    if isinstance(action, argparse._HelpAction):
-        return ""
     # --lora-r is --lora_r: one spelling is enough
     names = dict.fromkeys("--" + name[2:].replace("-", "_") for name in action.option_strings)
     kind = KINDS.get(getattr(action.type, "__name__", ""), "TEXT")

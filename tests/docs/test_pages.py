@@ -250,7 +250,8 @@ def test_links_to_other_places_are_well_formed():
             assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[\w./#~%?=&+-]*)?", target), target
 
 
-def test_files_and_tests_that_the_pages_name_exist():
-    for page in PAGES:
-        for name in re.findall(r"`((?:tests|examples|csrc_bench|docs)/[\w./]*)`", text_of(page)):
-            assert (ROOT / name).exists(), f"{page}: {name}"
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_tests_that_a_page_names_exist(page):
+    for name, test in re.findall(r"`((?:tests|examples|csrc_bench|docs)/[\w./]*)(?:::(\w+))?`", text_of(page)):
+        assert (ROOT / name).exists(), name
+        assert not test or f"def {test}(" in text_of(name), f"{name}::{test}"
