@@ -1,8 +1,8 @@
 """How Sphinx builds these pages: `make docs`, or `python -m sphinx -W -n -b html docs build/docs`.
 
-Sphinx was taken because it is well kept, reads the docstrings as they stand (napoleon), and can fail on every warning: a
-link to a page, a heading or a name that does not exist ends the build. mkdocs, the other candidate, has had no release
-since August 2024. furo is the theme, and myst-parser reads Markdown, so that the pages can be read on GitHub too.
+Sphinx was taken because it is well kept, reads the docstrings as they stand (napoleon), and can fail on every warning:
+a link to a page, a heading or a name that does not exist ends the build. mkdocs, the other candidate, has had no
+release since August 2024. furo is the theme, and myst-parser reads Markdown, so that GitHub shows the pages too.
 Neither the build nor the built pages fetch anything from the network.
 """
 
