@@ -19,7 +19,7 @@ from transformers import get_scheduler
 from renyi_engine import base_model
 from renyi_engine.core import DoesNotFit, StopSignals, TrainingProgress, must_fit, seeding, versions
 from renyi_engine.critical_alpha import estimate_alpha_star
-from renyi_engine.data import StepSampler
+from renyi_engine.data import StepSampler, excerpt
 from renyi_engine.ensemble import LoraEnsemble, difference, is_fingerprint
 from renyi_engine.objectives import (
     DpoTask,
@@ -299,6 +299,7 @@ class _Trainer:
                 "split": "held-out" if self.dataset.held_out else "training",
                 "alpha": self.state.alpha,
                 "example_ids": evaluation.rows,
+                "texts": [excerpt(self.task.tokenizer, example.sequences[0]) for example in examples],
                 "num_labels": evaluation.num_labels.tolist(),
                 "logp_nats": evaluation.logp.tolist(),
             },
