@@ -59,11 +59,9 @@ def judge(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def particles(model_folder, tmp_path_factory):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=3, rank=2, lora_alpha=400, init="spread"))
+def particles(save_particles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble") / "particles"
-    ensemble.save_pretrained(folder, alpha=0.8)
+    save_particles(folder, lora_alpha=400)
     return folder
 
 
