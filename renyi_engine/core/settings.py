@@ -65,8 +65,14 @@ def require_given(settings: Any, names: Sequence[str]) -> None:
             raise ValueError(f"{name}: needed, but not given; pass --{name} or put it into the --config file")
 
 
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Every setting by its name; before them the `kind` of the command, where the class of settings says it."""
+    kind = {"kind": settings.kind} if hasattr(settings, "kind") else {}
+    return kind | dataclasses.asdict(settings)
+
+
 def to_yaml(settings: Any) -> str:
-    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+    return yaml.safe_dump(to_dict(settings), sort_keys=False)
 
 
 class _AsSaved(yaml.SafeLoader):
@@ -133,10 +139,10 @@ class Source:
 
 
 def parse(
-    cls: type[Settings], argv: Sequence[str], prog: str, *, dry_run: bool = False
+    cls: type[Settings], argv: Sequence[str], prog: str, *, dry_run: bool = False, complete: bool = True
 ) -> tuple[Settings, argparse.Namespace]:
     """(settings, options) of a command line; `options` holds print_config, dry_run where that is offered, and `source`,
-    a `Source`.
+    a `Source`. `complete`: whatever the class calls `needed` has to be given.
 
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
@@ -168,7 +174,10 @@ def parse(
                     f"--{setting.name} on the command line if you want it"
                 )
         options.source = source
-        return cls(**{name: getattr(options, name) for name in known}), options
+        settings = cls(**{name: getattr(options, name) for name in known})
+        if complete:
+            require_given(settings, getattr(cls, "needed", ()))
+        return settings, options
 
 
 class Parser(argparse.ArgumentParser):
@@ -238,7 +247,15 @@ def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     flags = {}
+    kind = getattr(cls, "kind", None)
+    if kind is not None and values.get("kind", kind) != kind:
+        raise ValueError(
+            f"{source}: kind: expected settings of {kind}; got those of {_short(values['kind'])}: give the file to the "
+            "command that it was made for"
+        )
     for name, value in values.items():
+        if name == "kind" and kind is not None:
+            continue
         if name not in defaults:
             raise ValueError(_unknown("key", str(name), list(defaults), str(source)))
         if value is None or (defaults[name] is None and isinstance(value, str) and value.lower() in _NOTHING):

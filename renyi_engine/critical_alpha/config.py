@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given
 from renyi_engine.ensemble import AdapterConfig, ModelConfig
@@ -14,6 +14,8 @@ from renyi_engine.evaluation import EvalConfig
 @dataclass
 class AlphaStarConfig(AdapterConfig, EvalConfig):
     """Settings of `renyi-engine alpha-star`; the data set has a form that supervised fine-tuning takes."""
+
+    kind: ClassVar[str] = "alpha-star"
 
     dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.")
     ensemble: str = flag("", "Folder of particles, or one PEFT adapter; a fresh adapter (B = 0) if not given.")

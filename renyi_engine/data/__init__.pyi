@@ -21,8 +21,10 @@ from .examples import unexpected as unexpected
 from .examples import warn_unread as warn_unread
 from .row_files import Row as Row
 from .row_files import csv_cells as csv_cells
+from .rows import Splits as Splits
 from .rows import columns_of as columns_of
 from .rows import content_hash as content_hash
+from .rows import given_rows as given_rows
 from .rows import load_splits as load_splits
 from .rows import missing_column as missing_column
 from .sampling import StepSampler as StepSampler

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from renyi_engine.core import flag, require, require_given
 from renyi_engine.ensemble import ModelConfig
@@ -54,6 +54,8 @@ class EvalConfig(ModelConfig):
 class GenerateConfig(SamplingConfig):
     """Settings of `renyi-engine generate`."""
 
+    kind: ClassVar[str] = "generate"
+
     ensemble: str = flag("", "Folder of particles, as a run writes it (RUN/particles).")
     prompts: list[str] = flag(
         [],
@@ -74,6 +76,8 @@ class GenerateConfig(SamplingConfig):
 @dataclass
 class NllConfig(EvalConfig):
     """Settings of `renyi-engine eval nll`; the data set has a form that supervised fine-tuning takes."""
+
+    kind: ClassVar[str] = "nll"
 
     dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
     dataset_config: str | None = flag(None, "Configuration of a hub data set.")
@@ -102,6 +106,8 @@ class NllConfig(EvalConfig):
 class MmluConfig(EvalConfig):
     """Settings of an evaluation on MMLU; prompts, order and weights are lm-eval's."""
 
+    kind: ClassVar[str] = "mmlu"
+
     dataset_name: str = flag("cais/mmlu", "A hub id, or a folder of dev, validation and test files.")
     split: Literal["test", "validation", "dev"] = flag("test", "Split to answer.")
     num_fewshot: int = flag(0, "Solved examples in front of a question: the first of its subject in dev, which has 5.")
@@ -121,6 +127,8 @@ class MmluConfig(EvalConfig):
 @dataclass
 class RefusalConfig(EvalConfig, SamplingConfig):
     """Settings of `evaluate_refusal`; the defaults are the paper's where it says, and OR-Bench's columns."""
+
+    kind: ClassVar[str] = "refusal"
 
     dataset_name: list[str] = flag([], "Prompts: files (.csv, .jsonl, ...) or hub ids; each is a split of the table.")
     dataset_config: list[str] | None = flag(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given
 from renyi_engine.ensemble import AdapterConfig, EnsembleConfig
@@ -26,6 +26,11 @@ from renyi_engine.objectives import (
 @dataclass
 class TrainConfig(AdapterConfig):
     """What every kind of training shares."""
+
+    kind: ClassVar[str]
+    """What config.yaml says that the run is."""
+    needed: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name")
+    """What a command line has to give. In Python a `Trainer` may be given the model and the data set themselves."""
 
     dataset_name: str = flag("", "Training data: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
     output_dir: str = flag("", "The run's folder: config, metrics, checkpoints, particles and report.")
@@ -103,9 +108,21 @@ class TrainConfig(AdapterConfig):
     resume_from_checkpoint: str | None = flag(
         None, "A checkpoint folder, or 'true' for the newest of output_dir; 'false' starts a new run."
     )
+    # reporting
+    report_to: list[str] = flag(
+        ["none"],
+        "Also report the metrics to these, each of which has to be installed: tensorboard, trackio, wandb, mlflow and "
+        "whatever else transformers knows; 'all' that are installed, or 'none'.",
+    )
+    run_name: str | None = flag(None, "The run's name there.")
+    metric_for_best_model: str | None = flag(
+        None,
+        "The metric of an evaluation that tells callbacks which step was the best, for instance where "
+        "EarlyStoppingCallback stops; the NLL of the mixture if not given.",
+    )
 
     def __post_init__(self) -> None:
-        require_given(self, ("model_name_or_path", "dataset_name", "output_dir"))
+        require_given(self, ("output_dir",))
         # true and false in Python, and as they are typed
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
@@ -168,11 +185,15 @@ class TrainConfig(AdapterConfig):
 class SftConfig(TrainConfig):
     """Settings of supervised fine-tuning; the data set has the columns messages, or prompt + completion, or text."""
 
+    kind: ClassVar[str] = "sft"
+
 
 @dataclass
 class DpoConfig(TrainConfig):
     """Settings of preference optimisation; the data set has the columns chosen and rejected, and prompt unless that is
     what both begin with."""
+
+    kind: ClassVar[str] = "dpo"
 
     beta: float = flag(0.1, "Strength of the preference: larger keeps particles closer to the base.")
     min_score_gap: float | None = flag(None, "Keep only pairs whose scores differ by more than this.")
@@ -184,6 +205,9 @@ class DpoConfig(TrainConfig):
         require(self, ("min_score_gap",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
         if len(self.score_columns) != 2:
             raise ValueError(f"score_columns: expected two names, chosen and rejected; got {self.score_columns}")
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {cls.kind: cls for cls in (SftConfig, DpoConfig)}
 
 
 def steps_of(given: float, total_steps: int) -> int:

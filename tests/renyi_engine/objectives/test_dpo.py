@@ -19,7 +19,7 @@ from renyi_engine.core import files
 from renyi_engine.data.examples import Dropped
 from renyi_engine.objectives.dpo import DpoTask
 from renyi_engine.objectives.loss import data_term
-from renyi_engine.training import trainer
+from renyi_engine.training.dataset import make_task
 
 BETA = 0.3
 
@@ -360,7 +360,7 @@ def test_a_run_learns_the_preference_and_says_so_in_trls_names(dpo_config):
 
 def test_a_run_scores_pairs_as_its_settings_say(dpo_config):
     config = dpo_config(beta=0.45, min_score_gap=2.0, score_columns=["good", "bad"], max_length=50)
-    task = trainer.make_task(config)
+    task = make_task(config)
     assert (task.beta, task.max_length, task.min_score_gap, task.score_columns) == (0.45, 50, 2.0, ["good", "bad"])
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import renyi_engine.training.trainer as trainer
 from renyi_engine import DpoConfig, LoraEnsemble, TrainingDiverged, TrainingInterrupted, train
 from renyi_engine.core.files import read_json, sha256_of
 from renyi_engine.core.output_folder import claimed, locked
@@ -368,7 +367,7 @@ def test_a_full_disk_is_not_taken_for_a_training_that_can_go_on(sft_config, monk
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    act_in_step(monkeypatch, 3, lambda: monkeypatch.setattr(trainer.checkpoint.files, "write_tensors", no_space))
+    act_in_step(monkeypatch, 3, lambda: monkeypatch.setattr(checkpoint.files, "write_tensors", no_space))
     with pytest.raises(OSError, match="No space left"):
         train(config)
     assert checkpoints(Path(config.output_dir)) == [2]

@@ -15,15 +15,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import renyi_engine.training.loop as loop
 import renyi_engine.training.train_step as train_step
-import renyi_engine.training.trainer as trainer
-from renyi_engine import DoesNotFit, EnsembleConfig, LoraEnsemble, TrainingDiverged, train
+from renyi_engine import DoesNotFit, EnsembleConfig, LoraEnsemble, TrainingDiverged, base_model, train
 from renyi_engine.core import files
 from renyi_engine.core.files import read_json, sha256_of
 from renyi_engine.data.batches import collate
 from renyi_engine.data.rows import content_hash
 from renyi_engine.objectives.alpha import EssController
 from renyi_engine.objectives.sft import SftTask
+from renyi_engine.training import checkpoint
 from renyi_engine.training.export import export_particles
 from renyi_engine.training.watchdog import HISTORY
 from renyi_kernels import renyi_reduce
@@ -51,7 +52,7 @@ def forbid_the_model(monkeypatch) -> None:
     def load(config):
         raise AssertionError("the model was loaded before the input was checked")
 
-    monkeypatch.setattr(trainer.base_model, "load_model", load)
+    monkeypatch.setattr(base_model, "load_model", load)
 
 
 class Killed(BaseException):
@@ -100,7 +101,7 @@ def test_a_step_of_one_particle_is_a_plain_peft_step(sft_config, tokenizer, alph
     def adamw(parameters):
         return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
-    result = trainer.train_step(ensemble, task, adamw(ensemble.parameters()), batches, alpha, config, 5)
+    result = train_step.train_step(ensemble, task, adamw(ensemble.parameters()), batches, alpha, config, 5)
 
     trainable = [p for p in peft.parameters() if p.requires_grad]
     losses = []
@@ -139,7 +140,8 @@ def test_at_alpha_0_three_particles_are_three_trainings_of_one(sft_config, token
     def trained(ensemble):
         optimizer = torch.optim.AdamW(ensemble.parameters(), lr=1e-3, eps=epsilon, weight_decay=0.1)
         steps = [
-            trainer.train_step(ensemble, task, optimizer, parts[at : at + 2], 0.0, config, 20) for at in range(0, 10, 2)
+            train_step.train_step(ensemble, task, optimizer, parts[at : at + 2], 0.0, config, 20)
+            for at in range(0, 10, 2)
         ]
         return torch.stack([step.norms for step in steps])
 
@@ -191,7 +193,9 @@ def test_the_prior_enters_once_a_step_whatever_the_accumulation(sft_config, toke
         before = {name: p.detach().clone() for name, p in ensemble.named_parameters()}
         optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.0)
         batches = [collate(examples[:2], 0), collate(examples[2:], 0)]
-        trainer.train_step(ensemble, task, optimizer, batches, 0.7, replace(config, prior=prior), num_train_examples=40)
+        train_step.train_step(
+            ensemble, task, optimizer, batches, 0.7, replace(config, prior=prior), num_train_examples=40
+        )
         gradients[prior] = {name: p.grad for name, p in ensemble.named_parameters()}
     for name, value in before.items():
         # the gradient of the prior on one particle alone: without the 1/K of the mean over three
@@ -293,7 +297,7 @@ def fake_alpha_star(monkeypatch):
         asked.append((len(items), seed))
         return seed % 97 / 97
 
-    monkeypatch.setattr(trainer, "estimate_alpha_star", estimate_alpha_star)
+    monkeypatch.setattr(loop, "estimate_alpha_star", estimate_alpha_star)
     return asked
 
 
@@ -660,9 +664,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(saved_run, monkeypatch)
     run, config = saved_run
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(files, "write_json", no_space)
-        trainer.checkpoint.save(run, 6, *_loaded(config), {}, keep=2)
+        checkpoint.save(run, 6, *_loaded(config), {}, keep=2)
     assert not list(run.glob(".tmp-*"))
-    assert trainer.checkpoint.newest(run) == run / "checkpoint-4"
+    assert checkpoint.newest(run) == run / "checkpoint-4"
 
 
 @pytest.mark.parametrize("wholly", [False, True])
@@ -676,7 +680,7 @@ def test_a_run_that_an_error_ends_says_so(sft_config, monkeypatch, wholly):
             monkeypatch.setattr(files, "write_json", no_space)
         raise RuntimeError("of the save")
 
-    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(RuntimeError, match="of the save"):
         train(config)
     assert json.loads(run_file.read_text())["status"] == ("running" if wholly else "failed")
@@ -774,7 +778,7 @@ def test_a_step_above_the_largest_nll_changes_nothing(sft_config, tokenizer, alp
         s = torch.cat([ensemble.sequence_logprob(batch) for batch in batches], dim=1)
     largest = factor * -s.double().exp().mean(dim=0).log().mean().item()
     before = [p.detach().clone() for p in ensemble.parameters()]
-    result = trainer.train_step(ensemble, task, optimizer, batches, alpha, config, 5, largest)
+    result = train_step.train_step(ensemble, task, optimizer, batches, alpha, config, 5, largest)
     unchanged = [p.equal(q) for p, q in zip(ensemble.parameters(), before, strict=True)]
     assert result.spike.item() == is_spike
     assert result.updated.tolist() == [not is_spike] * 3
@@ -793,7 +797,7 @@ def test_the_nll_of_a_step_is_that_of_the_healthy_particles(sft_config, tokenize
     factor = torch.ones(3, 1, 1)
     factor[sick] = float("nan")
     next(iter(ensemble.parameters())).register_hook(lambda gradient: gradient * factor)
-    result = trainer.train_step(ensemble, task, optimizer, [batch], 0.8, config, 4, largest_nll=0.0)
+    result = train_step.train_step(ensemble, task, optimizer, [batch], 0.8, config, 4, largest_nll=0.0)
     expected = -s[healthy].exp().mean(dim=0).log() if healthy else torch.full((4,), torch.inf).double()
     torch.testing.assert_close(result.mixture_nll.double(), expected, rtol=1e-5, atol=1e-5)
     assert result.spike.item() == bool(healthy)
@@ -977,7 +981,7 @@ def test_memory_that_ends_in_an_evaluation_loses_no_step(sft_config, monkeypatch
         monkeypatch.context() as patch,
         pytest.raises(DoesNotFit, match=r"evaluation .*eval_batch_size.*checkpoint-3$"),
     ):
-        patch.setattr(trainer, "evaluate", lambda *_: run_out_of_memory())
+        patch.setattr(loop, "evaluate", lambda *_: run_out_of_memory())
         train(sft_config(max_steps=6, eval_steps=3))
     assert train(sft_config(max_steps=6, eval_steps=3, resume_from_checkpoint="true")).global_step == 6
 
