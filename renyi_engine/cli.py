@@ -8,7 +8,6 @@ The whole command line is checked before torch and transformers are imported, wh
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -31,19 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     prog = "renyi-engine"
     try:
-        parser = Parser(
-            prog=prog,
-            description="alpha-Renyi ensembles of LoRA adapters",
-            epilog="renyi-engine COMMAND --help tells more",
+        parser = Parser(prog=prog, description="Alpha-Renyi ensembles of LoRA adapters.")
+        parser.add_argument("--version", action="store_true", help="show the version")
+        commands = parser.add_subparsers(
+            dest="command", metavar="COMMAND", title="commands", description=f"{prog} COMMAND --help says more."
         )
-        parser.add_argument("--version", action="store_true", help="tell the version")
-        parser.add_argument(
-            "command",
-            choices=sorted(_COMMANDS),
-            nargs="?",
-            help="; ".join(f"{n}: {c.__doc__}" for n, c in _COMMANDS.items()),
-        )
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        for name, command in _COMMANDS.items():
+            commands.add_parser(name, help=command.__doc__, add_help=False)
         options = parser.parse_args(argv[:1] or ["--help"])
         if options.version:
             print(f"renyi-engine {renyi_engine.__version__}")
@@ -72,12 +65,12 @@ def _told(prog: str, message: object, exit_code: int) -> int:
 
 
 def _sft(argv: Sequence[str]) -> int:
-    """fine-tune an ensemble"""
+    """train an ensemble on texts, chats, or prompts with completions"""
     return _train(SftConfig, argv, "renyi-engine sft")
 
 
 def _dpo(argv: Sequence[str]) -> int:
-    """train an ensemble on preferences"""
+    """train an ensemble on pairs of a chosen and a rejected completion"""
     return _train(DpoConfig, argv, "renyi-engine dpo")
 
 
@@ -102,13 +95,19 @@ def _train(settings: type[TrainConfig], argv: Sequence[str], prog: str) -> int:
 
 
 def _eval(argv: Sequence[str]) -> int | None:
-    """evaluate an ensemble, or a base alone: mmlu, refusal or nll"""
-    parser = Parser(
-        prog="renyi-engine eval", description="Evaluate.", epilog="renyi-engine eval KIND --help tells more"
+    """evaluate an ensemble, or a base model alone: nll, mmlu or refusal"""
+    parser = Parser(prog="renyi-engine eval", description="Evaluate an ensemble, or a base model alone.")
+    kinds = parser.add_subparsers(
+        dest="kind",
+        metavar="KIND",
+        required=True,
+        title="kinds",
+        description="renyi-engine eval KIND --help says more.",
     )
-    parser.add_argument("kind", choices=sorted(_EVALUATIONS))
+    for name, (_, _, what) in _EVALUATIONS.items():
+        kinds.add_parser(name, help=what, add_help=False)
     kind = parser.parse_args(argv[:1] or ["--help"]).kind
-    settings, function = _EVALUATIONS[kind]
+    settings, function, _ = _EVALUATIONS[kind]
     prog = f"renyi-engine eval {kind}"
     try:
         _print_result(settings, argv[1:], prog, "evaluation", function)
@@ -121,12 +120,12 @@ def _eval(argv: Sequence[str]) -> int | None:
 
 
 def _alpha_star(argv: Sequence[str]) -> None:
-    """estimate the critical alpha of an adapter: above it, particles that start there part"""
+    """estimate the critical alpha of an adapter, above which particles move apart"""
     _print_result(AlphaStarConfig, argv, "renyi-engine alpha-star", "critical_alpha", "find_alpha_star")
 
 
 def _generate(argv: Sequence[str]) -> None:
-    """let every particle answer a few prompts"""
+    """show what every particle answers to a few prompts"""
     _print_result(GenerateConfig, argv, "renyi-engine generate", "evaluation", "answer")
 
 
@@ -137,7 +136,7 @@ def _print_result(settings: type[Any], argv: Sequence[str], prog: str, package: 
 
 
 def _export(argv: Sequence[str]) -> None:
-    """write a checkpoint as PEFT adapter folders"""
+    """write the adapters of a checkpoint as folders that PEFT loads"""
     parser = Parser(
         prog="renyi-engine export",
         description="Write the adapters of a checkpoint as folders that PEFT and vLLM load. The base's weights are "
@@ -157,7 +156,7 @@ def _export(argv: Sequence[str]) -> None:
 
 
 def _report(argv: Sequence[str]) -> None:
-    """make the HTML report of one run, or of several side by side"""
+    """write the HTML report of one run, or of several runs side by side"""
     parser = Parser(prog="renyi-engine report")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
@@ -167,16 +166,16 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def _env(argv: Sequence[str]) -> None:
-    """tell versions, devices and the path that each op takes here"""
+    """show versions, devices, and which code path each op takes here"""
     parser = Parser(prog="renyi-engine env")
     parser.parse_args(argv)
     print(_imported(parser.prog, "environment", "describe")(), end="")
 
 
-_EVALUATIONS: dict[str, tuple[type[EvalConfig], str]] = {
-    "mmlu": (MmluConfig, "evaluate_mmlu"),
-    "nll": (NllConfig, "evaluate_nll"),
-    "refusal": (RefusalConfig, "evaluate_refusal"),
+_EVALUATIONS: dict[str, tuple[type[EvalConfig], str, str]] = {
+    "nll": (NllConfig, "evaluate_nll", "which examples are contested, and which are out of support"),
+    "mmlu": (MmluConfig, "evaluate_mmlu", "right answers and uncertainty on MMLU, asked as lm-eval asks"),
+    "refusal": (RefusalConfig, "evaluate_refusal", "how often particles refuse prompts, and where they disagree"),
 }
 _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "sft": _sft,

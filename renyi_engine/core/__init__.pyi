@@ -2,6 +2,8 @@ from . import files as files
 from . import output_folder as output_folder
 from . import seeding as seeding
 from . import typos as typos
+from .command_line import Parser as Parser
+from .command_line import parse as parse
 from .files import read_json as read_json
 from .files import write_text as write_text
 from .memory import DoesNotFit as DoesNotFit
@@ -16,14 +18,13 @@ from .progress import TrainingProgress as TrainingProgress
 from .progress import track as track
 from .progress import use_plain_warnings as use_plain_warnings
 from .settings import SQUARABLE as SQUARABLE
-from .settings import Parser as Parser
 from .settings import changes as changes
 from .settings import flag as flag
 from .settings import is_squarable as is_squarable
-from .settings import parse as parse
 from .settings import read_yaml as read_yaml
 from .settings import require as require
 from .settings import require_given as require_given
+from .settings import required as required
 from .settings import to_dict as to_dict
 from .settings import to_yaml as to_yaml
 from .signals import StopSignals as StopSignals

@@ -6,40 +6,63 @@ import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
-from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given
+from renyi_engine.core import SQUARABLE, flag, is_squarable, require, required
 from renyi_engine.ensemble import AdapterConfig, ModelConfig
 from renyi_engine.evaluation import EvalConfig
 
 
 @dataclass
 class AlphaStarConfig(AdapterConfig, EvalConfig):
-    """Settings of `renyi-engine alpha-star`; the data set has a form that supervised fine-tuning takes."""
+    """Estimate the critical alpha of an adapter: above it, particles that start there move apart. The data set has the
+    same columns as for supervised fine-tuning."""
 
     kind: ClassVar[str] = "alpha-star"
 
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.")
-    ensemble: str = flag("", "Folder of particles, or one PEFT adapter; a fresh adapter (B = 0) if not given.")
-    particle: int = flag(0, "Which particle of the ensemble, counted from 0.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.", group="model")
+    ensemble: str = flag(
+        "",
+        "Folder of particles, or of one PEFT adapter. Without it, a fresh adapter (B = 0) is looked at.",
+        group="ensemble",
+    )
+    particle: int = flag(0, "Which particle of the ensemble, counted from 0.", group="ensemble")
     alpha: float | None = flag(
-        None, "alpha of the spectrum shown; that of the ensemble's training, or 1 if that was 0."
+        None,
+        "The alpha of the spectrum that is shown; without it, the alpha of the ensemble's training, or 1 if that was "
+        "0.",
+        group="ensemble",
     )
-    per_device_eval_batch_size: int = flag(8, "Examples of a batch, each with a copy of the adapter.")
-    dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
-    dataset_config: str | None = flag(None, "Configuration of a hub data set.")
-    dataset_split: str = flag("train", "Its split.")
-    max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
-    max_examples: int = flag(128, "Examples looked at, drawn at random if there are more.")
-    subspace_dims: int = flag(16, "m: one half leading directions of G, one half what lowers the ratio most.")
+    per_device_eval_batch_size: int = flag(
+        8, "Examples in a batch. Each has a copy of the adapter.", group="evaluation"
+    )
+    dataset_name: str = required("Examples: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id.")
+    dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
+    dataset_split: str = flag("train", "The split of it that is looked at.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
+    max_examples: int = flag(
+        128, "Examples that are looked at. If there are more, they are drawn at random.", group="data"
+    )
     curvature: Literal["hessian", "gauss_newton"] = flag(
-        "gauss_newton", "H without the network's own curvature, or all of it: 'hessian', as in the paper."
+        "gauss_newton",
+        "How the matrix H is computed. 'hessian' is all of it, as in the paper; 'gauss_newton' leaves out the "
+        "curvature of the network itself.",
+        group="estimate",
     )
-    num_resamples: int = flag(200, "Resamples of the examples for the interval.")
-    prior_lambda: float = flag(0.0, "lambda of a Gaussian prior, whose curvature lambda / (N sigma_0^2) is added to H.")
-    prior_std: float = flag(1.0, "sigma_0, standard deviation of that prior.")
+    subspace_dims: int = flag(
+        16,
+        "m, the directions in which particles may part: half are the leading directions of G, half are those that "
+        "lower the ratio most.",
+        group="estimate",
+    )
+    num_resamples: int = flag(200, "Resamples of the examples for the interval.", group="estimate")
+    prior_lambda: float = flag(
+        0.0,
+        "lambda of a Gaussian prior, whose curvature lambda / (N sigma_0^2) is added to H.",
+        group="advanced",
+    )
+    prior_std: float = flag(1.0, "sigma_0, the standard deviation of that prior.", group="advanced")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_given(self, ("dataset_name",))
         if self.dtype != "float32":
             raise ValueError(f"dtype: expected float32, as second derivatives need it; got {self.dtype}")
         require(self, ("max_length", "subspace_dims"), "a whole number of at least 2", lambda v: v >= 2)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from renyi_engine.core import flag, require
+from renyi_engine.core import flag, require, required
 from renyi_engine.ensemble import patterns
 
 ALL_LINEAR = "all-linear"
@@ -77,31 +77,49 @@ class ModelConfig:
     }
     """Arguments that errors of the Python API name, and the setting that each comes from."""
 
-    model_name_or_path: str = flag("", "The frozen base: a local folder or a hub id.")
-    model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
+    model_name_or_path: str = required("The frozen base model: a local folder or a hub id.")
+    model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.", group="model")
     trust_remote_code: bool = flag(
-        False, "Run code that comes with a model. Only the command line can say so, not --config.", typed_only=True
+        False,
+        "Run program code that comes with a model. Only the command line can switch this on, not a --config file.",
+        group="model",
+        typed_only=True,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "Compute dtype; 'auto' is the checkpoint's. Adapters are fp32."
+        "auto",
+        "Number type in which the base computes. 'auto' takes the type of the model's files. Adapters are float32.",
+        group="model",
     )
-    attn_implementation: str = flag("sdpa", "Attention of the base: sdpa, eager, flash_attention_2, ...")
-    use_cpu: bool = flag(False, "Stay on the CPU although there is a GPU.")
+    use_cpu: bool = flag(False, "Compute on the CPU even if there is a GPU.", group="model")
+    attn_implementation: str = flag(
+        "sdpa",
+        "Attention code of the base: sdpa, eager, flash_attention_2 or another of transformers'.",
+        group="advanced",
+    )
 
 
 @dataclass
 class AdapterConfig(ModelConfig):
     """What is adapted, and by how much."""
 
-    lora_r: int = flag(8, "Rank of every adapter.")
-    lora_alpha: float = flag(16.0, "LoRA scaling is lora_alpha / lora_r.")
+    lora_r: int = flag(8, "Rank of every adapter.", group="adapters")
+    lora_alpha: float = flag(
+        16.0, "LoRA's own alpha: an adapter's output is scaled by lora_alpha / lora_r.", group="adapters"
+    )
     lora_target_modules: list[str] = flag(
-        ["all-linear"], "'all-linear', names of linear maps, or one regular expression."
+        ["all-linear"],
+        "Which linear maps get adapters: 'all-linear', or names, or one regular expression for whole paths.",
+        group="adapters",
     )
     layers_to_transform: list[int] | None = flag(
-        None, "Decoder layers to adapt; layers below the first run once for all."
+        None,
+        "Numbers of the decoder layers that get adapters; without it, all. Layers below the first of them run once "
+        "for all particles.",
+        group="adapters",
     )
-    use_rslora: bool = flag(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_rslora: bool = flag(
+        False, "Scale by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r.", group="advanced"
+    )
 
     def adapters(
         self, num_particles: int, seed: int, init: Literal["standard", "spread"] = "standard"

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from renyi_engine.core import flag, require, require_given
+from renyi_engine.core import flag, require, require_given, required
 from renyi_engine.ensemble import ModelConfig
 from renyi_engine.objectives import FINITE_ALPHA
 
@@ -18,10 +18,18 @@ JUDGES = "keyword, model:FOLDER_OR_HUB_ID or endpoint:BASE_URL"
 class SamplingConfig(ModelConfig):
     """How continuations are drawn."""
 
-    num_samples: int = flag(1, "Responses of each particle to each prompt.")
-    max_new_tokens: int = flag(128, "Longest response in tokens, with what the model thinks first.")
-    temperature: float = flag(1.0, "Of the sampling; 0 takes the most likely token, so that samples are all the same.")
-    top_p: float = flag(1.0, "Sample from the most likely tokens that make up this much.")
+    num_samples: int = flag(1, "Responses of each particle to each prompt.", group="sampling")
+    max_new_tokens: int = flag(
+        128, "Longest response in tokens; what the model thinks before it answers counts too.", group="sampling"
+    )
+    temperature: float = flag(
+        1.0,
+        "Temperature of the sampling. 0 always takes the most likely token, so that all samples are the same.",
+        group="sampling",
+    )
+    top_p: float = flag(
+        1.0, "Sample only from the most likely tokens that together have this probability.", group="sampling"
+    )
 
     def check_sampling(self) -> None:
         require(self, ("num_samples", "max_new_tokens"), "a whole number of at least 1", lambda v: v >= 1)
@@ -37,14 +45,24 @@ class SamplingConfig(ModelConfig):
 class EvalConfig(ModelConfig):
     """What every evaluation shares."""
 
-    ensemble: str = flag("", "Folder of particles, as a run writes it (RUN/particles); the bare base if not given.")
-    output_dir: str = flag("", "Where results, samples and the report go.")
-    alpha: float | None = flag(None, "Coupling of responsibilities; the one of the ensemble's training if not given.")
-    per_device_eval_batch_size: int = flag(8, "Prompts of a batch; every particle sees each of them.")
-    seed: int = flag(42, "Of whatever is drawn.")
+    ensemble: str = flag(
+        "",
+        "Folder of particles, as training writes it (RUN/particles). Without it, the bare base is evaluated.",
+        group="ensemble",
+    )
+    output_dir: str = required("Folder for the results, the samples and the report.")
+    alpha: float | None = flag(
+        None,
+        "The alpha of the responsibilities; without it, the alpha that the ensemble was trained with.",
+        group="ensemble",
+    )
+    per_device_eval_batch_size: int = flag(
+        8, "Prompts in a batch. Every particle sees each of them.", group="evaluation"
+    )
+    seed: int = flag(42, "Seed of everything that is drawn at random.", group="evaluation")
 
     def __post_init__(self) -> None:
-        require_given(self, ("model_name_or_path", "output_dir"))
+        require_given(self)
         require(self, ("alpha",), f"{FINITE_ALPHA}, or nothing", lambda v: v is None or (math.isfinite(v) and v >= 0))
         require(self, ("per_device_eval_batch_size",), "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("seed",), "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
@@ -52,20 +70,20 @@ class EvalConfig(ModelConfig):
 
 @dataclass
 class GenerateConfig(SamplingConfig):
-    """Settings of `renyi-engine generate`."""
+    """Show what every particle, and the bare base, answers to a few prompts."""
 
     kind: ClassVar[str] = "generate"
 
-    ensemble: str = flag("", "Folder of particles, as a run writes it (RUN/particles).")
-    prompts: list[str] = flag(
-        [],
-        "What is asked: a user's turn where the model has a chat template, else plain text. What a model thinks before "
-        "it answers is shown too.",
+    ensemble: str = required("Folder of particles, as training writes it (RUN/particles).")
+    prompts: list[str] = required(
+        "The questions. If the model has a chat template, each is sent as a user's turn, else as plain text. What a "
+        "model thinks before it answers is shown too.",
+        default=[],
     )
-    seed: int = flag(42, "Of the sampling.")
+    seed: int = flag(42, "Seed of the sampling.", group="sampling")
 
     def __post_init__(self) -> None:
-        require_given(self, ("model_name_or_path", "ensemble", "prompts"))
+        require_given(self)
         self.check_sampling()
         require(self, ("seed",), "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
         for number, prompt in enumerate(self.prompts):
@@ -75,26 +93,35 @@ class GenerateConfig(SamplingConfig):
 
 @dataclass
 class NllConfig(EvalConfig):
-    """Settings of `renyi-engine eval nll`; the data set has a form that supervised fine-tuning takes."""
+    """Find the examples on which particles disagree, and those that no particle explains. The data set has the same
+    columns as for supervised fine-tuning."""
 
     kind: ClassVar[str] = "nll"
 
-    dataset_name: str = flag("", "Examples: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
-    dataset_config: str | None = flag(None, "Configuration of a hub data set.")
-    dataset_split: str = flag("test", "Its split.")
-    calibration_dataset_name: str | None = flag(
-        None, "Rows like those of training: an example is out of support if nearly all of these gain more than it does."
-    )
-    calibration_dataset_split: str = flag("train", "Its split.")
-    calibration_share: float = flag(0.01, "Share of rows like these that may be called out of support.")
-    max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
+    ensemble: str = required("Folder of particles, as training writes it (RUN/particles).")
+    dataset_name: str = required("Examples: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id.")
+    dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
+    dataset_split: str = flag("test", "The split of it that is evaluated.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
     min_disagreement: float = flag(
-        0.15, "An example is contested if two particles' probabilities of one of its tokens differ by this or more."
+        0.15,
+        "An example is called contested if the probabilities that two particles give to one of its tokens differ by "
+        "this much or more.",
+        group="evaluation",
+    )
+    calibration_dataset_name: str | None = flag(
+        None,
+        "Rows like those of training. An example is then called out of support if nearly all of these rows gain more "
+        "over the base than it does.",
+        group="evaluation",
+    )
+    calibration_dataset_split: str = flag("train", "The split of the calibration rows.", group="evaluation")
+    calibration_share: float = flag(
+        0.01, "The share of such rows that may wrongly be called out of support.", group="evaluation"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_given(self, ("dataset_name", "ensemble"))
         require(self, ("max_length",), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("min_disagreement",), "a difference above 0, at most 1", lambda v: 0 < v <= 1)
         require(self, ("calibration_share",), "a share above 0, below 1", lambda v: 0 < v < 1)
@@ -104,15 +131,23 @@ class NllConfig(EvalConfig):
 
 @dataclass
 class MmluConfig(EvalConfig):
-    """Settings of an evaluation on MMLU; prompts, order and weights are lm-eval's."""
+    """Evaluate an ensemble, or a base model alone, on MMLU. Prompts, order and weights are those of lm-eval."""
 
     kind: ClassVar[str] = "mmlu"
 
-    dataset_name: str = flag("cais/mmlu", "A hub id, or a folder of dev, validation and test files.")
-    split: Literal["test", "validation", "dev"] = flag("test", "Split to answer.")
-    num_fewshot: int = flag(0, "Solved examples in front of a question: the first of its subject in dev, which has 5.")
-    subjects: list[str] | None = flag(None, "Subjects to ask about; all 57 if not given.")
-    limit: int | None = flag(None, "Questions of each subject, the first; all if not given.")
+    dataset_name: str = flag(
+        "cais/mmlu", "A hub id, or a folder with the files of dev, validation and test.", group="data"
+    )
+    split: Literal["test", "validation", "dev"] = flag("test", "The split whose questions are asked.", group="data")
+    subjects: list[str] | None = flag(None, "Subjects that are asked about; without it, all 57.", group="data")
+    limit: int | None = flag(
+        None, "Ask only the first questions of each subject, this many; without it, all.", group="data"
+    )
+    num_fewshot: int = flag(
+        0,
+        "Solved examples in front of each question. They are the first ones of its subject in dev, which has 5.",
+        group="evaluation",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,32 +161,53 @@ class MmluConfig(EvalConfig):
 
 @dataclass
 class RefusalConfig(EvalConfig, SamplingConfig):
-    """Settings of `evaluate_refusal`; the defaults are the paper's where it says, and OR-Bench's columns."""
+    """Measure how often particles refuse prompts, and whether they agree. The defaults are those of the paper where it
+    names one, and the columns are those of OR-Bench."""
 
     kind: ClassVar[str] = "refusal"
 
-    dataset_name: list[str] = flag([], "Prompts: files (.csv, .jsonl, ...) or hub ids; each is a split of the table.")
-    dataset_config: list[str] | None = flag(
-        None, "Configurations of a hub data set, such as or-bench-hard-1k or-bench-toxic; each is a split."
+    dataset_name: list[str] = required(
+        "Prompts: files (.csv, .jsonl, ...) or hub ids. Each becomes a split of the table.", default=[]
     )
-    prompt_column: str = flag("prompt", "Column of the prompts.")
-    split_column: str | None = flag(None, "Column whose values make splits of the table.")
-    label_column: str | None = flag(None, "Column with two values: can the disagreement of particles tell them apart?")
-    limit: int | None = flag(None, "Prompts of each split, the first ones; all if not given.")
-    num_samples: int = flag(12, "Responses of each particle to each prompt.")
-    max_new_tokens: int = flag(256, "Longest response in tokens, with what the model thinks first.")
+    dataset_config: list[str] | None = flag(
+        None,
+        "Configurations of a hub data set, such as or-bench-hard-1k or or-bench-toxic. Each becomes a split.",
+        group="data",
+    )
+    prompt_column: str = flag("prompt", "The column that holds the prompts.", group="data")
+    split_column: str | None = flag(None, "A column whose values become the splits of the table.", group="data")
+    label_column: str | None = flag(
+        None,
+        "A column with two values. The report then says how well disagreement between particles tells them apart.",
+        group="data",
+    )
+    limit: int | None = flag(
+        None, "Use only the first prompts of each split, this many; without it, all.", group="data"
+    )
+    num_samples: int = flag(12, "Responses of each particle to each prompt.", group="sampling")
+    max_new_tokens: int = flag(
+        256, "Longest response in tokens; what the model thinks before it answers counts too.", group="sampling"
+    )
     judge: str = flag(
         "keyword",
-        f"Who tells refusals: {JUDGES}. No judge sees what a model thinks before it answers; a judge may think itself.",
+        f"Who decides whether a response is a refusal: {JUDGES}. No judge sees what a model thinks before it answers. "
+        "A judge may itself think.",
+        group="judge",
     )
-    judge_model: str | None = flag(None, "Name of the judge at its endpoint.")
-    judge_api_key_env: str | None = flag(None, "Environment variable that holds the endpoint's key.")
-    judge_timeout_s: float = flag(60.0, "Seconds that an endpoint may take for a whole reply.")
-    judge_max_retries: int = flag(4, "Tries after the first, at growing distance, before a verdict counts as failed.")
+    judge_model: str | None = flag(None, "Name of the judge's model at its endpoint.", group="judge")
+    judge_api_key_env: str | None = flag(
+        None, "Name of the environment variable that holds the endpoint's key.", group="judge"
+    )
+    judge_timeout_s: float = flag(60.0, "Seconds that the endpoint may take for one whole reply.", group="judge")
+    judge_max_retries: int = flag(
+        4,
+        "How often a failed request is repeated, at growing distances, before the verdict counts as failed.",
+        group="judge",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_given(self, ("dataset_name", "prompt_column", "judge"))
+        require_given(self, "prompt_column", "judge")
         self.check_sampling()
         require(self, ("limit",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
         require(self, ("judge_timeout_s",), "a number above 0", lambda v: math.isfinite(v) and v > 0)

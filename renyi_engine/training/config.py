@@ -1,6 +1,7 @@
-"""Settings of a training run: its base model, its adapters, its training. Names are TRL's and transformers' wherever
-they have one. Every run saves its settings as resolved. They are read before torch is imported, so nothing here needs
-it.
+"""Settings of a training run. Their names are those of TRL, transformers and PEFT wherever these have one.
+
+Every run saves its settings with all defaults filled in. They are read before torch is imported, so nothing here needs
+torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given
+from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given, required
 from renyi_engine.ensemble import AdapterConfig, EnsembleConfig
 from renyi_engine.objectives import (
     FINITE_ALPHA,
@@ -29,100 +30,164 @@ class TrainConfig(AdapterConfig):
 
     kind: ClassVar[str]
     """What config.yaml says that the run is."""
-    needed: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name")
-    """What a command line has to give. In Python a `Trainer` may be given the model and the data set themselves."""
 
-    dataset_name: str = flag("", "Training data: a .json, .jsonl, .csv or .parquet file, a folder, or a hub id.")
-    output_dir: str = flag("", "The run's folder: config, metrics, checkpoints, particles and report.")
-    # the ensemble
-    num_particles: int = flag(8, "K, the adapters that are trained together.")
-    alpha: float = flag(0.8, "Coupling: 0 trains the particles independently, 1 the likelihood of their mixture.")
-    alpha_schedule: ScheduleName = flag("constant", "'linear' and 'cosine' warm alpha up, from alpha_0 to alpha.")
-    alpha_0: float = flag(0.0, "Where the warm-up of alpha starts.")
-    alpha_warmup_steps: float = flag(0.5, "Warm-up of alpha in steps, or below 1 as a share of all steps.")
+    dataset_name: str = required(
+        "Training data: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id."
+    )
+    output_dir: str = required("Folder of the run: its settings, metrics, checkpoints, particles and report.")
+
+    num_particles: int = flag(8, "K, the number of adapters that are trained together.", group="ensemble")
+    alpha: float = flag(
+        0.8,
+        "How strongly the particles are coupled. 0 trains them independently; 1 maximises the likelihood of their "
+        "mixture.",
+        group="ensemble",
+    )
+    init: Literal["standard", "spread"] = flag(
+        "standard",
+        "How the adapters start. 'standard': B is zero, so every particle starts as the base. 'spread': B is small and "
+        "random, so the particles start apart.",
+        group="ensemble",
+    )
+    prior: Literal["none", "potential", "smoothed_kl"] = flag(
+        "potential",
+        "Prior on the particles. 'potential' is Gaussian and keeps them near zero; 'smoothed_kl' also drives them "
+        "apart.",
+        group="ensemble",
+    )
+    prior_lambda: float = flag(1e-4, "lambda, the weight of the prior.", group="ensemble")
+    prior_std: float = flag(1.0, "sigma_0, the standard deviation of the prior.", group="advanced")
+    kernel_bandwidth: float | None = flag(
+        None,
+        "h, the bandwidth of 'smoothed_kl'. Without it, the median heuristic is used: the bandwidth then grows as "
+        "groups of particles move apart, and each group may collapse to a point.",
+        group="advanced",
+    )
+
+    alpha_schedule: ScheduleName = flag(
+        "constant",
+        "'linear' and 'cosine' raise alpha from alpha_0 to alpha in its warm-up.",
+        group="alpha over time",
+    )
+    alpha_0: float = flag(0.0, "The alpha that the schedule starts from.", group="alpha over time")
+    alpha_warmup_steps: float = flag(
+        0.5, "Length of this warm-up: a number of steps, or below 1 a share of all steps.", group="alpha over time"
+    )
     alpha_controller: str | None = flag(
         None,
-        "Sets alpha from step to step: 'ess:TARGET' keeps the mean effective sample size at TARGET * num_particles, "
-        "starting from alpha; 'alpha-star:MARGIN' stays MARGIN above the estimated critical alpha.",
+        "Chooses alpha anew at every step. 'ess:TARGET' keeps the mean effective sample size at TARGET times "
+        "num_particles, and starts from alpha. 'alpha-star:MARGIN' keeps alpha MARGIN above the estimated critical "
+        "alpha.",
+        group="alpha over time",
     )
     alpha_max: float = flag(
         2.0,
-        "Largest alpha of a controller. 1 is the likelihood of the mixture; a larger one reaches lower 'ess' targets "
-        "at the price of a worse mixture.",
+        "The largest alpha that a controller may choose. Above 1, lower 'ess' targets can be reached, but the mixture "
+        "gets worse.",
+        group="alpha over time",
     )
-    alpha_star_steps: int = flag(50, "Steps from one estimate of the critical alpha to the next, for 'alpha-star'.")
-    init: Literal["standard", "spread"] = flag("standard", "'standard': B zero. 'spread': B small and random too.")
-    prior: Literal["none", "potential", "smoothed_kl"] = flag(
-        "potential", "Prior on particles: Gaussian potential, smoothed KL (repels), or none."
+    alpha_star_steps: int = flag(
+        50, "'alpha-star' estimates the critical alpha once in this many steps.", group="alpha over time"
     )
-    prior_lambda: float = flag(1e-4, "lambda, weight of the prior.")
-    prior_std: float = flag(1.0, "sigma_0, standard deviation of the prior.")
-    kernel_bandwidth: float | None = flag(
-        None,
-        "h of the smoothed KL. If not given, the median heuristic: it grows as modes part, and each may then collapse.",
+
+    dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
+    dataset_train_split: str = flag("train", "The split that is trained on.", group="data")
+    dataset_test_split: str = flag("test", "The split that is evaluated on, if the data set has it.", group="data")
+    eval_dataset_name: str | None = flag(
+        None, "Held-out data from another place, given like dataset_name.", group="data"
     )
-    # the data
-    dataset_config: str | None = flag(None, "Configuration of a hub data set.")
-    dataset_train_split: str = flag("train", "Split to train on.")
-    dataset_test_split: str = flag("test", "Split to evaluate on, if the data set has it.")
-    eval_dataset_name: str | None = flag(None, "Held-out data of its own, in the forms of dataset_name.")
-    max_length: int = flag(1024, "Longest sequence in tokens; the end is cut off.")
-    # the optimisation
-    learning_rate: float = flag(1e-4, "Peak learning rate of AdamW.")
-    weight_decay: float = flag(0.0, "Decoupled weight decay; the prior already pulls towards zero.")
-    adam_beta1: float = flag(0.9, "AdamW beta1.")
-    adam_beta2: float = flag(0.999, "AdamW beta2.")
-    adam_epsilon: float = flag(1e-8, "AdamW epsilon.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("linear", "Schedule after the warm-up.")
-    warmup_steps: float = flag(0.0, "Warm-up in steps, or below 1 as a share of all steps.")
+    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
+
+    learning_rate: float = flag(1e-4, "Highest learning rate of AdamW.", group="optimisation")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag(
+        "linear", "How the learning rate falls after its warm-up.", group="optimisation"
+    )
+    warmup_steps: float = flag(
+        0.0,
+        "Warm-up of the learning rate: a number of steps, or below 1 a share of all steps.",
+        group="optimisation",
+    )
+    num_train_epochs: float = flag(
+        3.0, "How often training goes through the data, unless max_steps is given.", group="optimisation"
+    )
+    max_steps: int = flag(-1, "Optimizer steps. Above 0, it replaces num_train_epochs.", group="optimisation")
+    per_device_train_batch_size: int = flag(
+        8,
+        "Examples in a micro-batch. Every particle sees each of them. If they do not fit into the device's memory, the "
+        "micro-batch is halved, and the step stays the same.",
+        group="optimisation",
+    )
+    gradient_accumulation_steps: int = flag(1, "Micro-batches in an optimizer step.", group="optimisation")
+    gradient_checkpointing: bool = flag(
+        False, "Compute activations again in the backward pass: less memory, more time.", group="optimisation"
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = flag(
+        "random",
+        "Order of the examples. 'group_by_length' draws batches of similar length, which need less padding.",
+        group="optimisation",
+    )
+    seed: int = flag(42, "Seed of the adapters' start and of the order of the examples.", group="optimisation")
     max_grad_norm: float = flag(
         1.0,
-        "Limit of each particle's own gradient norm, as if it were trained alone: of K times its gradient of the loss, "
-        "as the loss is a mean over K particles. 0 switches clipping off.",
+        "Largest gradient norm of a particle, each by itself and measured as if it were trained alone. 0 switches "
+        "clipping off.",
+        group="optimisation",
     )
-    num_train_epochs: float = flag(3.0, "Passes over the data, unless max_steps is given.")
-    max_steps: int = flag(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
-    per_device_train_batch_size: int = flag(
-        8, "Examples of a micro-batch; every particle sees each of them. Halved where the device's memory ends."
-    )
-    per_device_eval_batch_size: int = flag(8, "Examples of an evaluation batch.")
-    gradient_accumulation_steps: int = flag(1, "Micro-batches of an optimizer step.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward: less memory, more time.")
-    group_by_length: bool = flag(False, "Draw batches of similar length: less padding.")
+    weight_decay: float = flag(0.0, "Weight decay of AdamW. The prior already pulls towards zero.", group="advanced")
+    adam_beta1: float = flag(0.9, "beta1 of AdamW.", group="advanced")
+    adam_beta2: float = flag(0.999, "beta2 of AdamW.", group="advanced")
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW.", group="advanced")
     spike_threshold: float | None = flag(
         None,
-        "Skip the update of a step whose mixture NLL is more than this many times the median of the last 20 steps, "
-        "counted a token, or a pair; no step is skipped if not given.",
+        "Skip the update of a step whose mixture NLL, per token or per pair, is more than this many times the median "
+        "of the last 20 steps. Without it, no step is skipped for its loss.",
+        group="advanced",
     )
     max_consecutive_skips: int = flag(
-        10, "Stop after a particle's update was skipped, for a gradient not finite or a spike, this often in a row."
+        10,
+        "Stop training when the update of a particle was skipped this many times in a row, because its gradient was "
+        "not finite or the loss was a spike.",
+        group="advanced",
     )
-    seed: int = flag(42, "Of the adapters' init and of the order of the data.")
-    # the run
-    logging_steps: int = flag(10, "Steps from one line of metrics.jsonl to the next.")
-    eval_steps: int | None = flag(None, "Steps from one evaluation to the next; only at the end if not given.")
-    save_steps: int = flag(500, "Steps from one checkpoint to the next; one is always written at the end.")
+
+    logging_steps: int = flag(10, "A line of metrics is written once in this many steps.", group="saving and logging")
+    eval_steps: int | None = flag(
+        None,
+        "The held-out data is evaluated once in this many steps; without it, only at the end.",
+        group="saving and logging",
+    )
+    per_device_eval_batch_size: int = flag(8, "Examples in a batch of an evaluation.", group="saving and logging")
+    save_steps: int = flag(
+        500, "A checkpoint is saved once in this many steps, and always at the end.", group="saving and logging"
+    )
     save_total_limit: int = flag(
-        2, "Checkpoints kept, the newest; at least 2, so that one is whole while one is written."
+        2,
+        "Checkpoints that are kept, the newest ones. At least 2, so that one is whole while another is written.",
+        group="saving and logging",
     )
     resume_from_checkpoint: str | None = flag(
-        None, "A checkpoint folder, or 'true' for the newest of output_dir; 'false' starts a new run."
+        None,
+        "Go on from this checkpoint folder, or with 'true' from the newest one in output_dir. 'false' starts a new "
+        "run.",
+        group="saving and logging",
     )
-    # reporting
     report_to: list[str] = flag(
         ["none"],
-        "Also report the metrics to these, each of which has to be installed: tensorboard, trackio, wandb, mlflow and "
-        "whatever else transformers knows; 'all' that are installed, or 'none'.",
+        "Also send the metrics to these programs, which have to be installed: tensorboard, trackio, wandb, mlflow, or "
+        "another that transformers knows. 'all' stands for all that are installed.",
+        group="saving and logging",
     )
-    run_name: str | None = flag(None, "The run's name there.")
+    run_name: str | None = flag(None, "The run's name in these programs.", group="saving and logging")
     metric_for_best_model: str | None = flag(
         None,
-        "The metric of an evaluation that tells callbacks which step was the best, for instance where "
-        "EarlyStoppingCallback stops; the NLL of the mixture if not given.",
+        "The metric of an evaluation that tells which step was the best. Callbacks such as EarlyStoppingCallback go by "
+        "it. Without it, the NLL of the mixture is taken.",
+        group="advanced",
     )
 
     def __post_init__(self) -> None:
-        require_given(self, ("output_dir",))
+        # a Trainer may be given the model and the data themselves; a command line has to name them
+        require_given(self, excused=("model_name_or_path", "dataset_name"))
         # true and false in Python, and as they are typed
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
@@ -183,21 +248,27 @@ class TrainConfig(AdapterConfig):
 
 @dataclass
 class SftConfig(TrainConfig):
-    """Settings of supervised fine-tuning; the data set has the columns messages, or prompt + completion, or text."""
+    """Supervised fine-tuning. The data set has the column messages, or prompt and completion, or text."""
 
     kind: ClassVar[str] = "sft"
 
 
 @dataclass
 class DpoConfig(TrainConfig):
-    """Settings of preference optimisation; the data set has the columns chosen and rejected, and prompt unless that is
-    what both begin with."""
+    """Direct preference optimisation. The data set has the columns chosen and rejected, and also prompt, unless both
+    begin with the prompt."""
 
     kind: ClassVar[str] = "dpo"
 
-    beta: float = flag(0.1, "Strength of the preference: larger keeps particles closer to the base.")
-    min_score_gap: float | None = flag(None, "Keep only pairs whose scores differ by more than this.")
-    score_columns: list[str] = flag(["score_chosen", "score_rejected"], "Columns that min_score_gap compares.")
+    beta: float = flag(
+        0.1, "Strength of the reference: a larger beta keeps the particles closer to the base.", group="preferences"
+    )
+    min_score_gap: float | None = flag(
+        None, "Keep only the pairs whose scores differ by more than this.", group="preferences"
+    )
+    score_columns: list[str] = flag(
+        ["score_chosen", "score_rejected"], "The two columns that min_score_gap compares.", group="preferences"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,8 +79,8 @@ def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
     kind = kind_of(values, path)
     flags = ["--config", str(path), f"--trust_remote_code={trust_remote_code}"]
     try:
-        # complete=False: a run whose rows were given to a Trainer names no data set
-        return parse(CONFIGS[kind], flags, f"renyi-engine {kind}", complete=False)[0]
+        # a run whose rows were given to a Trainer names no data set
+        return parse(CONFIGS[kind], flags, f"renyi-engine {kind}", excused=("dataset_name",))[0]
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 

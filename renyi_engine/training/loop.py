@@ -69,7 +69,7 @@ class Loop:
             [length(item) for item in dataset.train],
             config.per_device_train_batch_size * config.gradient_accumulation_steps,
             config.seed,
-            config.group_by_length,
+            config.train_sampling_strategy == "group_by_length",
         )
         epochs = round(config.num_train_epochs * self.sampler.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else max(1, epochs)

@@ -88,22 +88,16 @@ class Trainer:
         )
         if model is not None and not config.model_name_or_path:
             config = replace(config, model_name_or_path=model.name_or_path)
-        self._require_parts(config, model, processing_class, train_dataset)
+        parts = {"model_name_or_path": model, "dataset_name": train_dataset}
+        require_given(config, excused=[setting for setting, part in parts.items() if part is not None])
+        if processing_class is None and not config.model_name_or_path:
+            raise ValueError(
+                "processing_class: needed, but not given, because the model does not say where it came from; pass its "
+                "tokenizer, or set model_name_or_path"
+            )
         self.config, self.model, self.processing_class = config, model, processing_class
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.callbacks = Callbacks(config, callbacks)
-
-    @staticmethod
-    def _require_parts(config: TrainConfig, model: object, processing_class: object, train_dataset: object) -> None:
-        if model is None:
-            require_given(config, ("model_name_or_path",))
-        elif processing_class is None and not config.model_name_or_path:
-            raise ValueError(
-                "processing_class: needed, but not given, as the model does not say where it came from; pass its "
-                "tokenizer, or set model_name_or_path"
-            )
-        if train_dataset is None:
-            require_given(config, ("dataset_name",))
 
     def train(self) -> TrainResult:
         """Train from the first step, or from the checkpoint that `config.resume_from_checkpoint` asks for.

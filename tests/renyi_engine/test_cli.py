@@ -222,7 +222,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(sft_flags, tmp_
 def test_a_second_signal_exits_at_once(sft_flags, tmp_path, monkeypatch):
     """The step is made to last an hour, so that only the second signal can end it."""
     program = (
-        "import sys, time; from renyi_engine.sft import SftTask; from renyi_engine.cli import main\n"
+        "import sys, time; from renyi_engine.objectives import SftTask; from renyi_engine.cli import main\n"
         "SftTask.score = lambda *_: (print('in the step', flush=True), [time.sleep(0.05) for _ in range(72000)])\n"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -295,7 +295,7 @@ def test_help_typos_and_settings_do_not_wait_for_torch():
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+    with pytest.raises(AttributeError, match="trian"):
         _ = renyi_engine.trian
 
 

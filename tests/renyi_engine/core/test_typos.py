@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from renyi_engine.core import typos
 from renyi_engine.evaluation import config as eval_config
-from renyi_engine.evaluation import mmlu
+from renyi_engine.evaluation.mmlu import questions
 from renyi_engine.training import config
 
 SETTINGS = {
@@ -93,5 +93,5 @@ def test_a_hint_is_words_or_nothing():
     assert typos.hint("adam_beta", ["adam_beta1", "adam_beta2"]) == "; did you mean 'adam_beta1' or 'adam_beta2'?"
     assert typos.hint("report_to", ["prior_std"]) == ""
     assert typos.hint("anything", []) == ""
-    assert mmlu.questions.SUBJECTS  # their names get hints by the same rule
+    assert questions.SUBJECTS  # their names get hints by the same rule
     assert typos.near_misses("college biology", ["college_biology"]) == ["college_biology"]

@@ -368,7 +368,7 @@ def test_rows_in_the_form_of_sharegpt_and_alpaca_are_told_their_conversion():
 
 def test_the_hash_is_of_content_and_order_and_the_same_in_every_process(tmp_path):
     rows = [{"a": "x", "b": [1, {"c": None}]}, {"a": "é", "when": datetime.date(2024, 1, 31)}]
-    program = f"import datetime; from renyi_engine.rows import content_hash\nprint(content_hash({rows!r}))"
+    program = f"import datetime; from renyi_engine.data import content_hash\nprint(content_hash({rows!r}))"
     done = []
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}

@@ -55,7 +55,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             "split": "held-out",
             "alpha": alpha,
             "example_ids": list(range(N)),
-            "num_tokens": [5] * N,
+            "num_labels": [5] * N,
         }
         (folder / "evaluation.json").write_text(json.dumps({**found, "logp_nats": logp}))
         facts = {"command": f"renyi-engine sft --alpha {alpha}", "versions": {"torch": "2.13"}, "status": "finished"}
@@ -70,7 +70,7 @@ def make_preference_run(make_run: MakeRun) -> MakeRun:
     """A run on preference pairs, in which the particles' accuracies and margins are 0, 1/K, 2/K, ..."""
 
     def make(name: str, K: int = 3, **settings: Any) -> Path:
-        folder = make_run(name, K, **settings)
+        folder = make_run(name, K, kind="dpo", **settings)
         shares = [k / K for k in range(K)]
         lines = []
         for line in read_metrics(folder):

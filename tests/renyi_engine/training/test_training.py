@@ -403,7 +403,7 @@ def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_co
         "save_steps": 4,
         "logging_steps": 3,  # the window of metrics spans a checkpoint
         "lr_scheduler_type": "cosine",
-        "group_by_length": True,
+        "train_sampling_strategy": "group_by_length",
         "prior_lambda": 1.0,
     }
     whole = sft_config(output_dir=str(tmp_path / "whole"), **settings | changed)
