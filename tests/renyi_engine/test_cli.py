@@ -175,7 +175,7 @@ def test_a_data_set_that_memory_ends_in_is_one_line(sft_flags, capsys, monkeypat
         ({"lora_alpha": 1e-300}, "lora_alpha: expected a scaling (lora_alpha / rank) that float32 can hold"),
         ({"output_dir": __file__}, "output_dir: " + __file__ + " cannot be written (it is no folder)"),
         ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
-        ({"report_to": "none"}, "unknown flag '--report_to'; see --help"),
+        ({"push_to_hub": "true"}, "unknown flag '--push_to_hub'; see --help"),
         ({"dry_rum": "none"}, "unknown flag '--dry_rum'; did you mean '--dry_run'?"),
         ({"use_cpu": "perhaps"}, "expected true or false; got 'perhaps'"),
     ],
