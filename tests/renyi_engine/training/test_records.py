@@ -83,7 +83,7 @@ def test_a_folder_of_an_earlier_version_without_the_kind_is_read(sft_config, dpo
 
 def test_a_run_of_one_kind_is_not_resumed_as_another(sft_config, dpo_config):
     run = Path(train(sft_config(max_steps=1)).output_dir)
-    with pytest.raises(ValueError, match=r"started with other settings:.*\n  kind: 'sft' then, 'dpo' now"):
+    with pytest.raises(ValueError, match=r"started with other settings:(?s:.*)\n  kind: 'sft' then, 'dpo' now"):
         train(replace(dpo_config, output_dir=str(run), resume_from_checkpoint="true"))
 
 

@@ -134,7 +134,7 @@ def test_a_run_on_a_given_model_is_resumed_on_the_same_weights_only(sft_config, 
     with torch.no_grad():
         parts["model"].model.norm.weight += 1
     again = replace(config, resume_from_checkpoint="true", max_steps=2)
-    with pytest.raises(ValueError, match="the base model's weights changed: model.norm.weight"):
+    with pytest.raises(ValueError, match=r"the base model's weights changed: model\.norm\.weight"):
         Trainer(again, model=parts["model"]).train()
 
 
