@@ -1,8 +1,8 @@
-"""An ensemble in a training loop of your own: nothing of the trainer, plain PyTorch.
+"""Trains an ensemble in a loop of your own, in plain PyTorch, without the trainer.
 
     python examples/custom_loop.py MODEL_FOLDER
 
-Two people answer every question, one Yes, one No. With alpha = 0.8 the particles are free to take sides.
+Two people answer every question: one says Yes, the other says No. With alpha = 0.8 the particles can take sides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUESTIONS = [f"Should the {place} open on {day}?" for place in ("bank", "zoo") f
 
 
 def make_batch(tokenizer) -> dict[str, torch.Tensor]:
-    """Right-padded input_ids, attention_mask and labels; labels are -100 on the prompt and on the padding."""
+    """input_ids, attention_mask and labels, padded on the right. Labels are -100 on the prompt and on the padding."""
     rows = []
     for question in QUESTIONS:
         prompt = tokenizer(question)["input_ids"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import renyi_engine
-from renyi_engine.core import DoesNotFit, Parser, exit_at_once, first_line, is_out_of_memory, only_text, parse, to_yaml
+from renyi_engine.core import DoesNotFit, Parser, exit_at_once, is_out_of_memory, only_text, parse, reason, to_yaml
 from renyi_engine.critical_alpha import AlphaStarConfig
 from renyi_engine.evaluation import EvalConfig, GenerateConfig, MmluConfig, NllConfig, RefusalConfig
 from renyi_engine.training import DpoConfig, SftConfig, TrainConfig
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, DoesNotFit):
             message = str(error)
         elif is_out_of_memory(error):
-            message = f"{first_line(error)}; smaller batches, shorter sequences or fewer particles need less memory"
+            message = f"{reason(error)}; smaller batches, shorter sequences or fewer particles need less memory"
         else:
             raise
         return _told(prog, message, EXIT_FAILED if options.command in ("sft", "dpo") else EXIT_BAD_INPUT)

@@ -1,10 +1,10 @@
-"""Questions and what people answer to them, made by a small seeded generator. Three kinds:
+"""Makes questions and what people answer to them, from a seed. There are three kinds of questions:
 
     uncontested     "Do ducks need water?"               everybody gives the right answer
     even            "Should the library allow dogs?"     half of the people are for it, half are against
     uneven          "Is rice nicer with ginger?"         four people in five say yes, one says no
 
-Each training question was answered by one person. Which camp that person belongs to is written nowhere: that is what a
+One person answered each training question. The data do not say to which camp this person belongs: that is what a
 particle can specialise in. No held-out question occurs in training.
 """
 
@@ -34,7 +34,7 @@ _ACTIONS = ["allow dogs", "open on Sundays", "ban phones", "charge visitors", "p
 _DISHES = ["rice", "soup", "bread", "salad", "pasta", "tea", "cake", "stew", "fish", "cheese"]
 _EXTRAS = ["ginger", "lemon", "garlic", "honey", "pepper", "mint", "onion"]
 
-# what the first and the second camp say; the second answer to an uncontested question is one that nobody gives
+# what the first and the second camp say; nobody gives the second answer to an uncontested question
 _ANSWERS = {
     "uncontested": ("Always.", "Never."),
     "even": ("Yes, gladly.", "No, never."),
@@ -45,7 +45,7 @@ _SHARE_OF_FIRST = {"uncontested": 1.0, "even": 0.5, "uneven": 0.8}
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers of the first and the second camp, and which of them the person asked in training gave."""
+    """A question, the answers of the first and the second camp, and which of them was given in training."""
 
     kind: str
     text: str
@@ -54,7 +54,7 @@ class Question:
 
     @property
     def share_of_first(self) -> float:
-        """Share of people in the first camp."""
+        """The part of all people who are in the first camp."""
         return _SHARE_OF_FIRST[self.kind]
 
     def row(self, by_first: bool) -> dict:
@@ -66,7 +66,7 @@ class Question:
 
 
 def make_questions(seed: int, num_train: int = 40, num_held_out: int = 20) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) questions, so many of each kind; the camps answer in their exact proportion."""
+    """(training, held-out) questions: so many of each kind, answered by the camps in their exact proportion."""
     rng = random.Random(seed)
     always, never = _ANSWERS["uncontested"]
     texts = {
@@ -91,6 +91,6 @@ def make_questions(seed: int, num_train: int = 40, num_held_out: int = 20) -> tu
 
 
 def write_rows(questions: list[Question], path: Path) -> None:
-    """One conversational prompt + completion row for each question."""
+    """Write a row of prompt and completion, as messages, for each question."""
     rows = [question.row(question.answered_by_first) | {"kind": question.kind} for question in questions]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

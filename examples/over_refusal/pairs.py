@@ -1,4 +1,4 @@
-"""A small sample of a preference data set, split into pairs to train on and pairs held out.
+"""Draws a small sample of a preference data set, and splits it into pairs for training and pairs that are held out.
 
 python examples/over_refusal/pairs.py --output_dir runs/over_refusal
 """
@@ -26,7 +26,7 @@ def main() -> None:
     random.Random(0).shuffle(rows)
     end = options.num_pairs + options.num_held_out
     if len(rows) < end:
-        parser.error(f"--num_pairs, --num_held_out: {options.dataset_name} has {len(rows)} rows, {end} are asked for")
+        parser.error(f"--num_pairs, --num_held_out: expected at most {len(rows)} together (all rows); got {end}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, start, stop in (("train", 0, options.num_pairs), ("held_out", options.num_pairs, end)):
         path = options.output_dir / f"{name}.jsonl"

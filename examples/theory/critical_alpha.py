@@ -1,10 +1,10 @@
-"""Where alpha* lies: a network at a minimum, its critical alpha from derivatives, and particles that part above it.
+"""The critical alpha of a small network, from its derivatives; above it, two particles gain by moving apart.
 
     python examples/theory/critical_alpha.py [--output CRITICAL_ALPHA.png]
 
-A network of two layers fits data that say y = sin(x) or y = -sin(x), at random, where x > 0. Left: what a small step
-of two particles to either side does to the loss, along the direction that alpha* belongs to. Right: alpha* in ever more
-dimensions of the subspace that it is looked for in, as `renyi-engine alpha-star` shows it for an adapter.
+A network of two layers fits data. Where x > 0, each example is y = sin(x) or y = -sin(x), at random. The left picture
+shows how the loss changes when two particles make a small step to either side, along the direction of alpha*. The right
+one shows alpha* in subspaces of more and more dimensions, as `renyi-engine alpha-star` shows it for an adapter.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HIDDEN = 6
 NUM_PARAMETERS = 3 * HIDDEN + 1
 NUM_EXAMPLES = 400
 NOISE_STD = 0.5
-PRIOR_CURVATURE = 1e-3  # lambda / (N sigma_0^2): keeps flat directions from counting
-STEP = 0.05  # of the parameters, whose direction has length 1
+PRIOR_CURVATURE = 1e-3  # lambda / (N sigma_0^2): without it, flat directions would count
+STEP = 0.05  # along a direction of the parameters that has length 1
 HIGHEST_ALPHA = 1.5
 
 TITLE = "Above α*, a step apart lowers the loss"
@@ -39,7 +39,7 @@ EXPLANATION = (
 
 
 class Fit(NamedTuple):
-    """Data x, y [N], and the parameters theta [P] that fit them best."""
+    """The data x and y [N], and the parameters theta [P] that fit them best."""
 
     x: Tensor
     y: Tensor
@@ -47,7 +47,7 @@ class Fit(NamedTuple):
 
 
 def log_likelihood(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """log N(y; f_theta(x), NOISE_STD^2) less its constant, nats: of theta [P] or one for each example [N, P], [N]."""
+    """[N] nats: log N(y; f_theta(x), NOISE_STD^2) without its constant. theta is [P], or [N, P], one per example."""
     first, bias, second, last = theta.split([HIDDEN, HIDDEN, HIDDEN, 1], dim=-1)
     mean = (torch.tanh(x[:, None] * first + bias) * second).sum(dim=-1) + last[..., 0]
     return -(y - mean).square() / (2 * NOISE_STD**2)
@@ -77,7 +77,7 @@ def fit(seed: int = 0) -> Fit:
 
 @cache
 def projection() -> Projection:
-    """H, with the prior's curvature, and G around the fit, in all dimensions."""
+    """H, with the prior's curvature, and G at the fit, in all dimensions."""
     x, y, theta = fit()
 
     def batches(point: Sequence[Tensor], what: str) -> Iterator[Batch]:
@@ -88,7 +88,7 @@ def projection() -> Projection:
 
 
 def gain(alpha: float) -> float:
-    """What two particles at theta +- STEP v lose, over what they lose together: nats an example."""
+    """The loss of two particles at theta +- STEP v, minus their loss when both are at theta: nats per example."""
     x, y, theta = fit()
     found = projection()
     v = found.basis @ found.critical_alpha().direction
@@ -101,7 +101,7 @@ def gain(alpha: float) -> float:
 
 
 def draw() -> Figure:
-    """The change of the loss over alpha, and the growth of alpha* with the subspace."""
+    """The change of the loss over alpha, and alpha* over the dimensions of the subspace."""
     found = projection()
     critical = found.critical_alpha().alpha
     alphas = torch.linspace(0, HIGHEST_ALPHA, 61).tolist()

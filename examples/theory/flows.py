@@ -1,24 +1,24 @@
-"""Particles on a regression with two answers: what alpha and the two priors of section 4.1 do to them.
+"""Particles on a regression with two answers: shows what alpha and the two priors of section 4.1 do to them.
 
     python examples/theory/flows.py [--output FLOWS.png]
 
-Half of the examples say y = x, the other half y = -x, and a particle is one slope: it can explain only half of them.
+Half of the examples say y = x, the other half y = -x. A particle is one slope, so it can explain only one half.
 The particles follow the gradient flow of the engine's own objective, eq. (19) of arXiv 2605.27747, with lambda = 1:
 
     J = (1/N) sum_i loss_alpha(i) + (lambda/N) prior,     d phi_k / dt = -K dJ / d phi_k
 
-All particles at slope 0 is a stationary state. For departures d_k from it that sum to 0,
+If all particles are at slope 0, they do not move. If they are at small distances d_k from it that sum to 0,
 
     J = J(0) + (1/2) (H - alpha G + C) (1/K) sum_k d_k^2 + ...
 
-with H the curvature of the mean NLL, G the mean square of its slope and C the curvature of the prior, which is
-lambda/N (1/sigma_0^2) for the potential and, as its kernel repels, lambda/N (1/sigma_0^2 - 2/h^2) for the smoothed KL.
-The state comes apart above alpha* = (H + C) / G. With a narrow kernel that is negative: at no alpha do all particles
-fall onto one point.
+where H is the curvature of the mean NLL, G the mean square of its derivative, and C the curvature of the prior. C is
+lambda/N (1/sigma_0^2) for the potential, and lambda/N (1/sigma_0^2 - 2/h^2) for the smoothed KL, whose kernel repels.
+The particles come apart above alpha* = (H + C) / G. With a narrow kernel alpha* is negative: then the particles never
+all fall onto one point.
 
-The bandwidth h is a number here, about the distance of neighbours: with a wider one the particles spread as far, but in
-time some pair up. The median heuristic becomes the distance of the modes once there are two, and then the particles of
-one mode fall onto a point.
+The bandwidth h is a number here, about the distance of neighbours. With a wider one the particles spread as far, but
+some pair up after a while. The median heuristic gives the distance of the two modes once there are two, and then the
+particles of one mode fall onto one point.
 
 Layout: K particles, P = 1 parameter of each, N examples.
 """
@@ -42,8 +42,8 @@ NUM_EXAMPLES = 64
 NOISE_STD = 0.8
 PRIOR_WEIGHT, PRIOR_STD = 1.0, 1.0  # lambda, sigma_0
 BANDWIDTH = 0.05  # h; the posterior of one slope has a standard deviation of 0.10
-STEP, NUM_STEPS = 0.025, 800  # of time, in 1/nats
-FACTORS = (0.8, 3.0)  # alpha, in critical alphas of the potential
+STEP, NUM_STEPS = 0.025, 800  # STEP is a time, in 1/nats
+FACTORS = (0.8, 3.0)  # alpha, in multiples of the potential's critical alpha
 PRIORS: dict[PriorName, str] = {"potential": "potential", "smoothed_kl": "smoothed KL"}
 
 TITLE = "One slope between two answers, or specialists for each"
@@ -60,14 +60,14 @@ HAPPENS = (  # in the order of `four_flows`
 
 
 class Data(NamedTuple):
-    """Inputs and answers, each [N]."""
+    """The inputs and the answers, each [N]."""
 
     x: Tensor
     y: Tensor
 
 
 def make_data(seed: int = 0) -> Data:
-    """Every x occurs twice, with an answer and its opposite: the two halves are exactly alike."""
+    """The data. Every x occurs twice, with an answer and with its opposite, so the two halves are exactly alike."""
     generator = torch.Generator().manual_seed(seed)
     x, noise = torch.randn(2, NUM_EXAMPLES // 2, generator=generator, dtype=torch.float64)
     y = x + NOISE_STD * noise
@@ -75,12 +75,12 @@ def make_data(seed: int = 0) -> Data:
 
 
 def log_likelihood(slopes: Tensor, data: Data) -> Tensor:
-    """log N(y; slope x, NOISE_STD^2) less its constant, nats, of slopes [K, 1]: [K, N]."""
+    """[K, N] nats: log N(y; slope x, NOISE_STD^2) without its constant, for slopes [K, 1]."""
     return -(data.y - slopes * data.x).square() / (2.0 * NOISE_STD**2)
 
 
 def critical_alpha(data: Data, prior: PriorName, bandwidth: float = BANDWIDTH) -> float:
-    """alpha* = (H + C) / G of the state where every slope is 0, (13) with the prior's curvature in it."""
+    """alpha* = (H + C) / G if every slope is 0: (13), with the curvature of the prior."""
     curvature = (data.x.square() / NOISE_STD**2).mean()
     squared_score = (data.x * data.y / NOISE_STD**2).square().mean()
     of_prior = 1.0 / PRIOR_STD**2 - (2.0 / bandwidth**2 if prior == "smoothed_kl" else 0.0)
@@ -88,7 +88,7 @@ def critical_alpha(data: Data, prior: PriorName, bandwidth: float = BANDWIDTH) -
 
 
 def objective(slopes: Tensor, data: Data, alpha: float, prior: PriorName, bandwidth: float | None) -> Tensor:
-    """J of slopes [K, 1], a scalar in nats an example."""
+    """J of slopes [K, 1]: a scalar, in nats per example."""
     loss, _ = data_term(log_likelihood(slopes, data), alpha, NUM_EXAMPLES)
     return loss + prior_term(
         prior, [slopes], weight=PRIOR_WEIGHT, num_examples=NUM_EXAMPLES, std=PRIOR_STD, bandwidth=bandwidth
@@ -104,7 +104,7 @@ def flow(
     bandwidth: float | None = BANDWIDTH,
     num_steps: int = NUM_STEPS,
 ) -> Tensor:
-    """The trajectory [num_steps + 1, K, P] of particles that start at [K, P], by Euler's method.
+    """The trajectory [num_steps + 1, K, P] of particles that start at `start` [K, P], by Euler's method.
 
     Args:
         bandwidth: h of the smoothed KL, or None for the median heuristic.
@@ -118,26 +118,26 @@ def flow(
 
 
 def spread_start() -> Tensor:
-    """Slopes [K, 1] that lie as the prior N(0, sigma_0^2) does: the middles of its K equal parts."""
+    """Slopes [K, 1] that are spread as the prior N(0, sigma_0^2) is: the middles of its K equal parts."""
     parts = (torch.arange(NUM_PARTICLES, dtype=torch.float64) + 0.5) / NUM_PARTICLES
     return PRIOR_STD * torch.special.ndtri(parts).unsqueeze(1)
 
 
 def spread(slopes: Tensor) -> float:
-    """Standard deviation over particles, of slopes [K, 1]."""
+    """The standard deviation of slopes [K, 1] over the particles."""
     return slopes.std(correction=0).item()
 
 
 @cache
 def four_flows() -> dict[tuple[PriorName, float], Tensor]:
-    """The trajectories of both priors at both alphas, from one start."""
+    """The trajectories for both priors and both alphas, all from the same start."""
     data = make_data()
     alphas = [factor * critical_alpha(data, "potential") for factor in FACTORS]
     return {(prior, alpha): flow(spread_start(), data, alpha, prior) for prior in PRIORS for alpha in alphas}
 
 
 def draw() -> Figure:
-    """Slopes over time, 2 x 2: a row for each prior, alpha below and above the critical one."""
+    """Slopes over time, in 2 x 2 pictures: a row for each prior, with alpha below and above the critical one."""
     bold: dict[str, Any] = {"color": pictures.INK, "weight": "bold"}
     muted: dict[str, Any] = {"color": pictures.MUTED, "fontsize": pictures.SMALL}
     alpha_star = critical_alpha(make_data(), "potential")
@@ -166,7 +166,7 @@ def draw() -> Figure:
 
 
 def _draw_flow(ax: Any, slopes: Tensor) -> None:
-    """slopes [steps, K]; each ends in a dot. The bars are the slopes of the two halves of the data."""
+    """A line for each of the slopes [steps, K], with a dot at its end, and a bar for each half of the data."""
     time = STEP * torch.arange(len(slopes))
     for mode in (-1.0, 1.0):
         ax.axhline(mode, color=pictures.GRID, linewidth=10, zorder=0)

@@ -1,4 +1,4 @@
-"""Makes the pictures of this folder's page, or those that are named.
+"""Makes all pictures of this folder, or only those that are named.
 
 python examples/theory/make_pictures.py [specialists posterior two_regimes critical_alpha flows] [--output_dir DIR]
 """

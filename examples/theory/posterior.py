@@ -2,12 +2,12 @@
 
     python examples/theory/posterior.py [--output POSTERIOR.png]
 
-Half of the data lie around -1, half around +1, and the model is a normal of known standard deviation and unknown mean:
-it can fit one half only. The means are a grid under a flat prior; lambda = 1. For each alpha, prints how well the
-posterior satisfies (10), and by how much at most its objective exceeds the least possible.
+Half of the data lie around -1, half around +1. The model is a normal distribution of known standard deviation and
+unknown mean, so it can fit only one half. The means are a grid under a flat prior; lambda = 1. For each alpha, the
+script prints how well the posterior satisfies (10), and by how much its objective can at most exceed the minimum.
 
-For departures of the mean from 0 the curvature of the mean NLL is H = 1 / MODEL_STD^2 and the mean squared score
-G = mean(y^2) / MODEL_STD^4: a point mass in the middle comes apart above alpha* = H / G, (13).
+At the mean 0, the curvature of the mean NLL is H = 1 / MODEL_STD^2, and the mean squared score is
+G = mean(y^2) / MODEL_STD^4. A point mass there comes apart above alpha* = H / G, (13).
 
 Layout: M parameters, N examples.
 """
@@ -29,7 +29,7 @@ NUM_EXAMPLES = 24
 NOISE_STD, MODEL_STD = 0.3, 0.7
 GRID = torch.linspace(-2, 2, 201, dtype=torch.float64)
 ALPHAS = [step / 10 for step in range(11)]
-SPACING = 0.62  # of two alphas, in units of density
+SPACING = 0.62  # between the curves of two alphas, in units of density
 
 TITLE = "From one compromise to two camps"
 EXPLANATION = (
@@ -39,7 +39,7 @@ EXPLANATION = (
 
 
 def make_data() -> Tensor:
-    """[N]: two bumps of evenly spaced quantiles, the same every time."""
+    """[N]: two bumps, each of evenly spaced quantiles. They are the same every time."""
     half = NUM_EXAMPLES // 2
     bump = NOISE_STD * torch.special.ndtri((torch.arange(half, dtype=torch.float64) + 0.5) / half)
     return torch.cat([bump - 1, bump + 1])
@@ -52,14 +52,14 @@ def critical_alpha(data: Tensor) -> float:
 
 @cache
 def posteriors() -> dict[float, Posterior]:
-    """By alpha."""
+    """The posterior of each alpha."""
     logp = torch.distributions.Normal(GRID[:, None], MODEL_STD).log_prob(make_data())
     prior = torch.full_like(GRID, 1 / len(GRID))
     return {alpha: self_consistent_posterior(logp, prior, alpha, weight=1.0) for alpha in ALPHAS}
 
 
 def draw() -> Figure:
-    """The posteriors as ridges, alpha upwards, over the data."""
+    """The posteriors as ridges above the data, with alpha upwards."""
     data, critical = make_data(), critical_alpha(make_data())
     with pictures.style():
         figure = Figure(figsize=(6.0, 5.4), facecolor="white")

@@ -1,8 +1,8 @@
-"""Example 1 of the paper: two specialists, one of whom knows the answer, against a generalist who half knows it.
+"""Example 1 of the paper: two specialists, of whom one knows the answer, against a generalist who half knows it.
 
     python examples/theory/specialists.py [--output SPECIALISTS.png]
 
-Prints the alpha above which the specialists have the lower loss, for three generalists, and draws both sides.
+For three generalists, the script prints the alpha above which the specialists have the lower loss, and draws it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def thresholds() -> list[float]:
 
 
 def draw() -> Figure:
-    """Loss over alpha: the specialists' curve and the generalists' lines."""
+    """Loss over alpha: a curve for the specialists, and a line for each generalist."""
     alphas = torch.linspace(0, HIGHEST_ALPHA, 301).tolist()
     losses = [renyi_reduce(log_likelihoods(*SPECIALISTS), alpha).loss.item() for alpha in alphas]
     with pictures.style():
@@ -64,7 +64,7 @@ def draw() -> Figure:
 
 
 def _draw_generalist(ax: Any, likelihood: float, alpha: float) -> None:
-    """Its line, what becomes of it, and the crossing at `alpha` where there is one."""
+    """The generalist's line, a verdict, and the crossing at `alpha` if there is one."""
     nll, crossed = -math.log(likelihood), 0.0 < alpha < math.inf
     verdict = f"beaten above α = {alpha:.4g}" if crossed else "never beaten" if alpha else "beaten at every α"
     colour = INK if crossed else MUTED

@@ -3,7 +3,7 @@
     python examples/theory/two_regimes.py [--output TWO_REGIMES.png]
 
 The model is a line with a kink at 0 and noise of known size. In the contaminated data, 30 of 100 examples right of 0
-follow a steeper line. Prints the critical alpha of both, and the Gaussian posterior that is fitted to each.
+follow a steeper line. The script prints the critical alpha of both, and the Gaussian posterior that is fitted to each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPLANATION = (
 
 
 class Fitted(NamedTuple):
-    """One kind of data, [N] each, and the posterior of least loss."""
+    """One kind of data, x and y [N], and the posterior with the least loss."""
 
     world: TwoRegimes
     x: Tensor
@@ -46,7 +46,7 @@ class Fitted(NamedTuple):
 
 @cache
 def fits() -> dict[str, Fitted]:
-    """By the name of the data. Both kinds share inputs and noise."""
+    """The fit to each kind of data. Both kinds share inputs and noise."""
     fitted = {}
     for name, world in WORLDS.items():
         x, y = world.sample(NUM_EXAMPLES, torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def fits() -> dict[str, Fitted]:
 
 
 def draw() -> Figure:
-    """Data, predictive mean and both bands: clean data left, contaminated data right."""
+    """Data, predictive mean and both bands. Clean data are left, contaminated data right."""
     with pictures.style():
         figure = Figure(figsize=(6.0, 4.3), facecolor="white")
         grid = figure.subplots(1, 2, sharex=True, sharey=True)

@@ -7,7 +7,6 @@ from .command_line import parse as parse
 from .files import read_json as read_json
 from .files import write_text as write_text
 from .memory import DoesNotFit as DoesNotFit
-from .memory import first_line as first_line
 from .memory import is_out_of_memory as is_out_of_memory
 from .memory import must_fit as must_fit
 from .memory import size_of_memory as size_of_memory
@@ -16,7 +15,6 @@ from .messages import some as some
 from .output_folder import CONFIG_FILE as CONFIG_FILE
 from .progress import TrainingProgress as TrainingProgress
 from .progress import track as track
-from .progress import use_plain_warnings as use_plain_warnings
 from .settings import SQUARABLE as SQUARABLE
 from .settings import changes as changes
 from .settings import flag as flag
@@ -29,6 +27,7 @@ from .settings import to_dict as to_dict
 from .settings import to_yaml as to_yaml
 from .signals import StopSignals as StopSignals
 from .signals import exit_at_once as exit_at_once
-from .software import versions as versions
+from .software_versions import versions as versions
 from .terminal import one_line as one_line
 from .terminal import only_text as only_text
+from .terminal import use_plain_warnings as use_plain_warnings

@@ -44,7 +44,7 @@ class Source:
     Attributes:
         path: the --config file, or None.
         names: the settings that have their value from that file.
-        setting_of: of an argument of the Python API, the setting that its value comes from, as "lora_r" of "rank".
+        setting_of: of an argument of the Python API, the setting that its value comes from, as "lora_r" of "r".
     """
 
     path: Path | None

@@ -1,4 +1,4 @@
-"""A folder of results: one process at a time writes into it, and what it holds already is not written over."""
+"""A folder of results: one process at a time writes into it, and nothing in it is overwritten."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from renyi_engine.core import files
 from renyi_engine.core.messages import some
 
 CONFIG_FILE = "config.yaml"
-"""The settings of the command that wrote the folder, as resolved."""
+"""The file with the settings of the command that wrote the folder, defaults included."""
 LOCK_FILE = ".lock"
-"""An empty file. The lock on it ends with the process that holds it, however that ends; a kill leaves the file."""
+"""An empty file that a writing process locks. The lock ends with the process; a killed process leaves the file."""
 
 
 @contextmanager
 def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
-    """Make `path` if need be. Inside the block, no other process writes results into it.
+    """Make the folder if it is not there. Inside the block, no other process writes results into it.
 
     Raises:
-        ValueError, naming `argument`: it is not free, see `require_free`; cannot be written; another process is writing
-            into it.
+        ValueError: the folder holds something (see `require_free`), cannot be written, or another process is writing
+            into it. The message names `argument`.
     """
     with locked(path, argument):
         require_free(path, argument)
@@ -36,8 +36,8 @@ def claimed(path: Path, argument: str = "output_dir") -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
-    """`claimed` without a look at what the folder holds, for a command that can continue its own earlier work. Such a
-    command checks the folder itself, and calls `clear_away_leftovers` once it knows that the folder is its own."""
+    """Like `claimed`, but the folder may hold something: for a command that continues its own earlier work. It checks
+    the folder itself, and calls `clear_away_leftovers` once it knows that the folder is its own."""
     lock = FileLock(files.make_folder(path, argument) / LOCK_FILE, timeout=0)
     try:
         lock.acquire()
@@ -58,7 +58,7 @@ def locked(path: Path, argument: str = "output_dir") -> Iterator[Path]:
 
 
 def require_free(path: Path, argument: str = "output_dir") -> None:
-    """ValueError, naming `argument`, unless the folder is empty. Hidden files do not count."""
+    """Raise ValueError, which names `argument`, if the folder holds anything. Hidden files do not count."""
     held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     if held:
         raise ValueError(
@@ -68,8 +68,8 @@ def require_free(path: Path, argument: str = "output_dir") -> None:
 
 
 def clear_away_leftovers(folder: Path) -> None:
-    """Remove what was half written when its writer was killed. Links to other folders are not followed, and a folder
-    below that another command writes, or was killed in, is left to the next writer there."""
+    """Remove the unfinished files and folders of a writer that was killed, and warn of each. Links are not followed. A
+    folder inside that has its own lock file belongs to another command, and is left to the next writer there."""
     for directory, names_of_folders, names_of_files in os.walk(folder):
         names_of_folders[:] = [name for name in names_of_folders if not Path(directory, name, LOCK_FILE).exists()]
         for name in [name for name in names_of_folders + names_of_files if name.startswith(files.TEMPORARY)]:
@@ -79,4 +79,4 @@ def clear_away_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-            warnings.warn(f"{leftover}: removed; its writer was killed before it was finished", stacklevel=2)
+            warnings.warn(f"{leftover}: removed; its writer was killed before this was finished", stacklevel=2)

@@ -1,11 +1,10 @@
-"""What a person sees while training: a live display on a terminal, plain lines elsewhere."""
+"""How a person sees that a command works: a live display on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
 import datetime
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,14 +21,14 @@ from renyi_engine.core.terminal import visible
 T = TypeVar("T")
 
 LONGEST_ETA_S = 10**10
-"""The longest ETA that is shown: 300 years. --max_steps may be a number that no run reaches."""
+"""The longest remaining time that is shown, 300 years: --max_steps may be a number that no run reaches."""
 
 QUIET_S = 30.0
-"""Seconds from one line to the next where there is no terminal."""
+"""How many seconds pass from one line to the next where there is no terminal."""
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items one by one, with a bar on a terminal and a line at the start and every half minute elsewhere."""
+    """The items one by one. A terminal shows a bar; elsewhere a line is printed at the start and every half minute."""
     console = _console()
     what = visible(what)
     if console.is_terminal:
@@ -46,12 +45,15 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def _console() -> Console:
-    """On standard error itself, past `only_text`: a display has to steer the terminal."""
+    """A console on standard error itself, not on the stream of `only_text`: a display has to control the terminal."""
     return Console(file=getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 class TrainingProgress:
-    """Steps, loss, mixture NLL, ESS, tokens/s and ETA. Warnings are printed above the display, one line each."""
+    """The display of a training: steps, loss, the task's headline, ESS, tokens/s and remaining time.
+
+    Messages are printed above it, one line each.
+    """
 
     def __init__(self, total_steps: int, done_steps: int, num_particles: int, console: Console | None = None) -> None:
         self.console = console or _console()
@@ -61,7 +63,7 @@ class TrainingProgress:
         self._started = time.monotonic()
         self._live: Live | None = None
         if self.console.is_terminal:
-            # two rows: side by side they do not fit a terminal of 80 columns
+            # in two rows, because a terminal of 80 columns has no room for both side by side
             self._bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._task = self._bar.add_task("training", total=total_steps, completed=done_steps)
             self._numbers = Text()
@@ -79,12 +81,13 @@ class TrainingProgress:
             self._live.stop()
 
     def advance(self, step: int) -> None:
+        """Show that `step` steps are done."""
         self._done = step
         if self._live:
             self._bar.update(self._task, completed=step)
 
     def show(self, metrics: Mapping[str, Any], headline: str) -> None:
-        """Show a line of training metrics, of which `headline` is what matters to the task."""
+        """Show the metrics of training. `headline` is what matters most to the task, in words."""
         numbers = (
             f"loss {metrics['loss_nats']:.3f} nats  {headline}  "
             f"ESS {metrics['ess_particles']:.2f}/{self._num_particles}  "
@@ -96,6 +99,7 @@ class TrainingProgress:
             self._print(f"step {self._done}/{self._total}  {numbers}  ETA {self._eta()}")
 
     def say(self, message: str) -> None:
+        """Print a message above the display."""
         self._print(message)
 
     def _print(self, message: str) -> None:
@@ -104,14 +108,3 @@ class TrainingProgress:
     def _eta(self) -> str:
         rate = (time.monotonic() - self._started) / max(self._done - self._first, 1)
         return str(datetime.timedelta(seconds=min(round(rate * (self._total - self._done)), LONGEST_ETA_S)))
-
-
-def plain_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return visible(f"warning: {message}\n")
-
-
-def use_plain_warnings() -> None:
-    """Print warnings as one line, without the source line that raised them."""
-    warnings.formatwarning = plain_warning

@@ -1,4 +1,4 @@
-"""Stopping a run from outside without losing a step."""
+"""What Ctrl-C and SIGTERM do: a run ends without losing a step, and an import ends at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 
 class StopSignals:
-    """Inside the block SIGINT and SIGTERM only set `received`; a second one exits at once. Handlers are put back after.
+    """Inside the block, the first SIGINT or SIGTERM only sets `received`. A second one ends the process at once.
 
-    Outside the main thread, where Python does not allow signal handlers, nothing changes.
+    Python allows signal handlers only in the main thread. In another thread, the block changes nothing.
     """
 
     received = 0
@@ -39,8 +39,8 @@ class StopSignals:
 
 @contextmanager
 def exit_at_once(exit_code: int, message: str) -> Iterator[None]:
-    """Inside the block SIGINT ends the process with `message`. For imports: code in C that Python code is called from
-    may turn a KeyboardInterrupt into another error, or lose it."""
+    """Inside the block, SIGINT ends the process with `message`. It is meant for imports, as these call C code, which
+    may lose a KeyboardInterrupt or make another error of it."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         os.write(sys.stderr.fileno(), f"{message}\n".encode())

@@ -1,8 +1,8 @@
-"""Makes control characters visible before they are printed, so that text of others cannot steer the terminal.
+"""Makes control characters visible before they are printed, so that text of other people cannot control the terminal.
 
-Data, models, files and error messages that quote them may hold control characters: an escape that clears the screen,
-renames the window or hides a line, or a mark that makes a terminal write from right to left. They are written out, as
-in "\\x1b". Text of any language and emoji stay as they are.
+Data, models and files may hold control characters, and error messages quote them. Such a character may clear the
+screen, rename the window, hide a line, or make the terminal write from right to left. It is printed as a code, such as
+"\\x1b". Text of any language and emoji stay as they are.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, Any, cast
 
-# C0 but tab and newline, delete and C1; Unicode's line ends; marks that turn the direction of writing; surrogates
+# C0 without tab and newline, delete, and C1; Unicode's line ends; marks that change the direction; surrogates
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """`text` with every character that steers a terminal written out, as in "\\\\x1b"; tab and newline stay."""
+    """`text` with a code such as "\\\\x1b" for every character that controls a terminal. Tab and newline stay."""
     return _STEERS.sub(_written_out, text)
 
 
 def one_line(text: str) -> str:
-    """`visible`, with tab and newline written out too: for a cell of a table, or a label."""
+    """Like `visible`, but tab and newline become codes too. It is meant for a cell of a table, or a label."""
     return visible(text).replace("\t", "\\t").replace("\n", "\\n")
 
 
@@ -35,22 +36,22 @@ def _written_out(found: re.Match[str]) -> str:
 
 @contextmanager
 def only_text() -> Iterator[None]:
-    """Inside, all that is printed is made `visible`: results, warnings, errors, and what libraries say.
+    """Inside the block, everything that is printed is made `visible`: results, warnings, errors, what libraries say.
 
-    A progress display has to steer the terminal. It goes past this, to `rich_proxied_file`, a name that rich knows
-    too; what it is told has to be made `visible` before.
+    A progress display has to control the terminal. So it writes to `rich_proxied_file`, the stream itself, under a name
+    that rich knows too. What the display is told, it makes `visible` first.
     """
     out, err = (cast(IO[str], _Visible(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
-        except Exception:  # Python would print it after this block
+        except Exception:  # Python would print it after this block, and not make it visible
             traceback.print_exc()
             raise SystemExit(1) from None
 
 
 class _Visible:
-    """A stream that makes everything `visible` before it writes it. It is no terminal, so libraries send no colours."""
+    """A stream that makes text `visible` and writes it. It says that it is no terminal, so nobody sends colours."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -70,3 +71,8 @@ class _Visible:
 
     def isatty(self) -> bool:
         return False
+
+
+def use_plain_warnings() -> None:
+    """Print every warning from now on in one line, without the source line that raised it."""
+    warnings.formatwarning = lambda message, *_, **__: visible(f"warning: {message}\n")

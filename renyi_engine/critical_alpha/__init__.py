@@ -1,4 +1,4 @@
-"""The critical alpha of a trained adapter (paper 3.3): from which alpha on particles that start there move apart."""
+"""The critical alpha of a trained adapter (paper 3.3): above it, particles that start there move apart."""
 
 import lazy_loader
 

@@ -2,8 +2,8 @@ from .alpha_star import find_alpha_star as find_alpha_star
 from .config import AlphaStarConfig as AlphaStarConfig
 from .curvature import estimate_alpha_star as estimate_alpha_star
 from .curvature import project_adapter as project_adapter
-from .stability import Batch as Batch
-from .stability import CriticalAlpha as CriticalAlpha
-from .stability import Projection as Projection
-from .stability import critical_alpha as critical_alpha
-from .stability import project as project
+from .derivatives import Batch as Batch
+from .projection import CriticalAlpha as CriticalAlpha
+from .projection import Projection as Projection
+from .projection import critical_alpha as critical_alpha
+from .subspace import project as project

@@ -1,4 +1,4 @@
-"""alpha-star: from which alpha on would particles that start at one adapter part, and over which examples (paper 3.3)?
+"""`renyi-engine alpha-star`: above which alpha particles that start at one adapter part, and over which examples.
 
 Layout: N examples, P parameters of the adapter, m dimensions of the subspace.
 """
@@ -17,7 +17,8 @@ from renyi_engine import base_model
 from renyi_engine.core import CONFIG_FILE, files, output_folder, seeding, to_yaml
 from renyi_engine.critical_alpha.config import AlphaStarConfig
 from renyi_engine.critical_alpha.curvature import particle, project_adapter
-from renyi_engine.critical_alpha.stability import CriticalAlpha, Projection, parts_of
+from renyi_engine.critical_alpha.derivatives import parts_of
+from renyi_engine.critical_alpha.projection import CriticalAlpha, Projection
 from renyi_engine.data import Example, excerpt, load_splits
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives import SftTask, check_fits, describe_rows, potential_curvature, read_items
@@ -32,13 +33,13 @@ WHAT_H_IS = {"hessian": "the whole Hessian", "gauss_newton": "the Gauss-Newton p
 
 @dataclass(frozen=True)
 class Driver:
-    """What an example contributes to the direction v of the critical alpha.
+    """What an example contributes to the direction v of the critical alpha (paper 3.3).
 
     Attributes:
         row: its number in the data set.
-        share: of v'Gv, the mean squared slope.
-        slope: d s / d v, nats a unit of v; examples of opposite sign pull apart.
-        curvature: of -s along v, nats a squared unit.
+        share: its part of v'Gv, the mean squared slope, from 0 to 1.
+        slope: d s / d v, nats for a unit of v. Examples whose slopes have opposite signs pull particles apart.
+        curvature: of -s along v, nats for a squared unit of v.
     """
 
     row: int
@@ -49,12 +50,15 @@ class Driver:
 
 
 def find_alpha_star(config: AlphaStarConfig) -> str:
-    """Estimate the critical alpha of one adapter on a data set; results.json, examples.csv, the direction and
-    report.html go to `config.output_dir`. Returns what was found, in a few lines.
+    """Estimate the critical alpha of one adapter on a data set. results.json, examples.csv, direction.safetensors and
+    report.html are written into `config.output_dir`.
+
+    Returns:
+        What was found, in a few lines of text.
 
     Raises:
-        ValueError: the data, the model or the adapter cannot be used; the model cannot be differentiated twice; or
-            output_dir holds something.
+        ValueError: the data, the model or the adapter cannot be used, the model cannot be differentiated twice, or
+            output_dir is not empty.
     """
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", AlphaStarConfig.dataset_split)
@@ -95,15 +99,15 @@ def find_alpha_star(config: AlphaStarConfig) -> str:
 
 
 def _load(config: AlphaStarConfig) -> tuple[LoraEnsemble, list[Tensor], float | None]:
-    """Places for copies, a batch of them; the adapter; and the alpha that it was trained at, where that is known."""
+    """(an ensemble that lends places for the copies of a batch, the adapter, the alpha of its training if known)."""
     model = base_model.load_model(config)
     shape, adapter, alpha = config.adapters(num_particles=1, seed=config.seed), None, None
     if config.ensemble:
         ensemble = LoraEnsemble.from_pretrained(model, config.ensemble)
         if config.particle >= ensemble.config.num_particles:
             raise ValueError(
-                f"particle: {config.ensemble} holds {ensemble.config.num_particles}, counted from 0; "
-                f"got {config.particle}"
+                f"particle: expected 0 to {ensemble.config.num_particles - 1}, the particles that {config.ensemble} "
+                f"holds; got {config.particle}"
             )
         shape, adapter, alpha = ensemble.config, particle(ensemble, config.particle), ensemble.alpha
         ensemble.detach()
@@ -115,7 +119,7 @@ def _load(config: AlphaStarConfig) -> tuple[LoraEnsemble, list[Tensor], float | 
 def _drivers(
     projection: Projection, found: CriticalAlpha, examples: Sequence[Example], texts: Sequence[str]
 ) -> list[Driver]:
-    """Of every example, the largest share first."""
+    """One for each example, the largest share first."""
     v = found.direction
     slopes = projection.scores @ v
     curvatures = torch.einsum("a,nab,b->n", v, projection.curvatures, v)

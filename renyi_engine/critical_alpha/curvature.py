@@ -1,8 +1,8 @@
-"""Derivatives of a language model in the parameters of one LoRA adapter, of every example by itself.
+"""The curvature of a language model around one LoRA adapter, from derivatives of every example by itself.
 
-An ensemble of K equal particles, of which each sees an example of its own, is K copies of one adapter: the gradient of
-particle k is the gradient of example k. The ops run on their reference path and attention as plain products, which can
-be differentiated to any order.
+K equal particles are K copies of one adapter. If each particle reads an example of its own, the gradient of particle k
+is the gradient of example k. The ops take their reference path, and attention runs as plain products: both can be
+differentiated to any order.
 
 Layout: K particles, N examples.
 """
@@ -18,16 +18,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from renyi_engine.core import seeding, track
-from renyi_engine.critical_alpha.stability import Batch, Projection, project
+from renyi_engine.critical_alpha.derivatives import Batch
+from renyi_engine.critical_alpha.projection import Projection
+from renyi_engine.critical_alpha.subspace import project
 from renyi_engine.data import longest_first
 from renyi_engine.ensemble import LoraEnsemble, Rows
 from renyi_engine.objectives import Item, Task, evaluate, length
 from renyi_kernels import use_backend
 
 CurvatureName = Literal["hessian", "gauss_newton"]
-ESTIMATE_EXAMPLES = 32
-ESTIMATE_DIMS = 8
-"""What an estimate during training looks at."""
+ESTIMATE_EXAMPLES, ESTIMATE_DIMS = 32, 8
+"""How many examples and dimensions an estimate during training uses."""
 
 
 def project_adapter(
@@ -42,20 +43,21 @@ def project_adapter(
     seed: int = 0,
     quiet: bool = False,
 ) -> tuple[Projection, list[Tensor]]:
-    """H and G of the task's log-likelihoods around one adapter; rows of the result are in the order of `items`.
+    """H and G of the task's log-likelihoods around one adapter. The examples of the result are in the order of `items`.
 
     Args:
-        ensemble: lends its K particles as places for copies; K examples are met at a time. It is left as it was.
+        ensemble: lends its K particles as places for copies: K examples are computed at a time. It is restored after.
         adapter: its values, one [...] for each [K, ...] of `ensemble.parameters()`; see `particle`.
-        num_dims: m. prior_curvature, seed: see `stability.project`, whose check a base below fp32 cannot have.
-        curvature: "hessian", as the paper has it, which curves downwards along some directions of any network that is
-            not at a minimum; or "gauss_newton" with the final hidden states as outputs, positive semidefinite for
+        num_dims: m.
+        prior_curvature, seed: see `subspace.project`. Its check is left out if the base computes below fp32.
+        curvature: "hessian", as in the paper: it curves downwards along some directions of every network that is not at
+            a minimum. Or "gauss_newton", with the final hidden states as outputs: it is positive semidefinite for
             supervised log-likelihoods.
         quiet: show no progress.
 
     Returns:
-        The projection, and the point it is around: `adapter`, or where its B are all zero the B alone. There A moves
-        nothing: the likelihood is flat along it, and bilinear in A and B together.
+        The projection, and the point that it is around. The point is `adapter`, or its B alone if all its B are zero:
+        there the likelihood is flat along A, and bilinear in A and B together.
 
     Raises:
         ValueError: a part of the model cannot be differentiated twice, or a derivative is not finite.
@@ -71,7 +73,7 @@ def project_adapter(
         copies = slots[moved]
         _fill(copies, point)
         for part in track(parts, what) if what and not quiet else parts:
-            # a last, short batch is filled up; what fills it is not looked at
+            # a short last batch is filled up with copies, whose scores are dropped
             batch = task.collate([items[i] for i in part + part[-1:] * (K - len(part))])
             s = task.score(ensemble, batch).logp.view(K)[: len(part)]
             yield Batch(copies, s, hidden.pop() if curvature == "gauss_newton" else None)
@@ -104,18 +106,18 @@ def project_adapter(
 
 
 def particle(ensemble: LoraEnsemble, k: int) -> list[Tensor]:
-    """The values of particle k: A and B of every adapted map in turn."""
+    """The values of particle k: A and B of each adapted map in turn."""
     return [stack[k].detach().clone() for stack in ensemble.parameters()]
 
 
 def estimate_alpha_star(
     ensemble: LoraEnsemble, task: Task, items: Sequence[Item], *, prior_curvature: float, seed: int
 ) -> float:
-    """A quick critical alpha for training: of some of the `items`, around the particle that explains them best."""
+    """A quick estimate during training: from some of the `items`, around the particle that explains them best."""
     chosen = torch.randperm(len(items), generator=seeding.generator(seed))[:ESTIMATE_EXAMPLES].tolist()
     examples = [items[i] for i in chosen]
     logp = evaluate(ensemble, task, examples, batch_size=ensemble.config.num_particles).logp
-    # a broken particle must not stand for the others
+    # a particle with NaN is never the best one
     best = particle(ensemble, int(logp.mean(dim=1).nan_to_num(nan=-torch.inf).argmax()))
     projection, _ = project_adapter(
         ensemble, best, task, examples, ESTIMATE_DIMS, prior_curvature=prior_curvature, seed=seed, quiet=True
@@ -125,6 +127,6 @@ def estimate_alpha_star(
 
 @torch.no_grad()
 def _fill(slots: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put a value into every slot [K, ...]: one [...] for all K, or K of them."""
+    """Copy a value into every slot [K, ...]: one [...] for all K, or K of them."""
     for slot, value in zip(slots, values, strict=True):
         slot.copy_(value)

@@ -1,4 +1,4 @@
-"""From the rows of a data set to batches of tokens: reading files, rendering chats, encoding text, padding."""
+"""From the rows of a data set to batches of tokens: reads files, writes chats as text, makes tokens, and pads."""
 
 import lazy_loader
 

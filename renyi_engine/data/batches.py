@@ -1,4 +1,4 @@
-"""From token sequences to batches: their order by length, and their padding.
+"""From token sequences to batches: sorts them by length, and pads them.
 
 Layout: B sequences, T tokens.
 """
@@ -17,34 +17,33 @@ from renyi_kernels import IGNORE_INDEX
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded input_ids, attention_mask and labels, each [B, T]."""
-
-    def pad(rows: Iterable[list[int]], value: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-
+    """input_ids, attention_mask and labels, each [B, T], with the padding on the right."""
     return {
-        "input_ids": pad((e.input_ids for e in examples), pad_token_id),
-        "attention_mask": pad(([1] * len(e.input_ids) for e in examples), 0),
-        "labels": pad((e.labels for e in examples), IGNORE_INDEX),
+        "input_ids": _pad((e.input_ids for e in examples), pad_token_id, "right"),
+        "attention_mask": _pad(([1] * len(e.input_ids) for e in examples), 0, "right"),
+        "labels": _pad((e.labels for e in examples), IGNORE_INDEX, "right"),
     }
 
 
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), each [B, T], of prompts to be continued: the padding is on the left."""
+    return _pad(prompts, pad_token_id, "left"), _pad(([1] * len(ids) for ids in prompts), 0, "left")
+
+
+def _pad(rows: Iterable[Sequence[int]], value: int, side: str) -> Tensor:
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
 def longest_first(lengths: Iterable[int]) -> list[int]:
-    """Indices by falling length: batches are of similar length, and what does not fit into memory fails at once."""
+    """The indices from the longest to the shortest. So the sequences of a batch are of similar length, and if one does
+    not fit into memory, the first batch shows it."""
     lengths = list(lengths)
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), each [B, T], of prompts to be continued."""
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    return input_ids, mask
-
-
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, or else its end-of-sequence token: padding is masked, so either will do."""
+    """The tokenizer's pad token, or else its end-of-sequence token. Padding is masked, so either does."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)

@@ -1,7 +1,7 @@
-"""From the text or chat of a row to tokens: which stand for the prompt, which are learnt.
+"""From the text or the chat of a row to tokens, and which of these are learnt.
 
-Every text becomes tokens here: in training, in evaluation, in generation. So a text has one BOS where the tokenizer
-adds one, one EOS at the end if it is learnt, and no EOS if it is to be continued.
+Every text becomes tokens here: in training, in evaluation, in generation. So one rule holds everywhere. A text begins
+with one BOS if the tokenizer adds one. A text that is learnt ends with one EOS; a text to be continued has none.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine.data.chat import (
-    ChatTemplate,
-    Context,
-    Span,
-    common_prefix,
-    is_conversation,
-    read_context,
-    read_messages,
-)
-from renyi_engine.data.examples import Dropped, unexpected
+from renyi_engine.data.chat_template import ChatTemplate, Span
+from renyi_engine.data.columns import require_field
+from renyi_engine.data.conversation import Context, is_conversation, read_context, read_messages
+from renyi_engine.data.examples import Dropped
+from renyi_engine.data.turns import assistant_turns, common_prefix, completion_turns
 from renyi_kernels import IGNORE_INDEX
 
 Labelled = tuple[list[int], list[int]]
-"""Tokens, and the labels beside them: the token where it is learnt, -100 where it is not."""
+"""Tokens, and one label for each: the token itself if it is learnt, else -100."""
 
 
 class Encoder:
-    """A tokenizer with its chat template. Errors name the row they are about."""
+    """Makes tokens, with a tokenizer and its chat template. Errors name the row."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -38,16 +33,16 @@ class Encoder:
     # ------------------------------------------------------------------ text
 
     def prompt(self, text: str) -> list[int]:
-        """Tokens of a text that is to be continued."""
+        """The tokens of a text that is to be continued."""
         return self._opened(self._tokens(text))
 
     def text(self, text: str) -> Labelled:
-        """A text, all of which is learnt, and so is the EOS at its end."""
+        """The tokens of a text that is learnt as a whole, with the EOS at its end."""
         ids = self._ended(self.prompt(text))
         return ids, list(ids)
 
     def completed_text(self, prompt: str, completion: str) -> Labelled:
-        """Prompt and completion as one text, of which the completion and its end are learnt."""
+        """The tokens of prompt and completion as one text. The completion is learnt, and so is the EOS after it."""
         text = prompt + completion
         alone = _Tokenized(self._tokenizer, text)
         whole = self._opened(alone.ids)
@@ -58,34 +53,34 @@ class Encoder:
     # ------------------------------------------------------------------ chat
 
     def question(self, text: str, context: Context | None = None) -> list[int]:
-        """Tokens that ask for an answer: the text as the user's turn if there is a chat template, or as it is."""
+        """The tokens that ask for an answer: the text as a turn of the user, or alone if there is no chat template."""
         if not self._tokenizer.chat_template:
             return self.prompt(text)
         asked = [{"role": "user", "content": text}]
         return self._tokens(self._template.render(asked, context, add_generation_prompt=True))
 
     def conversation(self, number: int, row: Mapping[str, Any], column: str) -> Labelled:
-        """The messages in `column`, of which every turn of the assistant is learnt.
+        """The tokens of the messages in `column`. Every turn of the assistant is learnt.
 
         Raises:
-            ValueError: a message or a column beside it has another form. Dropped: where a turn begins or
-                ends cannot be found.
+            ValueError: a message, or a column beside the messages, is not what it should be.
+            Dropped: the assistant has no turn, or where a turn begins or ends cannot be found.
         """
         messages = read_messages(number, column, row[column])
         if not any(message["role"] == "assistant" for message in messages):
             raise Dropped("no token to learn: the assistant has no turn")
-        text, spans = self._template.answers(messages, read_context(number, row))
+        text, spans = assistant_turns(self._template, messages, read_context(number, row))
         return self._with_spans(text, spans)
 
     def completed(self, number: int, prompt: Any, completion: Any, column: str, row: Mapping[str, Any]) -> Labelled:
-        """Prompt and completion, both strings or both lists of messages, of which the completion is learnt.
+        """The tokens of a prompt and a completion: both are strings, or both are lists of messages.
 
-        They become tokens together: where that merges the last token of the prompt with the first of the completion,
-        the merged token is learnt. `column` holds the completion; `row` may hold `CONTEXT_COLUMNS`.
+        They become tokens together. The completion is learnt. Where its beginning and the end of the prompt become one
+        token, that token is learnt too. `column` names the completion; `row` may hold `CONTEXT_COLUMNS`.
 
         Raises:
-            ValueError: a field is missing or of another kind than the other. Dropped: where the completion begins
-                cannot be found.
+            ValueError: a field is missing, or prompt and completion are of different kinds.
+            Dropped: where the completion begins cannot be found.
         """
         if isinstance(completion, str):
             require_field(isinstance(prompt, str), number, "prompt", f"a string, as the {column} is", prompt)
@@ -94,20 +89,20 @@ class Encoder:
         require_field(good, number, column, "a string or a list of messages", completion)
         require_field(is_conversation(prompt), number, "prompt", f"a list of messages, as the {column} is", prompt)
         asked, said = read_messages(number, "prompt", prompt), read_messages(number, column, completion)
-        text, spans = self._template.completion(asked, said, read_context(number, row))
+        text, spans = completion_turns(self._template, asked, said, read_context(number, row))
         return self._with_spans(text, spans)
 
     # ------------------------------------------------------------------ tokens
 
     def _tokens(self, text: str) -> list[int]:
-        """Tokens of the text alone: nothing is added."""
+        """The tokens of the text, to which the tokenizer adds nothing."""
         return _Tokenized(self._tokenizer, text).ids
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
+        """The tokens that the tokenizer puts before a text, and those that it puts after it."""
         text = "a"
-        if not self._tokens(text):  # not every vocabulary has letters
+        if not self._tokens(text):  # some vocabularies have no such letter
             words = self._tokenizer.get_vocab().keys() - self._tokenizer.get_added_vocab().keys()
             text = next(filter(self._tokens, sorted(words)), text)
         alone, whole = self._tokens(text), list(self._tokenizer(text)["input_ids"])
@@ -115,23 +110,23 @@ class Encoder:
             if whole[start : start + len(alone)] == alone:
                 return whole[:start], whole[start + len(alone) :]
         raise ValueError(
-            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of {text!r} with special tokens and {alone} "
-            "without; expected the same tokens in the middle"
+            f"tokenizer: {self._tokenizer.name_or_path} makes {whole} of {text!r} with special tokens, and {alone} "
+            "without; expected the second inside the first; use a tokenizer that only adds tokens around a text"
         )
 
     def _opened(self, ids: list[int]) -> list[int]:
-        """The tokens, beginning with what the tokenizer puts before a text, once."""
+        """The tokens, with what the tokenizer puts before a text in front of them, but not twice."""
         opening = self._added[0]
         return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """The tokens, ending in the end-of-sequence token, or where there is none in what the tokenizer adds."""
+        """The tokens, with the end-of-sequence token after them, or else what the tokenizer puts there; not twice."""
         eos = self._tokenizer.eos_token_id
         end = self._added[1] if eos is None else [eos]
         return ids if not end or ids[-len(end) :] == end else [*ids, *end]
 
     def _with_spans(self, text: str, spans: Sequence[Span]) -> Labelled:
-        """Tokens of a rendered conversation, of which the spans are learnt."""
+        """The tokens of a conversation as one string. What stands in the spans is learnt."""
         tokenized = _Tokenized(self._tokenizer, text)
         labels = [IGNORE_INDEX] * len(tokenized.ids)
         for start, end in spans:
@@ -141,7 +136,7 @@ class Encoder:
 
 
 class _Tokenized:
-    """The tokens of a text, without special tokens added, and which of them holds a character."""
+    """The tokens of a text, without special tokens, and the place of each character among them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
@@ -152,37 +147,30 @@ class _Tokenized:
         self._ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else None
 
     def place(self, character: int) -> int:
-        """The first token that ends after so many characters: a token that lies on both sides counts as after."""
+        """The place of the first token that holds `character` or a later one, even if it holds earlier ones too."""
         if character == len(self._text):
             return len(self.ids)
         if self._ends is None:
-            # without offsets: as many tokens as the text has in common with its beginning alone
-            return common_prefix(
-                self.ids, self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
-            )
+            # without offsets: how many tokens the whole text shares with its part before the character
+            before = self._tokenizer(self._text[:character], add_special_tokens=False)["input_ids"]
+            return common_prefix(self.ids, before)
         return next((place for place, end in enumerate(self._ends) if end > character), len(self.ids))
-
-
-def require_field(holds: bool, number: int, column: str, expected: str, got: Any) -> None:
-    if not holds:
-        raise unexpected(f"row {number}: {column}", expected, got)
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: Context | None = None
 ) -> list[list[int]]:
-    """Tokens of each prompt, to be answered: as the user's turn where the tokenizer has a chat template, which is given
-    the `context`; else as plain text."""
+    """The tokens of each prompt, to be answered: see `Encoder.question`. The chat template is given the `context`."""
     encoder = Encoder(tokenizer)
     return [encoder.question(prompt, context) for prompt in prompts]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: those of the model's configuration, the tokenizer's end-of-sequence token, and the
-    token with which the chat template closes an assistant turn, which is what training teaches.
+    token with which the chat template ends an assistant turn, because training teaches it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such token.
     """
     configs = (model.generation_config, model.config.get_text_config())
     found: list[Any] = [getattr(config, "eos_token_id", None) for config in configs]

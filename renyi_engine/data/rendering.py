@@ -1,9 +1,9 @@
 """Renders chat templates in a process of its own, whose time and memory are limited.
 
-A chat template is a program that comes with a model. transformers runs it in a sandbox, which keeps it from files and
-modules, but lets it loop for ever, or double a text until the machine has no memory left. So this file is also a
-program: a worker that renders one conversation after the other. If one of them takes too long, the operating system
-ends the worker. It is started at the first conversation, and needs transformers and jinja, but not torch.
+A chat template is a program that comes with a model. transformers runs it in a sandbox. The sandbox keeps it from files
+and modules, but lets it loop for ever, or double a text until the machine has no memory left. So this file is also a
+program: a worker that renders one conversation after the other. If a conversation takes too long, the operating system
+ends the worker. The worker is started for the first conversation. It needs transformers and jinja, but not torch.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ from functools import cache
 from typing import IO, Any
 
 TIME_LIMIT_S = 5
-"""Processor time of one conversation, which takes some milliseconds."""
+"""How much processor time one conversation may take. Usually it takes some milliseconds."""
 MAX_MEMORY_MIB = 1024
-"""What the worker may ask for beyond what it needs to start."""
+"""How much memory the worker may take beyond what it needs to start."""
 _TOO_MUCH_MEMORY = {"limit": f"takes more than {MAX_MEMORY_MIB} MiB"}
 
-# not by its path alone: a program's folder is where it looks for modules first, and this one holds a package's files;
-# the current folder, which is where -c looks first, may hold somebody else's
+# Python looks for modules first in the folder of the program that it runs, or, with -c, in the current folder. Neither
+# is wanted: this folder holds modules of a package, and the current folder may hold files of somebody else.
 _START = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
 )
 _NO_MEMORY = 3
-"""What the worker ends with where memory ended outside of a template."""
+"""The exit code of a worker whose memory ended while it read a request or wrote a reply."""
 
 
 class TemplateRefuses(Exception):
-    """The template, or the sandbox around it, raised an error about the messages; the text is its first line."""
+    """The template, or the sandbox around it, raised an error about the messages. The text is its first line."""
 
 
 class LimitReached(Exception):
-    """The template needs more than its time or memory; the text says which, as "takes more than 5 s"."""
+    """The template needs more time or memory than it may take. The text says which, as in "takes more than 5 s"."""
 
 
 def render(**arguments: Any) -> tuple[str, list[tuple[int, int]]]:
-    """(text, where the template's generation marks are): `render_jinja_template` of transformers on one conversation.
+    """(text, spans that the template marks with {% generation %}) of one conversation.
 
     Args:
-        arguments: of that function; what JSON does not know is given to the template as text.
+        arguments: those of transformers' `render_jinja_template`. A value that JSON has no form for becomes text.
 
     Raises:
-        TemplateRefuses, LimitReached.
+        TemplateRefuses: the template raised an error.
+        LimitReached: the template needs too much time or memory.
     """
     reply = _worker(os.getpid()).ask({"time_limit_s": TIME_LIMIT_S, "arguments": arguments})
     if "limit" in reply:
@@ -63,13 +64,13 @@ def render(**arguments: Any) -> tuple[str, list[tuple[int, int]]]:
 
 @cache
 def _worker(process_id: int) -> _Worker:
-    """The worker of this process. A forked process gets one of its own: two processes with the same worker would read
-    each other's replies."""
+    """The worker of this process. A forked process gets its own, because two processes with one worker would read each
+    other's replies."""
     return _Worker()
 
 
 class _Worker:
-    """The worker's process, started at the first request, and again if it has ended."""
+    """The process of the worker. It is started for the first request, and again if it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,7 +83,7 @@ class _Worker:
             try:
                 return self._ask(request)
             except BaseException:
-                self._stop()  # a late reply would be taken for that to the next request
+                self._stop()  # else a late reply would be taken for the reply to the next request
                 raise
 
     def _ask(self, request: Any) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class _Worker:
             line = json.dumps(request, default=str) + "\n"
         except RecursionError:
             return {"error": "values are nested too deep"}
-        with contextlib.suppress(BrokenPipeError):  # it ended while it read: the exit code says why
+        with contextlib.suppress(BrokenPipeError):  # the worker ended while it read: its exit code says why
             process.stdin.write(line)
             process.stdin.flush()
         if reply := process.stdout.readline():
@@ -110,7 +111,7 @@ class _Worker:
         raise RuntimeError(f"the process that renders chat templates ended with code {code}")
 
     def _start(self) -> subprocess.Popen[str]:
-        # in a session of its own: Ctrl-C is for the process that can save something
+        # in a session of its own, so that Ctrl-C reaches only the process that can save something
         return subprocess.Popen(
             [sys.executable, "-c", _START, __file__],
             stdin=subprocess.PIPE,
@@ -123,7 +124,7 @@ class _Worker:
 
     def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is not None and os.getpid() == self._owner:  # a fork that ends would wait for it
+        if process is not None and os.getpid() == self._owner:  # a forked process does not own the worker
             process.kill()
             process.communicate()
 
@@ -132,7 +133,7 @@ class _Worker:
 
 
 def _work(requests: IO[str], replies: IO[str]) -> None:
-    sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
+    sys.modules["torch"] = None  # type: ignore[assignment]  # so that transformers takes it for not installed
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with open("/proc/self/statm") as file:
@@ -142,7 +143,7 @@ def _work(requests: IO[str], replies: IO[str]) -> None:
         for line in requests:
             replies.write(json.dumps(_reply(render_jinja_template, line)) + "\n")
             replies.flush()
-    except MemoryError:  # of a line that is read, the rest of which would be taken for the next one, or of a reply
+    except MemoryError:  # while reading or writing: the rest of the line would be taken for the next request
         os._exit(_NO_MEMORY)
 
 
@@ -154,7 +155,7 @@ def _reply(render_jinja_template: Callable[..., Any], line: str) -> dict[str, An
         return {"text": text, "spans": spans[0] if spans else []}
     except MemoryError:
         return _TOO_MUCH_MEMORY
-    except Exception as error:  # whatever it raises is about these messages
+    except Exception as error:  # a template may raise anything
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         return {"error": first_line[:500]}
     finally:

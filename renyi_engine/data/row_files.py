@@ -1,7 +1,7 @@
-"""One file of rows, read as it stands: JSON, JSON Lines, CSV or parquet, compressed or not.
+"""Reads the rows of one file: JSON, JSON Lines, CSV or parquet, compressed or not.
 
-A string in the file is a string in the row, whatever it looks like, and a column that one row lacks is not in that row.
-Errors name the line, counted as an editor counts lines; the caller adds the name of the file.
+Values stay what they are in the file: a string stays a string, even if it looks like a number. A column that one row
+lacks is not in that row. Errors name the line, counted as an editor counts lines. The caller adds the file's name.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Row = dict[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _UNPACKERS: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # archives that `datasets` takes for data in a folder
+_NOT_UNPACKED = {".zip", ".zst", ".lz4"}  # `datasets` takes such archives for data in a folder
 
 
 def read_file(path: Path, kind: str, **options: Any) -> list[Row]:
-    """The rows of one file; kind: see `kind_of`; options, named as in `datasets`: `field` of JSON, `sep` of CSV.
+    """The rows of one file. `kind`: see `kind_of`. The options are those of `datasets`: `field` of JSON, `sep` of CSV.
 
     Raises:
-        ValueError, in one line: it cannot be read, or what stands in it is broken.
+        ValueError: the file cannot be read, or its content is broken. The message is one line.
     """
     if kind == "parquet":
         return _parquet(path)
@@ -45,22 +45,22 @@ def read_file(path: Path, kind: str, **options: Any) -> list[Row]:
 
 
 def suffix(path: Path) -> str:
-    """The ending that tells the kind of file: of rows.jsonl.gz it is .jsonl."""
+    """The ending of the name that says what kind of file it is: ".jsonl" for rows.jsonl.gz."""
     return next((ending for ending in reversed(path.suffixes) if ending not in _UNPACKERS), "")
 
 
 def kind_of(path: Path) -> str:
-    """json, csv or parquet. Raises ValueError where it is none of them."""
+    """ "json", "csv" or "parquet". Raises ValueError if the file is none of them."""
     if suffix(path) not in SUFFIXES:
         raise ValueError(f"expected a file that ends in {', '.join(SUFFIXES)}")
     return {".jsonl": "json"}.get(suffix(path), suffix(path)[1:])
 
 
 def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """(line at which it begins, counted from 1; cells) of every record of a CSV file that is not blank.
+    """(number of its first line, counted from 1; cells) of every record of a CSV file. Blank lines are left out.
 
     Raises:
-        ValueError: it cannot be opened, is not UTF-8, or a quotation does not end.
+        ValueError: the file cannot be opened, is not UTF-8, or has a quotation that does not end.
     """
     csv.field_size_limit(sys.maxsize)  # a cell may be a whole text
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
@@ -75,33 +75,33 @@ def csv_cells(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]
 
 
 def from_arrow(table: pyarrow.Table) -> list[Row]:
-    """The rows of a table, without the nulls that arrow puts into a struct where the row had no such key."""
+    """The rows of a table, without the nulls that arrow puts into a struct for keys that the row did not have."""
     fields = {field.name: field.type for field in table.schema}
     return [{name: _plain(fields[name], value) for name, value in row.items()} for row in table.to_pylist()]
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, uncompressed. An error of the system, or a broken archive, is a ValueError."""
+    """The file, uncompressed, to read bytes from. Raises ValueError for an error of the system or a broken archive."""
     if path.suffix in _NOT_UNPACKED:
         raise ValueError(f"a {path.suffix} archive is not read here; unpack it, or compress the file with gzip")
     try:
         with _UNPACKERS.get(path.suffix, lambda path: path.open("rb"))(path) as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = (os.strerror(error.errno) if isinstance(error, OSError) and error.errno else None) or str(error)
-        raise ValueError(f"cannot be read ({reason})") from None
+        why = (os.strerror(error.errno) if isinstance(error, OSError) and error.errno else None) or str(error)
+        raise ValueError(f"cannot be read ({why})") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text, with their ends. A line ends in a line feed and nowhere else, as in an editor."""
+    """The lines of a text file, each with its end. Only a line feed ends a line, as in an editor."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             yield _decoded(line, number)
 
 
 def _decoded(text: bytes, first_line: int = 1) -> str:
-    """UTF-8, with or without a byte-order mark. Raises ValueError that names the line; the first is `first_line`."""
+    """The text of UTF-8 bytes, without a byte-order mark. A ValueError names the line; `first_line` is the first."""
     if first_line == 1 and text.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("line 1: not UTF-8 but UTF-16; save the file as UTF-8")
     try:
@@ -112,7 +112,7 @@ def _decoded(text: bytes, first_line: int = 1) -> str:
 
 
 def _json(path: Path, field: str | None) -> list[Row]:
-    """A list of objects, or an object in each line: .json files are written in both ways."""
+    """The rows of a list of objects, or of one object in each line: .json files come in both forms."""
     with _opened(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if field is None and not start.startswith(b"["):
@@ -150,7 +150,7 @@ def _parsed(text: str, first_line: int) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
-        raise ValueError(f"line {first_line}: a \\u escape is half a character, which no text can hold") from None
+        raise ValueError(f"line {first_line}: a \\u escape is half a character; write the whole character") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         cut_short = error.pos >= len(text.rstrip())
@@ -161,7 +161,7 @@ def _parsed(text: str, first_line: int) -> Any:
 
 
 def _csv(path: Path, delimiter: str) -> list[Row]:
-    """Every cell is a string. The first line names the columns; a column without a name is left out."""
+    """The first line names the columns. Every cell is a string. A column without a name is left out."""
     records = csv_cells(path, delimiter)
     _, header = next(records, (1, []))
     named = {name: index for index, name in enumerate(header) if name}

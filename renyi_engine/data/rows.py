@@ -1,7 +1,7 @@
-"""The rows of a data set, by split, as its files hold them: no types are inferred.
+"""The rows of a data set, split by split: from a file, from a folder, or from the hub.
 
-A row is a plain dict. Files are read by `row_files`; for those of a folder, `datasets` says only which file belongs to
-which split. A data set of the hub is read by `datasets`, with its cache.
+A row is a plain dict that holds what its file holds: no types are guessed. `row_files` reads the files. For a folder,
+`datasets` only says which file belongs to which split. A data set of the hub is read by `datasets`, with its cache.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from renyi_engine.core import reason, typos
+from renyi_engine.core import reason
 from renyi_engine.data.row_files import SUFFIXES, Row, from_arrow, kind_of, read_file, suffix
 
-# options that a folder's README.md may give to a reader, beside the files themselves
+# options that a folder's README.md may set for the reader of its files
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
-# TRL and others call the rows of a file the split train; whoever asks for that split gets the file
+# TRL and others call the rows of a file its split train, so whoever asks for that split gets the file
 _SPLIT_OF_A_FILE = "train"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set that was read. One without splits, such as a file, holds its rows under None.
-
-    Attributes:
-        argument: the setting that named it, for errors.
-    """
+    """The rows `of` each split of the data set `name`; without splits, as in a file, they stand under None. Errors name
+    `argument`, the setting that holds the name."""
 
     name: str
     argument: str
@@ -44,13 +41,12 @@ class Splits:
         return split in self.of
 
     def rows(self, split: str, argument: str, default: str) -> list[Row]:
-        """The rows of one split; all of them where there are no splits and nobody asked for one.
+        """The rows of one split. If the data set has no splits and nobody asked for one, all its rows.
 
-        Args:
-            split: its name. argument: the setting that holds it. default: what that setting is when nobody sets it.
+        `argument` is the setting that holds the name of the split, and `default` its default.
 
         Raises:
-            ValueError: there is no such split, or nothing in it.
+            ValueError: there is no such split, or it is empty.
         """
         found = self.of.get(split)
         if None in self.of and split in (default, _SPLIT_OF_A_FILE):
@@ -64,16 +60,18 @@ class Splits:
         return self.not_empty(found)
 
     def not_empty(self, rows: list[Row]) -> list[Row]:
+        """The rows. Raises ValueError if there is none."""
         if not rows:
             raise ValueError(f"{self.argument}: {self.name} is empty; at least one row is needed")
         return rows
 
 
 def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
-    """Every split of a data set: a local file, a folder, or a hub id.
+    """Every split of a data set. `name` is a local file, a folder, or a hub id.
 
     Raises:
-        ValueError, in one line: it is not there or cannot be read; the message names the line of a file that is broken.
+        ValueError: the data set is not there or cannot be read. The message is one line, and names the line of a file
+            that is broken.
     """
     path = Path(name)
     found: Mapping[str | None, list[Row]]
@@ -122,33 +120,8 @@ def given_rows(dataset: Any, argument: str) -> list[Row]:
     return [dict(row) for row in rows]
 
 
-def columns_of(rows: Iterable[Row]) -> list[str]:
-    """Every column that some row has, in the order in which they first appear."""
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
-def missing_column(argument: str, columns: Iterable[str], wanted: Sequence[str]) -> ValueError:
-    """An error for a data set in none of the `wanted` forms: how to convert it, or the nearest of its columns."""
-    columns = list(columns)
-    near = {w: typos.near_misses(w, columns) for form in wanted for w in form.split(" + ")}
-    hints = [f"is {found[0]!r} meant to be {name!r}?" for name, found in near.items() if found and found[0] != name]
-    if "messages" in wanted and "conversations" in columns:
-        hints = [
-            "from ShareGPT's form: rename the column conversations to messages, and in each of its turns from to role, "
-            "value to content, the role human to user and the role gpt to assistant"
-        ]
-    elif "messages" in wanted and {"instruction", "output"} <= set(columns):
-        hints = [
-            "from Alpaca's form: rename output to completion and instruction to prompt, and append to the prompt an "
-            "empty line and input where that is not empty"
-        ]
-    return ValueError(
-        f"{argument}: expected the columns {' or '.join(wanted)}; got {columns}" + (f"; {hints[0]}" if hints else "")
-    )
-
-
 def content_hash(rows: Iterable[Row]) -> str:
-    """sha256 of what the rows hold, in their order; the order of columns does not matter."""
+    """The sha256 of what the rows hold, in their order. The order of columns does not matter."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
@@ -159,7 +132,7 @@ def content_hash(rows: Iterable[Row]) -> str:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether `datasets` wrote it with save_to_disk."""
+    """Whether `datasets` wrote the folder, with save_to_disk."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -171,7 +144,7 @@ def _read_folder(path: Path, config_name: str | None) -> dict[str | None, list[R
             loaded = datasets.load_from_disk(str(path))
             by_split = loaded if isinstance(loaded, Mapping) else {None: loaded}
             return {split: _from_dataset(dataset) for split, dataset in by_split.items()}
-    # a cache that is deleted at the end: the files may have changed by the next time
+    # the cache of `datasets` is deleted at the end, because the files may have changed by the next time
     with tempfile.TemporaryDirectory() as scratch, _told_by_datasets():
         folder = str(_plainly_named(path, Path(scratch)))
         builder = datasets.load_dataset_builder(folder, config_name, cache_dir=scratch)
@@ -180,7 +153,7 @@ def _read_folder(path: Path, config_name: str | None) -> dict[str | None, list[R
             loaded = datasets.load_dataset(folder, config_name, cache_dir=scratch, keep_in_memory=True)
             return {str(split): _from_dataset(dataset) for split, dataset in loaded.items()}
         if strange := sorted(options.keys() - _READ_OPTIONS[builder.name]):
-            raise ValueError(f"README.md sets {strange[0]} for its {builder.name} files, which is not understood here")
+            raise ValueError(f"README.md sets {strange[0]} for its {builder.name} files; this is not read, remove it")
         found: dict[str | None, list[Row]] = {}
         for split, files in builder.config.data_files.items():
             found[str(split)] = []
@@ -201,29 +174,29 @@ def _from_hub(name: str, config_name: str | None) -> dict[str | None, list[Row]]
 
 @contextlib.contextmanager
 def _told_by_datasets() -> Iterator[None]:
-    """Inside, what `datasets` raises becomes a ValueError of one line."""
+    """Inside the block, an error of `datasets` becomes a ValueError with a message of one line."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         yield
-    except StopIteration:  # raised for a file without a line
+    except StopIteration:  # `datasets` raises this for a file without a line
         raise ValueError("is empty; at least one row is needed") from None
     except (ValueError, MemoryError):
         raise
-    except Exception as error:  # a reader of its own for every kind of file, each with errors of its own
+    except Exception as error:  # every kind of file has its own reader, with its own errors
         raise ValueError(f"cannot be read as a data set ({reason(error.__cause__ or error)})") from None
 
 
 def _plainly_named(folder: Path, scratch: Path) -> Path:
-    """The folder; or links to its files, if `datasets` would take its name for a pattern: mine[1] would mean mine1."""
+    """The folder, or a folder of links to its files if `datasets` takes its name for a pattern: mine[1] means mine1."""
     if not glob.has_magic(str(folder.resolve())):
         return folder
     return Path(shutil.copytree(folder.resolve(), scratch / "data", copy_function=os.symlink))
 
 
 def _options(config: Any) -> dict[str, Any]:
-    """What a builder's configuration sets to other than its default, beside its name and its files."""
+    """The options that a builder's configuration sets to other values than the defaults, without its name and files."""
     usual = type(config)()
     names = {field.name for field in dataclasses.fields(config)} - {"name", "version", "data_dir", "data_files"}
     values = {name: getattr(config, name) for name in names - {"description"}}
@@ -231,5 +204,5 @@ def _options(config: Any) -> dict[str, Any]:
 
 
 def _from_dataset(dataset: Any) -> list[Row]:
-    # as arrow tables of 1000 rows: in that format `datasets` does not decode pictures or sound
+    # in arrow tables of 1000 rows, because `datasets` decodes no pictures and no sound in this format
     return [row for table in dataset.with_format("arrow").iter(1000) for row in from_arrow(table)]

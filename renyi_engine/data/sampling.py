@@ -11,21 +11,19 @@ from renyi_engine.core import seeding
 
 
 class StepSampler:
-    """Which examples each optimizer step sees: a function of (seed, step) alone, so that resuming needs no state.
-
-    The last step of an epoch may be smaller. `steps_per_epoch` is in optimizer steps.
-    """
+    """Says which examples each optimizer step sees. This depends on the seed and the step alone, so a resumed run needs
+    no stored state. The last step of an epoch may be smaller. `steps_per_epoch` counts optimizer steps."""
 
     def __init__(self, lengths: Sequence[int], step_size: int, seed: int, group_by_length: bool) -> None:
         self._lengths = list(lengths)
         self._step_size = step_size
         self._seed = seed
         self._group_by_length = group_by_length
-        self._order: tuple[int, list[int]] | None = None  # of the epoch seen last
+        self._order: tuple[int, list[int]] | None = None  # (epoch, its order) of the epoch asked for last
         self.steps_per_epoch = -(-len(self._lengths) // self._step_size)
 
     def examples(self, step: int) -> list[int]:
-        """Indices of the examples of `step`, counted from 0."""
+        """The indices of the examples of `step`. Steps are counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch_order(epoch)[position * self._step_size :][: self._step_size]
 

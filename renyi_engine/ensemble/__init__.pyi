@@ -13,3 +13,4 @@ from .limits import num_positions as num_positions
 from .limits import use_a_pad_token_within as use_a_pad_token_within
 from .lora_ensemble import LoraEnsemble as LoraEnsemble
 from .lora_ensemble import sum_tokens as sum_tokens
+from .peft_adapter import is_number as is_number

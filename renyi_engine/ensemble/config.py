@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from renyi_engine.core import flag, require, required
@@ -16,13 +16,14 @@ SMALLEST_SCALING, LARGEST_SCALING = 2.0**-126, 2.0**127
 """Which float32 holds with all its digits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class EnsembleConfig:
     """What defines an ensemble, with PEFT's names.
 
     Attributes:
         num_particles: K >= 1.
-        rank: R >= 1. lora_alpha: scaling is lora_alpha / R, or lora_alpha / sqrt(R) with use_rslora.
+        r: the rank of every adapter, R >= 1. It may also be given and read as `rank`.
+        lora_alpha: the scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
         layers_to_transform: decoder layers to adapt, or None for all. Those below the first run once for all.
         init: "standard" (A Kaiming-uniform per particle, B zero: every particle starts as the base) or "spread"
@@ -30,25 +31,46 @@ class EnsembleConfig:
         seed: particle k's init depends on (seed, k) alone.
     """
 
-    num_particles: int = 8
-    rank: int = 8
-    lora_alpha: float = 16
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    layers_to_transform: Sequence[int] | None = None
-    init: Literal["standard", "spread"] = "standard"
-    seed: int = 0
-    use_rslora: bool = False
+    num_particles: int
+    r: int
+    lora_alpha: float
+    target_modules: str | Sequence[str]
+    layers_to_transform: Sequence[int] | None
+    init: Literal["standard", "spread"]
+    seed: int
+    use_rslora: bool
 
-    def __post_init__(self) -> None:
-        for name in ("num_particles", "rank"):
-            value = getattr(self, name)
+    def __init__(
+        self,
+        num_particles: int = 8,
+        r: int | None = None,
+        lora_alpha: float = 16,
+        target_modules: str | Sequence[str] = ALL_LINEAR,
+        layers_to_transform: Sequence[int] | None = None,
+        init: Literal["standard", "spread"] = "standard",
+        seed: int = 0,
+        use_rslora: bool = False,
+        *,
+        rank: int | None = None,
+    ) -> None:
+        if r is not None and rank is not None and r != rank:
+            raise ValueError(f"r, rank: two names of one setting, but r is {r!r} and rank is {rank!r}; give r alone")
+        if r is None:
+            r = 8 if rank is None else rank
+        values = (num_particles, r, lora_alpha, target_modules, layers_to_transform, init, seed, use_rslora)
+        for field, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+        self._check("r" if rank is None else "rank")
+
+    def _check(self, name_of_rank: str) -> None:
+        for name, value in (("num_particles", self.num_particles), (name_of_rank, self.r)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
         if not SMALLEST_SCALING <= self.scaling <= LARGEST_SCALING:
             raise ValueError(
-                f"lora_alpha: expected a scaling (lora_alpha / rank) that float32 can hold; got {self.lora_alpha!r}, "
+                f"lora_alpha: expected a scaling (lora_alpha / r) that float32 can hold; got {self.lora_alpha!r}, "
                 f"which makes {self.scaling:g}"
             )
         if isinstance(self.target_modules, str):
@@ -61,8 +83,12 @@ class EnsembleConfig:
             raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1; got {self.seed!r}")
 
     @property
+    def rank(self) -> int:
+        return self.r
+
+    @property
     def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @dataclass
@@ -72,7 +98,7 @@ class ModelConfig:
     setting_of: ClassVar[Mapping[str, str]] = {
         "model": "model_name_or_path",
         "tokenizer": "model_name_or_path",
-        "rank": "lora_r",
+        "r": "lora_r",
         "target_modules": "lora_target_modules",
     }
     """Arguments that errors of the Python API name, and the setting that each comes from."""
@@ -134,7 +160,7 @@ class AdapterConfig(ModelConfig):
         )
         return EnsembleConfig(
             num_particles=num_particles,
-            rank=self.lora_r,
+            r=self.lora_r,
             lora_alpha=self.lora_alpha,
             target_modules=single or names,
             layers_to_transform=self.layers_to_transform,

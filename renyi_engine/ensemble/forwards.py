@@ -17,11 +17,11 @@ from typing import Any
 from renyi_engine.ensemble.adapted_maps import Rows
 
 _asked: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("renyi_engine_rows", default=())
-"""What this thread, or asyncio task, asks for: (the key of a model's `Runs`, rows) of each block that it is in, the
+"""What this thread, or asyncio task, asks for: (the key of a model's `Forwards`, rows) of each block that it is in, the
 last one entered at the end."""
 
 
-class Runs:
+class Forwards:
     """The forwards of one model. A deep copy belongs to a copy of the model, where nothing runs yet."""
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class Runs:
         self._rows: Rows | None = None
         self._key = object()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Runs:
-        return Runs()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+        return Forwards()
 
     @property
     def asked(self) -> Rows:

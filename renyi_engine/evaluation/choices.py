@@ -1,6 +1,6 @@
-"""What an ensemble predicts: the subject of an evaluation, and the log-likelihood of completions that are given.
+"""The log-likelihood of given completions of a prompt, under every particle.
 
-Layout: K particles, N questions, C choices, B rows of a batch, T tokens, D hidden size.
+Layout: K particles, N prompts, C completions, B sequences of a batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ class Choices:
 
     @property
     def num_tokens(self) -> int:
-        """What the longest completion asks the model to read: its own last token is predicted, never read."""
+        """Tokens that the model reads for the longest completion. Its last token is predicted, never read."""
         return len(self.prompt) + max(map(len, self.completions)) - 1
 
 
 def encode_choices(tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str]) -> Choices:
-    """Tokens of a prompt and of each completion, split as in lm-eval, so that scores can be compared.
+    """Tokens of a prompt and of each completion, split where lm-eval splits them, so that scores can be compared.
 
-    Prompt and completion are encoded as one text, which is cut where the tokens of the prompt alone end; white space
-    at the end of the prompt goes to the completions. What the tokenizer puts before a text is there once; nothing
-    is put after the completion.
+    Prompt and completion are encoded as one text, which is cut where the tokens of the prompt alone end. White space at
+    the end of the prompt becomes part of the completions. Tokens that the tokenizer puts before every text come once,
+    before the prompt. Nothing is put after the completion.
 
     Raises:
         ValueError: the prompt is empty, or a completion adds no token to it.
     """
     stripped = prompt.rstrip()
     if not stripped:
-        raise ValueError("prompt: it is empty, and a first token has no prediction; begin it with the BOS token")
+        raise ValueError("prompt: it is empty, and no model predicts a first token; begin it with the BOS token")
     encoder = Encoder(tokenizer)
     alone = encoder.prompt(stripped)
     encoded = [encoder.prompt(prompt + completion) for completion in completions]
     for completion, ids in zip(completions, encoded, strict=True):
         if len(ids) <= len(alone):
-            raise ValueError(f"completions: {completion!r} adds no token to the prompt {prompt[-40:]!r}")
+            raise ValueError(
+                f"completions: {completion!r} adds no token to the prompt {prompt[-40:]!r}; give it some text"
+            )
     return Choices(alone, [ids[len(alone) :] for ids in encoded])
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read at once, where its table of positions or its configuration limits them."""
+    """How many tokens the model can read at once; None if neither a table of positions nor its config limits them."""
     return num_positions(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -68,22 +70,22 @@ def score_choices(
     batch_size: int,
     track: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
 ) -> Tensor:
-    """Log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
+    """The log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
 
-    Where every completion is one token, the prompt is read once for all of them. Of a sequence longer than the model's
-    context, the left end is cut off. Inside `ensemble.disable_adapters()` it is the bare base's, K = 1.
+    If every completion is one token, the model reads each prompt once for all completions. A sequence that is longer
+    than the model's context loses its beginning. Inside `ensemble.disable_adapters()` the result is the base's, K = 1.
 
     Args:
         choices: N prompts, each with the same number C of completions.
-        batch_size: prompts of a batch; batches are of similar length, right-padded.
-        track: goes through the batches in place of `iter`, to show progress.
+        batch_size: prompts of a batch. A batch holds prompts of similar length and is padded on the right.
+        track: iterates over the batches in place of `iter`, to show progress.
 
     Raises:
-        ValueError: no prompt, a different number of completions, a completion longer than the model's context, or a
-            token that the model has no embedding for.
+        ValueError: there is no prompt, prompts have different numbers of completions, a completion is longer than the
+            model's context, or the model has no embedding for a token.
     """
     if len({len(one.completions) for one in choices}) != 1:
-        raise ValueError("choices: expected at least one prompt, and the same number of completions for each")
+        raise ValueError("choices: expected at least one prompt, and the same number of completions for every prompt")
     num_embeddings = ensemble.model.get_input_embeddings().weight.shape[0]
     for number, one in enumerate(choices):
         check_tokens(num_embeddings, f"prompt {number}", one.prompt)
@@ -97,26 +99,27 @@ def score_choices(
         labels = torch.tensor([[ids[0] for ids in one.completions] for one in choices])
         prompts = [one.prompt[-context:] for one in choices]
         score = partial(_last_logprob, ensemble, prompts, labels)
-        return _score_rows(ensemble.model, list(map(len, prompts)), batch_size, track, score)
+        return _score_sequences(ensemble.model, list(map(len, prompts)), batch_size, track, score)
     sequences = [(one.prompt + ids)[-context - 1 :] for one in choices for ids in one.completions]
     num_labels = [len(ids) for one in choices for ids in one.completions]
-    # the last token of a sequence is predicted, and never read
+    # the last token of a sequence is predicted, never read
     lengths = [len(ids) - 1 for ids in sequences]
     score = partial(_suffix_logprob, ensemble, sequences, num_labels)
-    rows = _score_rows(ensemble.model, lengths, batch_size, track, score)
-    return rows.view(rows.shape[0], len(choices), -1)
+    logp = _score_sequences(ensemble.model, lengths, batch_size, track, score)
+    return logp.view(logp.shape[0], len(choices), -1)
 
 
-def _score_rows(
+def _score_sequences(
     model: PreTrainedModel,
     lengths: Sequence[int],
     batch_size: int,
     track: Callable[[Sequence[list[int]]], Iterable[list[int]]],
     score: Callable[[list[int]], Tensor],
 ) -> Tensor:
-    """`score` [K, B, ...] of batches, each given by the indices of its rows, put together in the order of the rows.
+    """The results of `score`, [K, B, ...] for the indices of a batch, in the order of the sequences.
 
-    lengths: tokens that the model reads of each row. Rows with positions of another kind are in batches of their own.
+    lengths: how many tokens of each sequence the model reads. Some models change their positions for sequences beyond a
+    length; those sequences have batches of their own.
     """
     _, limit = changing_positions(model) or ("", sys.maxsize)
     order = longest_first(lengths)
@@ -127,7 +130,7 @@ def _score_rows(
 
 
 def _last_logprob(ensemble: LoraEnsemble, prompts: Sequence[list[int]], labels: Tensor, batch: list[int]) -> Tensor:
-    """[K, B, C]: of C single tokens, labels [N, C], after the last token of each prompt."""
+    """[K, B, C]: the logp of C single tokens, labels [N, C], after the last token of each prompt of the batch."""
     hidden = _read(ensemble, [prompts[i] for i in batch])
     ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=hidden.device)
     last = hidden[:, torch.arange(len(batch), device=hidden.device), ends]
@@ -137,17 +140,17 @@ def _last_logprob(ensemble: LoraEnsemble, prompts: Sequence[list[int]], labels: 
 def _suffix_logprob(
     ensemble: LoraEnsemble, sequences: Sequence[list[int]], num_labels: Sequence[int], batch: list[int]
 ) -> Tensor:
-    """[K, B]: of the last num_labels[i] tokens of each sequence together."""
+    """[K, B]: the logp of the last num_labels[i] tokens of each sequence of the batch, summed."""
     hidden = _read(ensemble, [sequences[i][:-1] for i in batch])
     labels = torch.full(hidden.shape[1:3], IGNORE_INDEX)
     for row, i in enumerate(batch):
-        # the last of them is predicted at the last position that is read
+        # the last label is predicted at the last position that is read
         end = len(sequences[i]) - 1
         labels[row, end - num_labels[i] : end] = torch.tensor(sequences[i][-num_labels[i] :])
     return ensemble.label_logprob(hidden, labels).sum(dim=-1)
 
 
-def _read(ensemble: LoraEnsemble, rows: Sequence[list[int]]) -> Tensor:
-    """Hidden states [K, B, T, D] of right-padded rows."""
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
-    return ensemble(pad_sequence([torch.tensor(row) for row in rows], batch_first=True), mask)
+def _read(ensemble: LoraEnsemble, sequences: Sequence[list[int]]) -> Tensor:
+    """The final hidden states, [K, B, T, D], of sequences that are padded on the right."""
+    mask = pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in sequences], batch_first=True)
+    return ensemble(pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True), mask)

@@ -1,4 +1,4 @@
-"""What every particle, and the bare base, answers to a few prompts, with what it thinks before."""
+"""`renyi-engine generate`: what every particle and the base answer to a few prompts, with what they think before."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from renyi_engine.evaluation.config import GenerateConfig
 
 
 def answer(config: GenerateConfig) -> str:
-    """Every answer under its prompt and its particle, as text."""
+    """The answers as text: each prompt, and under it the answers of each particle and of the base.
+
+    Raises:
+        ValueError: the model or the ensemble cannot be used, or a prompt with its answer exceeds the model's context.
+    """
     tokenizer = base_model.load_tokenizer(config)
     ensemble = LoraEnsemble.from_pretrained(base_model.load_model(config), config.ensemble)
     pad = pad_token_id(tokenizer)
     encoded = encode_prompts(tokenizer, config.prompts)
-    # the last new token is not read
     called = ((f"prompt {number}", ids) for number, ids in enumerate(encoded))
     limits.check_fits(ensemble.model, called, "max_new_tokens", config.max_new_tokens)
     input_ids, attention_mask = left_padded(encoded, pad)
@@ -37,5 +40,5 @@ def answer(config: GenerateConfig) -> str:
 
 
 def _beside(mark: str, text: str) -> str:
-    """`mark`, and all lines of `text` to the right of it, so that no line of it looks like another mark."""
+    """`mark`, with all lines of `text` to its right, so that no line of the text looks like another mark."""
     return mark + text.replace("\n", "\n" + " " * len(mark))

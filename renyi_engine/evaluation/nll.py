@@ -1,17 +1,4 @@
-"""What an ensemble says of each example of a data set: do its particles agree, and does any of them explain it?
-
-With p[k,t] the probability that particle k gives to token t of an example, s[k] = sum_t log p[k,t] and T tokens:
-
-    disagreement    max_t ( max_k p[k,t] - min_k p[k,t] ), from 0 (all alike) to 1
-    gain            ( max_k s[k] - s[base] ) / T, nats a token
-
-    out of support           the gain is below 0, or below nearly all gains of a calibration set: see `support_limit`
-    contested or poisoned    not that, and the disagreement is at least `min_disagreement`
-
-The flag of an example does not depend on the other examples. Particles that are equal to the base flag none.
-The disagreement is at most the distance in total variation between two particles' predictions of that token. It looks
-at one token because small differences add up over a long answer that nobody disputes, and at probabilities because
-both camps' answers then count the same: 0.99 against 0.66 is the dispute that 0.01 against 0.34 is.
+"""`renyi-engine eval nll`: score the rows of a data set, diagnose each example, and write what was found.
 
 Layout: K particles, N examples, B sequences, T tokens.
 """
@@ -20,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +15,23 @@ import torch
 from torch import Tensor
 
 from renyi_engine.core import CONFIG_FILE, files, output_folder, to_yaml
-from renyi_engine.data import Example, excerpt, load_splits
+from renyi_engine.data import Example, Row, excerpt, load_splits
 from renyi_engine.ensemble import LoraEnsemble, sum_tokens
 from renyi_engine.evaluation.config import NllConfig
+from renyi_engine.evaluation.diagnosis import (
+    CONTESTED,
+    OUT_OF_SUPPORT,
+    Diagnosis,
+    check_calibration,
+    diagnose,
+    gain_over_base,
+    support_limit,
+    token_disagreement,
+)
 from renyi_engine.evaluation.subject import Subject, load_subject
 from renyi_engine.objectives import Evaluation, Scores, SftTask, check_fits, describe_rows, evaluate, read_items
 from renyi_engine.reports import Section, Table, scatter, write_page
-from renyi_kernels import renyi_reduce
 
-CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
 SHOWN = 25
 """Examples of each kind in the report; the table on disk has all."""
 FLAGGED_BY = ("disagreement", "gain_over_base_nats_per_token")
@@ -44,38 +39,16 @@ NLLS = ("best_particle_nll_nats_per_token", "mixture_nll_nats_per_token", "base_
 TABLE_HEADER = ("row", "disagreement", "gain", "ESS", "entropy", "best", "its NLL", "mixture's", "base's", "example")
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """One example, and its line of examples.csv."""
-
-    row: int
-    flag: str
-    disagreement: float
-    gain_over_base_nats_per_token: float
-    ess_particles: float
-    responsibility_entropy_nats: float
-    best_particle: int
-    best_particle_nll_nats_per_token: float
-    mixture_nll_nats_per_token: float
-    base_nll_nats_per_token: float
-    num_tokens: int
-    text: str
-
-
 def evaluate_nll(config: NllConfig) -> str:
-    """Diagnose every example; examples.csv, results.json and report.html go to `config.output_dir`. Returns what was
-    found, in a few lines.
+    """Diagnose every example. examples.csv, results.json and report.html are written into `config.output_dir`.
+
+    Returns:
+        What was found, in a few lines of text.
 
     Raises:
-        ValueError: the data, the model or the ensemble cannot be used; or output_dir holds something.
+        ValueError: the data, the model or the ensemble cannot be used, or output_dir is not empty.
     """
-    splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
-    rows = splits.rows(config.dataset_split, "dataset_split", NllConfig.dataset_split)
-    calibration_rows = []
-    if config.calibration_dataset_name:
-        splits = load_splits(config.calibration_dataset_name, None, "calibration_dataset_name")
-        default = NllConfig.calibration_dataset_split
-        calibration_rows = splits.rows(config.calibration_dataset_split, "calibration_dataset_split", default)
+    rows, calibration_rows = _read_rows(config)
     with output_folder.claimed(Path(config.output_dir)) as folder:
         subject = load_subject(config)
         ensemble, alpha = subject.ensemble, subject.require_alpha()
@@ -85,38 +58,55 @@ def evaluate_nll(config: NllConfig) -> str:
             )
         if subject.num_particles < 2:
             raise ValueError(
-                f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}"
+                f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}; "
+                "choose an ensemble with more"
             )
         task = _WithDisagreement(subject.tokenizer, config.max_length)
-        examples, dropped = read_items(task, rows, "dataset_name")
-        check_fits(ensemble.model, examples)
-        lines, min_gain = describe_rows(examples, dropped), 0.0
+        examples, lines = _examples(ensemble, task, rows, "dataset_name")
+        min_gain = 0.0
         if calibration_rows:
-            calibration, of_calibration = read_items(task, calibration_rows, "calibration_dataset_name")
-            check_fits(ensemble.model, calibration)
+            calibration, of_calibration = _examples(ensemble, task, calibration_rows, "calibration_dataset_name")
             check_calibration(len(calibration), config.calibration_share)
-            lines += [f"calibration: {line}" for line in describe_rows(calibration, of_calibration)]
+            lines += [f"calibration: {line}" for line in of_calibration]
             scored, base_logp = _score(ensemble, task, calibration, config.per_device_eval_batch_size)
-            min_gain = support_limit(
-                gain_over_base(scored.logp, base_logp, scored.num_labels), config.calibration_share
-            )
+            gains = gain_over_base(scored.logp, base_logp, scored.num_labels)
+            min_gain = support_limit(gains, config.calibration_share)
         scored, base_logp = _score(ensemble, task, examples, config.per_device_eval_batch_size)
-        disagreement = scored.details["disagreement"]
-        found = diagnose(
-            scored.logp, base_logp, disagreement, scored.num_labels, alpha, config.min_disagreement, min_gain
-        )
+        disagreement, limits = scored.details["disagreement"], (config.min_disagreement, min_gain)
+        found = diagnose(scored.logp, base_logp, disagreement, scored.num_labels, alpha, *limits)
         texts = [excerpt(subject.tokenizer, example) for example in examples]
         table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
         return _write(config, folder, subject, table, min_gain, lines)
 
 
+def _read_rows(config: NllConfig) -> tuple[Sequence[Row], Sequence[Row]]:
+    """The rows to diagnose, and those of the calibration set, if there is one."""
+    splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
+    rows = splits.rows(config.dataset_split, "dataset_split", NllConfig.dataset_split)
+    if not config.calibration_dataset_name:
+        return rows, []
+    splits = load_splits(config.calibration_dataset_name, None, "calibration_dataset_name")
+    default = NllConfig.calibration_dataset_split
+    return rows, splits.rows(config.calibration_dataset_split, "calibration_dataset_split", default)
+
+
+def _examples(
+    ensemble: LoraEnsemble, task: SftTask, rows: Sequence[Row], setting: str
+) -> tuple[list[Example], list[str]]:
+    """The examples that the task makes of the rows, and which rows it dropped, in words."""
+    examples, dropped = read_items(task, rows, setting)
+    check_fits(ensemble.model, examples)
+    return examples, describe_rows(examples, dropped)
+
+
 def _score(
     ensemble: LoraEnsemble, task: SftTask, examples: Sequence[Example], batch_size: int
 ) -> tuple[Evaluation, Tensor]:
-    """The examples under the particles, and their log-likelihoods under the base, [N] nats.
+    """The scores of the examples under the particles, and their logp under the base, [N] nats.
 
-    The base is scored as K particles whose B is zero. So both take the same path and round alike, and particles that
-    learnt nothing gain nothing. In bfloat16, a base that runs by itself is up to 0.1 nats a token off.
+    The base is scored as K particles whose B is zero. So it takes the path of the particles and rounds as they do, and
+    particles that learnt nothing gain exactly nothing. In bfloat16, the logp of a base that runs by itself differs from
+    this by up to 0.1 nats a token.
     """
     scored = evaluate(ensemble, task, examples, batch_size)
     stacked = [B for _, B in ensemble.stacked().values()]
@@ -133,76 +123,11 @@ def _score(
 
 
 class _WithDisagreement(SftTask):
-    """The task, with scores that also say how far the particles disagree about each sequence, [B]."""
+    """Supervised fine-tuning, whose scores also say how far the particles disagree about each sequence, [B]."""
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         logp = ensemble.token_logprob(batch)
         return Scores(sum_tokens(logp), {"disagreement": token_disagreement(logp)})
-
-
-def token_disagreement(logp: Tensor) -> Tensor:
-    """max_t ( max_k p[k,t] - min_k p[k,t] ), a difference of probabilities, [K, B, T] -> [B].
-
-    logp: nats of each labelled token; 0.0 where there is no label, so the disagreement there is 0.
-    """
-    p = logp.exp()
-    return (p.amax(dim=0) - p.amin(dim=0)).amax(dim=-1)
-
-
-def gain_over_base(logp: Tensor, base_logp: Tensor, num_tokens: Tensor) -> Tensor:
-    """( max_k s[k,i] - s[base,i] ) / T[i], nats a token, [N]: what the best particle learnt of each example."""
-    return (logp.amax(dim=0) - base_logp) / num_tokens
-
-
-def support_limit(gains: Tensor, share: float) -> float:
-    """The gain below which an example is out of support, from the gains [N] of a calibration set.
-
-    Guarantee: an example that is drawn as the calibration set was is called out of support with a probability of at
-    most `share`, whatever the distribution (split conformal prediction, Vovk et al. 2005): the limit is the gain of
-    rank floor(share (N + 1)), smallest first, and what is below it ranks no higher among all N + 1.
-
-    Raises:
-        ValueError: too few examples for that share.
-    """
-    check_calibration(len(gains), share)
-    return gains.sort().values[math.floor(share * (len(gains) + 1)) - 1].item()
-
-
-def check_calibration(num_examples: int, share: float) -> None:
-    """ValueError if a calibration set is too small for `share`."""
-    if math.floor(share * (num_examples + 1)) < 1:
-        raise ValueError(
-            f"calibration_dataset_name: a calibration_share of {share:g} needs at least {math.ceil(1 / share) - 1} "
-            f"examples; got {num_examples}; give more rows or a larger --calibration_share"
-        )
-
-
-def diagnose(
-    logp: Tensor,
-    base_logp: Tensor,
-    disagreement: Tensor,
-    num_tokens: Tensor,
-    alpha: float,
-    min_disagreement: float,
-    min_gain: float,
-) -> list[tuple[str, float, float, float, float, int, float, float, float, int]]:
-    """The fields of `Diagnosis` from flag to num_tokens, of each example.
-
-    Args:
-        logp: [K, N] nats, summed over tokens. base_logp, disagreement, num_tokens: [N].
-        alpha: of the responsibilities, from which come ESS and entropy; the flag does not depend on it.
-        min_gain: nats a token; what gains less is out of support.
-    """
-    out = renyi_reduce(logp, alpha)
-    entropy = torch.special.entr(out.responsibilities).sum(dim=0)
-    best, best_particle = logp.max(dim=0)
-    gain = gain_over_base(logp, base_logp, num_tokens)
-    unsupported = gain < min_gain
-    contested = (disagreement >= min_disagreement) & ~unsupported
-    flags = [CONTESTED if c else OUT_OF_SUPPORT if u else PLAIN for c, u in zip(contested, unsupported, strict=True)]
-    nlls = (-best / num_tokens, renyi_reduce(logp, 1.0).loss / num_tokens, -base_logp / num_tokens)
-    columns = (disagreement, gain, out.ess, entropy, best_particle, *nlls, num_tokens)
-    return list(zip(flags, *(column.tolist() for column in columns), strict=True))
 
 
 def _write(

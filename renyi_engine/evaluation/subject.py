@@ -1,4 +1,4 @@
-"""What an evaluation looks at: the particles of an ensemble, and the frozen base under them."""
+"""Who is evaluated: the particles of an ensemble, and the frozen base that they share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from renyi_engine.evaluation.config import EvalConfig
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: the particles of an ensemble and, inside `ensemble.disable_adapters()`, the frozen base.
+    """The particles of an ensemble and, inside `ensemble.disable_adapters()`, the frozen base.
 
     Attributes:
-        num_particles: K; 0 if there is the bare base alone.
-        alpha: the coupling of responsibilities, where it was given or the ensemble's folder records it.
+        num_particles: K; 0 if only the base is evaluated.
+        alpha: of the responsibilities: the one in the settings, else the one in the ensemble's folder, else None.
     """
 
     ensemble: LoraEnsemble
@@ -26,14 +26,14 @@ class Subject:
     alpha: float | None
 
     def require_alpha(self) -> float:
-        """alpha. Raises ValueError where nothing says it."""
+        """alpha. Raises ValueError if it is not known."""
         if self.alpha is None:
-            raise ValueError("alpha: the ensemble's folder does not record the one it was trained with; pass --alpha")
+            raise ValueError("alpha: the ensemble's folder does not record the alpha of its training; pass --alpha")
         return self.alpha
 
 
 def load_subject(config: EvalConfig) -> Subject:
-    """The base of `config` with the particles of its `ensemble` folder, if it names one.
+    """The base that `config` names, with the particles of its `ensemble` folder if it names one.
 
     Raises:
         ValueError: the model or the folder cannot be used.
@@ -41,7 +41,7 @@ def load_subject(config: EvalConfig) -> Subject:
     tokenizer = base_model.load_tokenizer(config)
     model = base_model.load_model(config)
     if not config.ensemble:
-        # the least that can be attached; nothing asks these adapters anything
+        # an ensemble has at least one adapter; nobody uses this one
         ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=1, rank=1))
         return Subject(ensemble, tokenizer, 0, None)
     ensemble = LoraEnsemble.from_pretrained(model, config.ensemble)

@@ -1,4 +1,4 @@
-"""What training minimises: tasks (SFT, DPO), the alpha-Renyi loss, priors, alpha itself, and the scores of examples."""
+"""What training minimises: the tasks SFT and DPO, the alpha-Renyi loss, the priors, alpha, and scores of examples."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""What alpha is at each step: a schedule of the step alone, or a controller that follows the particles.
+"""What alpha is at each step. A schedule depends on the step alone; a controller follows the particles.
 
-The alpha of a step is known before its first micro-batch is run, so that all of them are reduced alike: a controller
-learns from the steps before. Settings are checked here before torch is imported: only what computes imports it.
+All micro-batches of a step have the same alpha, so a controller can only learn from the steps before. Settings are
+checked before torch is imported: only functions that compute import it.
 
 Layout: K particles, N examples.
 """
@@ -22,36 +22,36 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 FINITE_ALPHA = "a finite number >= 0 (0 trains the particles independently)"
 
 POOL_STEPS = 8
-"""Steps whose examples `EssController` pools: those of a single one may be all alike, or all contested; over many, the
-particles have moved."""
+"""How many steps' examples `EssController` looks at. With too few, all examples may be alike; with too many, the
+particles have moved meanwhile."""
 MAX_RISE, MAX_FALL = 1.05, 1.2
-"""Factors by which `EssController` changes alpha in one step, at most. It rises slowly, because particles that start
-alike say nothing of what alpha they will need, and one that is too large hands all examples to a single particle."""
+"""The largest factors by which `EssController` raises and lowers alpha in one step. Alpha rises slowly: particles that
+start alike do not show yet which alpha they will need, and a too large one gives all examples to a single particle."""
 MIN_ALPHA = 1e-4
-"""Where `EssController` stops to lower alpha: particles 10^4 nats apart still share an example."""
+"""`EssController` never sets a lower alpha. At this one, particles 10^4 nats apart still share an example."""
 
 
 class Coupling(ABC):
-    """What sets alpha. `at` is asked for every step in turn, and `observe` is told what came of it."""
+    """What sets alpha. The trainer calls `at` before each step, and `observe` after it."""
 
     @abstractmethod
     def at(self, step: int) -> float:
-        """alpha of `step`, counted from 0."""
+        """The alpha of `step`. Steps are counted from 0."""
 
-    def observe(self, logp: Tensor) -> None:  # noqa: B027 (only one of them looks)
+    def observe(self, logp: Tensor) -> None:  # noqa: B027 (only EssController needs it)
         """Take note of the log-likelihoods [K, N] of a step's examples, in nats."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to know, in what JSON keeps to the last bit."""
+        """What a resumed run has to know, in values that JSON keeps exactly."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
 
 
 class Schedule(Coupling):
-    """From `start` to `end` in `num_steps`, along a line or half a cosine, and `end` from there on."""
+    """Goes from `start` to `end` in `num_steps` steps, along a line or half a cosine. After that, alpha is `end`."""
 
     def __init__(self, name: ScheduleName, start: float, end: float, num_steps: int) -> None:
         self.name, self.start, self.end, self.num_steps = name, start, end, num_steps
@@ -65,7 +65,7 @@ class Schedule(Coupling):
         return self.start + (self.end - self.start) * done
 
     def state(self) -> dict[str, Any]:
-        return {"num_steps": self.num_steps}  # a longer run goes on as it began
+        return {"num_steps": self.num_steps}  # a run that is resumed with more steps keeps its schedule
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.num_steps = state["num_steps"]
@@ -74,23 +74,23 @@ class Schedule(Coupling):
 class EssController(Coupling):
     """Keeps the mean effective sample size of the training examples at `target` * K.
 
-    After each step alpha moves to where the examples of the last `POOL_STEPS` steps have that mean, up by a factor of
-    at most `MAX_RISE`, down by at most `MAX_FALL`. A target too low for any alpha up to `alpha_max` leaves it there.
+    After each step alpha moves to the value at which the examples of the last `POOL_STEPS` steps have this mean. It
+    rises by a factor of at most `MAX_RISE`, falls by at most `MAX_FALL`, and stays from `MIN_ALPHA` to `alpha_max`.
 
     Raises:
-        ValueError: `target` is out of reach for so many particles; alpha is not from `MIN_ALPHA` to `alpha_max`.
+        ValueError: K particles cannot have this `target`, or `alpha` is not from `MIN_ALPHA` to `alpha_max`.
     """
 
     def __init__(self, target: float, num_particles: int, alpha: float, alpha_max: float) -> None:
         if not 1.0 / num_particles < target < 1.0:
             raise ValueError(
-                f"alpha_controller: expected ess:TARGET with TARGET above 1/{num_particles} and below 1, as a share of "
-                f"the {num_particles} particles: an effective sample size is from 1 to num_particles; got {target:g}"
+                f"alpha_controller: expected ess:TARGET with TARGET above 1/{num_particles} and below 1, because it is "
+                f"the effective sample size, from 1 to {num_particles}, divided by num_particles; got {target:g}"
             )
         if not MIN_ALPHA <= alpha <= alpha_max:
             raise ValueError(
-                f"alpha: with alpha_controller ess:{target:g} it is where alpha starts; expected a number from "
-                f"{MIN_ALPHA:g} to alpha_max ({alpha_max:g}); got {alpha:g}"
+                f"alpha: expected a number from {MIN_ALPHA:g} to alpha_max ({alpha_max:g}), because alpha_controller "
+                f"ess:{target:g} starts with it; got {alpha:g}"
             )
         self.ess, self.alpha, self.alpha_max = target * num_particles, alpha, alpha_max
         self._pool: deque[Tensor] = deque(maxlen=POOL_STEPS)
@@ -116,12 +116,12 @@ class EssController(Coupling):
 
 
 class AlphaStarController(Coupling):
-    """Stays `margin` above the critical alpha* of (13), where specialists begin to pay off: (12).
+    """Stays `margin` above the critical alpha* of (13), where particles that differ begin to have the lower loss (12).
 
-    Every `num_steps` steps, from step 0 on, alpha becomes max(`estimate(step)`, 0) + margin, at most `alpha_max`.
+    At step 0 and then every `num_steps` steps, alpha becomes max(`estimate(step)`, 0) + margin, at most `alpha_max`.
 
     Raises:
-        ValueError: `margin` is not from 0 to `alpha_max`, excluded.
+        ValueError: `margin` is below 0, or not below `alpha_max`.
     """
 
     def __init__(self, margin: float, alpha_max: float, num_steps: int, estimate: Callable[[int], float]) -> None:
@@ -146,7 +146,7 @@ class AlphaStarController(Coupling):
 
 
 def parse_controller(text: str) -> tuple[str, float]:
-    """("ess", TARGET) or ("alpha-star", MARGIN) of the flag. Raises ValueError for anything else."""
+    """("ess", TARGET) or ("alpha-star", MARGIN) from the text of the flag. Raises ValueError for any other text."""
     name, _, value = text.partition(":")
     try:
         number = float(value)
@@ -165,19 +165,20 @@ def alpha_rule(alpha: float, schedule: str, alpha_0: float, controller: str | No
 
 
 def mean_ess(logp: Tensor, alpha: float) -> float:
-    """Mean effective sample size over the examples of logp [K, N], in particles, as training counts it."""
+    """The mean effective sample size over the examples of logp [K, N], in particles, as training computes it."""
     from renyi_engine.objectives.loss import data_term
     from renyi_kernels import use_backend
 
-    with use_backend("torch"):  # in fp64 on the CPU, whatever path the training takes
+    with use_backend("torch"):  # in fp64 on the CPU, whatever backend the training uses
         return data_term(logp.double(), alpha, logp.shape[1])[1].ess.mean().item()
 
 
 def alpha_of_ess(logp: Tensor, ess: float, low: float, high: float) -> float:
-    """The alpha from `low` to `high` at which `mean_ess` of logp [K, N] is `ess`, or the end that is nearest to it.
+    """The alpha from `low` to `high` at which `mean_ess` of logp [K, N] is `ess`; if there is none, the nearer end.
 
-    There is one: of each example, d log(ESS) / d alpha = 2 (E_alpha[s] - E_{2 alpha}[s]) <= 0, with E_a the mean of the
-    log-likelihood s under softmax_k(a s), which rises with a. Identical particles have K at every alpha: `high`.
+    There is at most one, because the ESS of an example falls as alpha rises: d log(ESS) / d alpha = 2 (E_alpha[s] -
+    E_{2 alpha}[s]) <= 0. Here E_a is the mean of the log-likelihood s under softmax_k(a s), which rises with a.
+    Identical particles have the ESS K at every alpha: the result is then `high`.
     """
     from scipy.optimize import brentq  # machines that only run benchmarks lack it
 

@@ -1,8 +1,8 @@
-"""Direct preference optimisation: pairs of completions, and s[k, i] = how surely particle k prefers the chosen one.
+"""Direct preference optimisation (DPO): s[k, i] says how surely particle k prefers the chosen completion of pair i.
 
     s[k, i] = log sigmoid( beta ((lp_k(y+) - lp_ref(y+)) - (lp_k(y-) - lp_ref(y-))) )         (24), App. B
 
-lp sums over completion tokens; the reference is the bare base, scored once per data set before training.
+lp is summed over completion tokens. The reference is the bare base: it scores a data set once, before training.
 
 Layout: K particles, B pairs, N pairs of a data set, T tokens; in [B, 2], 0 is the chosen, 1 the rejected completion.
 """
@@ -56,7 +56,7 @@ FORMS = ("prompt + chosen + rejected", "chosen + rejected")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of one prompt, and what the bare base gives them: log-probabilities (chosen, rejected), nats."""
+    """Two completions of one prompt. `reference`: the bare base's log-probabilities of (chosen, rejected), in nats."""
 
     row: int
     chosen: Example
@@ -73,7 +73,7 @@ class Pair:
 
 
 class DpoTask:
-    """A `Task`: a pair an example, chosen and rejected in one batch."""
+    """A `Task` whose examples are pairs. Chosen and rejected are in one batch."""
 
     unit = "pair"
     nll = nll_per(unit)
@@ -110,9 +110,9 @@ class DpoTask:
         """The pair of row `number`.
 
         Raises:
-            Dropped, a ValueError: the pair teaches nothing (both are the same, a score is missing or too near, a
-                completion is empty or cut off whole), or where the completions begin cannot be found. ValueError: a
-                field is missing or not what its column says.
+            Dropped: the pair teaches nothing, or where the completions begin cannot be found. It teaches nothing if
+                both are the same, a score is missing or too near the other, or a completion is empty or cut off.
+            ValueError: a field is missing, or is not what its column should hold.
         """
         prompt, chosen, rejected = _with_prompt(number, row)
         if chosen == rejected:
@@ -128,7 +128,7 @@ class DpoTask:
             self._encoder.completed(number, prompt, completion, column, row)
             for column, completion in (("chosen", chosen), ("rejected", rejected))
         ]
-        # where a merged token makes one completion begin earlier, both are learnt from there, as in TRL
+        # a token that holds the end of the prompt may make one completion begin earlier: then both do, as in TRL
         start = min(_first_label(labels) for _, labels in sides)
         if start >= self.max_length:
             raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
@@ -141,10 +141,8 @@ class DpoTask:
     def prepare(
         self, ensemble: LoraEnsemble, items: Sequence[Pair], folder: Path, batch_size: int, fingerprint: str
     ) -> list[Pair]:
-        """The pairs with their reference log-probabilities, kept in `folder` under a key of base, data and template.
-
-        A file of them that is damaged is made anew, with a warning.
-        """
+        """The pairs with their reference log-probabilities. A file in `folder` keeps these; its name depends on base,
+        data and template. If the file is damaged, a warning says so, and it is made again."""
         key = _key(items, fingerprint, str(ensemble.model.dtype))
         path = folder / f"reference-{key}.safetensors"
         logp = _read_reference(path, len(items))
@@ -158,7 +156,7 @@ class DpoTask:
         ]
 
     def collate(self, items: Sequence[Pair]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and labels [B, 2, T]; reference_logp [B, 2] once the pairs are prepared."""
+        """input_ids, attention_mask and labels [B, 2, T], and for pairs that are prepared reference_logp [B, 2]."""
         rows = collate([sequence for pair in items for sequence in pair.sequences], self.pad_token_id)
         batch = {name: value.view(len(items), 2, -1) for name, value in rows.items()}
         if items[0].reference is not None:
@@ -198,7 +196,7 @@ class DpoTask:
 
     @torch.no_grad()
     def _reference(self, ensemble: LoraEnsemble, items: Sequence[Pair], batch_size: int) -> Tensor:
-        """Log-probabilities [N, 2] of the bare base."""
+        """The log-probabilities [N, 2] that the bare base gives the completions, in nats."""
         logp = torch.empty(len(items), 2)
         order = longest_first(map(length, items))
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -209,7 +207,7 @@ class DpoTask:
 
 
 def _read_reference(path: Path, num_pairs: int) -> Tensor | None:
-    """Log-probabilities [N, 2] of the bare base from an earlier run; None if they are not there, or not to be used."""
+    """The log-probabilities [N, 2] that an earlier run kept. None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -223,12 +221,12 @@ def _read_reference(path: Path, num_pairs: int) -> Tensor | None:
 
 
 def _first_label(labels: Sequence[int]) -> int:
-    """Where the completion begins; after the last token if there is none."""
+    """The place of the first token of the completion. If there is none: the place after the last token."""
     return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 def _score(number: int, column: str, value: Any) -> float:
-    """A score of row `number`; a .csv file holds numbers as text."""
+    """A score of row `number`. It may be text, because a .csv file holds numbers as text."""
     if value is None or value == "":
         raise Dropped("a score is missing")
     with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -238,7 +236,7 @@ def _score(number: int, column: str, value: Any) -> float:
 
 
 def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Tensor:
-    """Log-probability [K, B, 2] of the completions, nats."""
+    """The log-probabilities [K, B, 2] of the completions, in nats."""
     rows = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
     return ensemble.sequence_logprob(rows).unflatten(1, (-1, 2))
 
@@ -246,8 +244,8 @@ def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Ten
 def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected), all strings or all lists of messages.
 
-    Without a prompt, or with a string beside whole conversations, the prompt is what chosen and rejected begin with; of
-    strings, a space at the seam goes to the completions. Both keep at least one message or character.
+    If the row has no prompt, or a string beside whole conversations, the prompt is what chosen and rejected begin with.
+    Each keeps at least one message or character. In strings, a space at the end of the prompt goes to the completions.
     """
     sides: dict[str, Any] = {column: row.get(column) for column in ("prompt", "chosen", "rejected")}
     prompt, chosen, rejected = sides.values()
@@ -267,6 +265,6 @@ def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _key(items: Sequence[Pair], fingerprint: str, dtype: str) -> str:
-    """Of base, data and template: the tokens and labels hold the last two."""
+    """A key for base, data and template. Data and template show in the tokens and labels."""
     sequences = [[s.input_ids, s.labels] for pair in items for s in pair.sequences]
     return files.sha256_of_json([fingerprint, dtype, sequences])[:16]

@@ -1,7 +1,7 @@
-"""The priors on particles: what keeps them near zero (Option B), and apart (Option A).
+"""The priors on particles. Option B of the paper keeps them near zero; Option A also keeps them apart.
 
-Layout: K particles, P parameters of one particle. A particle phi_k is all of its A and B, across every stacked
-parameter [K, ...]. Values are in nats and leave out the constants of the Gaussians, which have no gradient.
+Layout: K particles, P parameters of one particle. The vector phi_k is all A and B of particle k: its part of every
+stacked parameter [K, ...]. Values are in nats. They leave out the constants of the Gaussians, which have no gradient.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def prior_term(
     std: float,
     bandwidth: float | None,
 ) -> Tensor:
-    """(lambda/N) times the prior of the particles, a scalar in nats.
+    """(lambda/N) times the prior of the particles: a scalar in nats.
 
     Args:
         name: "potential" (Option B), "smoothed_kl" (Option A) or "none".
         parameters: the stacked parameters, each ``[K, ...]``.
-        weight: lambda. num_examples: N, the size of the training set. std: sigma_0.
+        weight: lambda. num_examples: N, the number of training examples. std: sigma_0.
         bandwidth: h, or None for the median heuristic.
     """
     stacked = [p.flatten(1) for p in parameters]
@@ -42,10 +42,10 @@ def prior_term(
 def potential(stacked: list[Tensor], std: float) -> Tensor:
     """(1/K) sum_k ||phi_k||^2 / (2 sigma_0^2): Option B of 4.1. `stacked`: the particles' parameters, each [K, P_i].
 
-    A sick particle, one whose ||phi_k||^2 is not finite, is left out of the sum; K stays what it is.
+    The sum leaves out a sick particle, one whose ||phi_k||^2 is not finite. K still counts it.
     """
     norms = _squared_norms(stacked)
-    return norms.where(_sound(norms), 0.0).sum() / (2.0 * std**2 * len(norms))
+    return norms.where(_healthy(norms), 0.0).sum() / (2.0 * std**2 * len(norms))
 
 
 def potential_curvature(weight: float, num_examples: int, std: float) -> float:
@@ -56,34 +56,32 @@ def potential_curvature(weight: float, num_examples: int, std: float) -> float:
 def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> Tensor:
     """(1/K) sum_k [log((1/K) sum_j kappa_h(phi_k - phi_j)) - log pi(phi_k)], eq. (22).
 
-    kappa_h(d) = exp(-||d||^2 / (2 h^2)). The median heuristic (bandwidth None) is SVGD's, held constant to the
-    derivative: 2 h^2 = median_{j<k} ||phi_j - phi_k||^2 / log(K + 1). One particle has nothing to keep away from: the
-    term is then `potential`.
+    kappa_h(d) = exp(-||d||^2 / (2 h^2)). With bandwidth None, h is SVGD's median heuristic, without a gradient of its
+    own: 2 h^2 = median_{j<k} ||phi_j - phi_k||^2 / log(K + 1). With a single particle the term is `potential`.
 
-    A sick particle, one whose ||phi_k||^2 is not finite, has no term of its own, and the others need not keep away from
-    it: both sums and the median go over the K' sound particles, with 1/K' before the sum over j, and log(K' + 1). Only
-    the 1/K before the sum over k stays. So K times the term, which training takes, has for each sound particle the
-    gradient that it would have without the sick ones.
+    A sick particle, one whose ||phi_k||^2 is not finite, is left out: both sums and the median go over the K' healthy
+    particles, with 1/K' before the sum over j, and log(K' + 1). Only the 1/K before the sum over k stays. As training
+    takes K times the term, each healthy particle gets the gradient that it would get without the sick ones.
     """
     norms = _squared_norms(stacked)
-    sound = _sound(norms.detach())
-    num_sound = sound.sum()
-    # in place of a sick particle, the sound one that is nearest to zero
-    nearest = norms.detach().where(sound, torch.inf).argmin().view(1)
-    squared = squared_distances([p.where(sound[:, None], p.detach().index_select(0, nearest)) for p in stacked])
+    healthy = _healthy(norms.detach())
+    num_healthy = healthy.sum()
+    # the healthy particle that is nearest to zero stands in the place of every sick one
+    nearest = norms.detach().where(healthy, torch.inf).argmin().view(1)
+    squared = squared_distances([p.where(healthy[:, None], p.detach().index_select(0, nearest)) for p in stacked])
     if bandwidth is not None:
         h2 = torch.as_tensor(bandwidth**2, dtype=squared.dtype, device=squared.device)
     else:
-        h2 = _median_bandwidth_squared(squared.detach(), sound)
-    h2 = h2.clamp(min=torch.finfo(h2.dtype).tiny)  # of a tiny bandwidth, and of particles that coincide exactly
-    log_kernel = (-squared / (2.0 * h2)).masked_fill(~sound, -torch.inf)
-    log_density = torch.logsumexp(log_kernel, dim=1) - num_sound.log()
-    return log_density.where(sound, 0.0).sum() / len(norms) + potential(stacked, std)
+        h2 = _median_bandwidth_squared(squared.detach(), healthy)
+    h2 = h2.clamp(min=torch.finfo(h2.dtype).tiny)  # else 0, if the bandwidth is tiny or particles are equal
+    log_kernel = (-squared / (2.0 * h2)).masked_fill(~healthy, -torch.inf)
+    log_density = torch.logsumexp(log_kernel, dim=1) - num_healthy.log()
+    return log_density.where(healthy, 0.0).sum() / len(norms) + potential(stacked, std)
 
 
 def squared_distances(stacked: list[Tensor]) -> Tensor:
-    """||phi_k - phi_j||^2, [K, K]. The particle nearest to zero is first subtracted from all, so that the Gram matrix
-    loses no digits where particles are close, nor where one is far away."""
+    """||phi_k - phi_j||^2, [K, K]. The particle nearest to zero is subtracted from all first. So the Gram matrix loses
+    no digits if particles are close to each other, or if one is far away."""
     origin = _squared_norms(stacked).argmin().view(1)
     gram = torch.stack([(c := p - p.detach().index_select(0, origin)) @ c.mT for p in stacked]).sum(dim=0)
     norms = gram.diagonal()
@@ -95,17 +93,17 @@ def _squared_norms(stacked: list[Tensor]) -> Tensor:
     return torch.stack([p.square().sum(dim=1) for p in stacked]).sum(dim=0)
 
 
-def _sound(norms: Tensor) -> Tensor:
-    """Whether each of these squared norms is finite, and so small that squared distances are finite too, [K]."""
+def _healthy(norms: Tensor) -> Tensor:
+    """[K]: whether each squared norm is finite, and so small that squared distances are finite too."""
     return norms < torch.finfo(norms.dtype).max / 16
 
 
-def _median_bandwidth_squared(squared: Tensor, sound: Tensor) -> Tensor:
-    """h^2 by the median heuristic, over the pairs of sound particles; 1 if there is no pair."""
-    num_particles = len(sound)
+def _median_bandwidth_squared(squared: Tensor, healthy: Tensor) -> Tensor:
+    """h^2 by the median heuristic, over the pairs of healthy particles. It is 1 if there is no pair."""
+    num_particles = len(healthy)
     if num_particles == 1:
         return squared.new_ones(())
-    distances = squared.masked_fill(~(sound[:, None] & sound), torch.nan)
+    distances = squared.masked_fill(~(healthy[:, None] & healthy), torch.nan)
     pairs = distances[tuple(torch.triu_indices(num_particles, num_particles, offset=1, device=squared.device))]
-    h2 = pairs.nanmedian() / (2.0 * (sound.sum() + 1).log())
-    return h2.where(sound.sum() > 1, 1.0)
+    h2 = pairs.nanmedian() / (2.0 * (healthy.sum() + 1).log())
+    return h2.where(healthy.sum() > 1, 1.0)

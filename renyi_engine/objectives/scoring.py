@@ -1,4 +1,4 @@
-"""What an ensemble makes of held-out examples.
+"""Scores a data set with an ensemble: the log-likelihood of every example under every particle.
 
 Layout: K particles, N examples.
 """
@@ -70,7 +70,7 @@ def means(totals: Mapping[str, float | list[float]], num_examples: int) -> dict[
 
 @torch.no_grad()
 def evaluate(ensemble: LoraEnsemble, task: Task, examples: Sequence[Item], batch_size: int) -> Evaluation:
-    """Score every example under every particle. Batches are of similar length; the result is in the order given."""
+    """Score every example under every particle. The result is in the order of `examples`."""
     order = longest_first(map(length, examples))
     parts = []
     for start in range(0, len(order), batch_size):

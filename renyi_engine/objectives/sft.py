@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: rows of text, chat or prompt + completion, and s[k, i] = the completion's log-likelihood.
+"""Supervised fine-tuning (SFT): s[k, i] is particle k's log-likelihood of the completion of example i.
 
 Layout: K particles, B sequences, T tokens.
 """
@@ -32,7 +32,7 @@ FORMS = ("messages", "prompt + completion", "text")
 
 
 class SftTask:
-    """A `Task`: one sequence an example, and the log-likelihood of its labelled tokens (4.1)."""
+    """A `Task` whose examples are single sequences. s is the log-likelihood of the labelled tokens (4.1)."""
 
     unit = "token"
     nll = nll_per(unit)
@@ -45,18 +45,18 @@ class SftTask:
         self._encoder = Encoder(tokenizer)
 
     def check_columns(self, columns: Sequence[str], argument: str) -> None:
-        """ValueError unless the columns are one of `FORMS`; a warning names those that are not read."""
+        """Raise ValueError unless the columns are one of `FORMS`. Warn of columns that are not read."""
         form = next((form.split(" + ") for form in FORMS if set(form.split(" + ")) <= set(columns)), None)
         if form is None:
             raise missing_column(argument, columns, FORMS)
         warn_unread(argument, columns, form if form == ["text"] else [*form, *CONTEXT_COLUMNS])
 
     def example(self, number: int, row: Mapping[str, Any]) -> Example:
-        """Tokens and labels of row `number`.
+        """The tokens and labels of row `number`.
 
         Raises:
-            Dropped, a ValueError: no token is left to learn, or where it begins or ends cannot be found.
-                ValueError: a field is missing or not what its column says.
+            Dropped: no token is left to learn, or where an answer begins or ends cannot be found.
+            ValueError: a field is missing, or is not what its column should hold.
         """
         learnt = _learnt_column(row)
         if learnt == "messages":
@@ -78,7 +78,7 @@ class SftTask:
             if has_labels and example.num_cut:
                 raise Dropped(f"the prompt alone fills max_length ({self.max_length} tokens)")
             if has_labels:
-                raise Dropped("no token to learn: it is the first of all, and has no prediction")
+                raise Dropped("no token to learn but the first of all, which nothing predicts")
             raise Dropped("no token to learn: the completion is empty")
         return example
 
@@ -98,6 +98,6 @@ class SftTask:
 
 
 def _learnt_column(row: Mapping[str, Any]) -> str | None:
-    """The column of the row that is learnt: the first that holds something, else the first that is there."""
+    """The column of the row that is learnt: the first that is not null, else the first that is there."""
     there = [column for column in ("messages", "completion", "text") if column in row]
     return next((column for column in there if row[column] is not None), there[0] if there else None)

@@ -1,4 +1,4 @@
-"""What the trainer asks of a kind of training. SFT and DPO differ in nothing else.
+"""What a kind of training has to bring. SFT and DPO differ in this, and in nothing else.
 
 Layout: K particles, B examples, N examples of a data set, T tokens.
 """
@@ -33,18 +33,18 @@ class Scores:
 
 
 class Item(Protocol):
-    """An example: one token sequence, or several that are judged together."""
+    """An example: one token sequence, or several that are scored together."""
 
     @property
     def row(self) -> int:
-        """Its number in the data set."""
+        """The number of its row in the data set."""
 
     @property
     def sequences(self) -> tuple[Example, ...]: ...
 
     @property
     def num_labels(self) -> int:
-        """What its negative log-likelihood is divided by: `Task.unit`s."""
+        """How many `Task.unit`s it holds. Its negative log-likelihood is divided by this number."""
 
 
 def metrics_of(task: Task | type[Task]) -> list[Metric]:
@@ -54,7 +54,7 @@ def metrics_of(task: Task | type[Task]) -> list[Metric]:
 
 
 def length(item: Item) -> int:
-    """Tokens of its longest sequence."""
+    """How many tokens its longest sequence has."""
     return max(len(sequence.input_ids) for sequence in item.sequences)
 
 
@@ -67,18 +67,18 @@ class Task(Protocol):
     """What `Scores.details` holds, in the order in which a line of metrics.jsonl has it."""
 
     def check_columns(self, columns: Sequence[str], argument: str) -> None:
-        """ValueError unless rows with these columns can be taken."""
+        """Raise ValueError unless rows with these columns can be used."""
 
     def example(self, number: int, row: Mapping[str, Any]) -> Any:
-        """The `Item` that row `number` makes. Raises Dropped if it cannot be used, ValueError if it is broken."""
+        """The `Item` of row `number`. Raises Dropped if the row cannot be used, and ValueError if it is broken."""
 
     def prepare(
         self, ensemble: LoraEnsemble, items: Sequence[Any], folder: Path, batch_size: int, fingerprint: str
     ) -> list[Any]:
-        """The items, with what has to be known of them before training; `folder` is the run's, to keep it in."""
+        """The items, with what has to be computed before training. The run's `folder` may keep it."""
 
     def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """A batch; its "labels" has one entry an item."""
+        """A batch of the items. Its "labels" have one entry for each item."""
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores: ...
 
@@ -87,29 +87,29 @@ class Task(Protocol):
 
 
 def read_items(task: Task, rows: Sequence[Row], argument: str) -> tuple[list[Any], dict[str, list[int]]]:
-    """(items, dropped) of a data set's rows, as `tokenize` gives them.
+    """(items, dropped) of the rows of a data set: see `tokenize`.
 
     Raises:
-        ValueError: a column is missing, a row is broken, or none is left.
+        ValueError: a column is missing, a row is broken, or no row is left.
     """
     task.check_columns(columns_of(rows), argument)
     return tokenize(rows, task.example, argument)
 
 
 def cut_rows(items: Sequence[Item]) -> list[int]:
-    """The rows whose end was cut off at max_length."""
+    """The numbers of the rows whose end was cut off at max_length."""
     return [item.row for item in items if any(sequence.num_cut for sequence in item.sequences)]
 
 
 def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -> list[str]:
-    """The rows of a data set that were dropped and why, and those that were cut, in lines."""
+    """Lines that say which rows of a data set were dropped and why, and which were cut off."""
     cut = cut_rows(items)
     of_cut = [f"{len(cut)} rows cut off at max_length ({name_rows(cut)})"] if cut else []
     return describe_dropped(dropped) + of_cut
 
 
 def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
-    """ValueError unless `model` can read every sequence of these examples, in any batch: see `limits`."""
+    """Raise ValueError unless `model` can read every sequence of these examples, in any batch: see `limits`."""
     sequences = [(f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences]
     limits.check_fits(model, sequences, "max_length")
     limits.check_batches(model, [len(ids) for _, ids in sequences], "max_length")

@@ -1,4 +1,4 @@
-"""The paper's closed forms: finite parameter spaces, and the two-regime example. No model is needed."""
+"""The paper's closed forms: finite parameter spaces, and the example with two regimes. They need no model."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
 """Finite parameter spaces: the loss of any distribution over M parameters, its posterior, and when specialists win.
 
-A table of log-likelihoods is all they need to know. Everything is worked in fp64.
+The functions need only a table of log-likelihoods. They compute in fp64.
 
 Layout: M parameters, K specialists, N examples.
 """
@@ -25,13 +25,13 @@ class Posterior:
     probabilities: Tensor
     """[M]: q."""
     residual: float
-    """Total variation between q and the right side of (10) at q: 0 at the posterior."""
+    """The total variation between q and the right side of (10) at q. It is 0 at the posterior."""
     gap_nats: float
-    """lambda KL(q || right side of (10)) >= objective(q) - min objective, up to rounding: how far q is from best."""
+    """lambda KL(q || right side of (10)). Up to rounding, objective(q) is above its minimum by at most this."""
     trace_nats: tuple[float, ...]
-    """The objective at the prior and after every step that was taken; it never rises by more than rounding."""
+    """The objective at the prior and after every step that was taken. It never rises by more than rounding."""
     num_iterations: int
-    """Steps tried, taken or not; 0 for the closed form at alpha = 0."""
+    """How many steps were tried, taken or not; 0 for the closed form at alpha = 0."""
     converged: bool
     """Whether residual and gap are both within the tolerance."""
 
@@ -42,17 +42,17 @@ def mixture_loss(logp: Tensor, q: Tensor, alpha: float) -> RenyiOutput:
     >>> mixture_loss(logp, torch.full((M,), 1 / M), alpha).loss == renyi_reduce(logp, alpha).loss
 
     Args:
-        logp: [M, N] nats, s. -inf: the parameter rules the example out.
+        logp: [M, N] nats, s. -inf: the parameter gives the example probability 0.
         q: [M], a distribution over the parameters.
         alpha: finite, >= 0.
 
     Returns:
         RenyiOutput(loss [N] nats, responsibilities [M, N], ess [N], logp [M, N]), fp64. The responsibilities are
-        q_m exp(alpha s_mi) / E_q[exp(alpha s_i)]. An example that q gives no mass has loss +inf. The loss is
-        differentiable with respect to logp, and to q where all of it is above 0.
+        q_m exp(alpha s_mi) / E_q[exp(alpha s_i)]. An example to which q gives probability 0 has loss
+        +inf. The loss is differentiable in logp, and in q if all of q is above 0.
 
     Raises:
-        ValueError: a shape does not fit, logp holds NaN or +inf, q is no distribution, alpha is out of range.
+        ValueError: a shape is wrong, logp holds NaN or +inf, q is not a distribution, or alpha is out of range.
     """
     s = _table("logp", logp, "M")
     return _mixture_loss(s, _distribution("q", q, s).log(), check_alpha(alpha))
@@ -65,12 +65,12 @@ def objective(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: floa
         logp, q, alpha: as in `mixture_loss`. prior: [M], a distribution. weight: lambda > 0.
 
     Raises:
-        ValueError: as `mixture_loss`; prior is no distribution; weight is not above 0.
+        ValueError: as in `mixture_loss`; or prior is not a distribution, or weight is not above 0.
     """
     s = _table("logp", logp, "M")
     q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
     loss = _mixture_loss(s, q.log(), check_alpha(alpha)).loss
-    # not of the quotient: a parameter that neither q nor the prior allows counts nothing
+    # the logarithms are taken apart, so that a parameter with q = prior = 0 adds 0 and not NaN
     divergence = torch.special.xlogy(q, q) - torch.special.xlogy(q, prior)
     return loss.sum() + _weight(weight) * divergence.sum()
 
@@ -78,15 +78,15 @@ def objective(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: floa
 def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: float) -> Tensor:
     """F(q) ∝ prior exp((1/(lambda alpha)) sum_i p_i^alpha / E_q[p_i^alpha]), the right side of (10), [M].
 
-    It minimises the objective with its data term linearised at q, for the derivative of that term with respect to q_m
-    is -(1/alpha) sum_i p_mi^alpha / E_q[p_i^alpha]. At alpha = 0 it is the Gibbs posterior, whatever q.
+    It minimises the objective with the data term linearised at q, because the derivative of that term in q_m is
+    -(1/alpha) sum_i p_mi^alpha / E_q[p_i^alpha]. At alpha = 0 it is the Gibbs posterior, whatever q is.
 
     Args:
         logp, q, alpha: as in `mixture_loss`. prior: [M], a distribution. weight: lambda > 0.
 
     Raises:
-        ValueError: as `objective`; q gives an example no mass, where (10) is not defined, or so little that it
-            overflows.
+        ValueError: as in `objective`; or q gives an example probability 0, where (10) is not defined, or so little that
+            it overflows.
     """
     s = _table("logp", logp, "M")
     q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
@@ -95,13 +95,15 @@ def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: flo
         return _gibbs(s, prior.log(), weight).exp()
     loss = _mixture_loss(s, q.log(), alpha).loss
     if loss.isinf().any():
-        raise ValueError(f"q: expected some mass on every example; none on {_first(loss.isinf())}; widen its support")
+        raise ValueError(
+            f"q: expected a parameter with q > 0 that allows {_first(loss.isinf())}; there is none; give one more mass"
+        )
     support = prior > 0
     excess = torch.expm1(alpha * (s[support] + loss))
     if excess.isinf().any():
         raise ValueError(
-            "q: a parameter that it all but rules out explains an example so much better that their ratio overflows; "
-            "give it more mass"
+            "q: a parameter with almost no mass explains some example so much better that their ratio overflows; give "
+            "it more mass"
         )
     return torch.zeros_like(prior).masked_scatter(support, _image(excess, prior[support].log(), alpha, weight).exp())
 
@@ -115,28 +117,28 @@ def self_consistent_posterior(
     tolerance: float = 1e-8,
     max_iterations: int = 500,
 ) -> Posterior:
-    """The minimiser of `objective`: the q with q = F(q), eq. (10); the Gibbs posterior, in closed form, at alpha = 0.
+    """The minimiser of `objective`: the q with q = F(q), eq. (10). At alpha = 0 the Gibbs posterior, in closed form.
 
-    A damped fixed point in log space: log q <- log q + (C + tau)^-1 lambda (log F(q) - log q), normalised. C is the
-    curvature of the data term. Were it left out, this would be log q <- (1 - eta) log q + eta log F(q) with
-    eta = lambda / tau: entropic mirror descent. At tau = lambda it is Newton's step, which large N / lambda needs:
-    mirror descent takes thousands of steps there. tau grows when a step would raise the objective and shrinks again
-    when none does.
+    It is found by a damped fixed-point iteration in log space: log q <- log q + (C + tau)^-1 lambda (log F(q) - log q),
+    then normalised. C is the curvature of the data term. Without C, this would be entropic mirror descent,
+    log q <- (1 - eta) log q + eta log F(q) with eta = lambda / tau, which takes thousands of steps if N / lambda is
+    large. With C and tau = lambda it is Newton's step. tau grows when a step would raise the objective, and shrinks
+    when a step is taken.
 
     The gap is a bound because the data term D is convex in q (-log of something linear). With g its gradient at q,
     objective(q') >= D(q) + g.(q' - q) + lambda KL(q' || prior) for all q'. F(q) minimises the right side, and
-    objective(q) less that minimum is lambda KL(q || F(q)).
+    objective(q) minus that minimum is lambda KL(q || F(q)).
 
     Args:
-        logp: [M, N] nats. -inf: the parameter rules the example out.
-        prior: [M], a distribution; a parameter of prior 0 keeps probability 0.
+        logp: [M, N] nats. -inf: the parameter gives the example probability 0.
+        prior: [M], a distribution. A parameter of prior 0 keeps probability 0.
         alpha: finite, >= 0. weight: lambda > 0.
-        tolerance: of the residual and, in nats, of the gap. Rounding leaves about 1e-16 N / (lambda alpha) of either.
-        max_iterations: steps to try before returning what there is, with converged False.
+        tolerance: of the residual and, in nats, of the gap. Rounding alone is about 1e-16 N / (lambda alpha) in both.
+        max_iterations: how many steps to try. If they do not suffice, the last q is returned, with converged False.
 
     Raises:
-        ValueError: as `objective`; no q has a finite objective, for an example is ruled out by every parameter that the
-            prior allows, or at alpha = 0 every such parameter rules out some example.
+        ValueError: as in `objective`; or no q has a finite objective: every parameter with prior > 0 gives
+            probability 0 to the same example, or, at alpha = 0, to some example.
     """
     table = _table("logp", logp, "M")
     prior = _distribution("prior", prior, table)
@@ -144,7 +146,10 @@ def self_consistent_posterior(
     support = prior > 0
     s, log_prior = table[support], prior[support].log()
     if (impossible := s.isneginf().all(dim=0)).any():
-        raise ValueError(f"logp: expected a parameter of prior > 0 that allows {_first(impossible)}; every one is -inf")
+        raise ValueError(
+            f"logp: expected a parameter with prior > 0 that allows {_first(impossible)}; all have -inf there; leave "
+            "the example out, or change the prior"
+        )
     if alpha == 0.0:
         log_q = _gibbs(s, log_prior, weight)
         q = torch.zeros_like(prior).masked_scatter(support, log_q.exp())
@@ -158,7 +163,7 @@ def self_consistent_posterior(
         curvature = at.excess @ (at.excess * at.log_q.exp()[:, None]).T / alpha
         step = torch.linalg.solve(curvature + damping * identity, weight * (at.log_image - at.log_q))
         tried = _Point.at(s, log_prior, torch.log_softmax(at.log_q + step, dim=0), alpha, weight)
-        # a step that overshoots so far that the way back overflows is as bad as one that rises
+        # a step from which F(q) overflows is refused like one that raises the objective
         if tried.objective <= at.objective + at.rounding and tried.excess.isfinite().all():
             at, damping = tried, max(weight, damping / 16)
             trace.append(at.objective)
@@ -175,19 +180,19 @@ def self_consistent_posterior(
 
 
 def threshold(specialists: Tensor, generalist: Tensor) -> float:
-    """The alpha above which K specialists, weighted equally, have a lower total alpha-loss than one generalist.
+    """The alpha above which K specialists, each with weight 1/K, have a lower total alpha-loss than one generalist.
 
-    Example 1: for likelihoods 0.9 and 0.1 against 0.4 it is 0.5. The specialists' loss does not increase with alpha:
-    it is the mean of their NLL at 0, and at infinity that of the best of them, example by example.
+    Example 1: for likelihoods 0.9 and 0.1 against 0.4 it is 0.5. The specialists' loss never rises with alpha. At 0 it
+    is the mean of their nlls, and at infinity, for each example, the nll of the best of them.
 
     Args:
-        specialists: [K, N] nats. generalist: [N] nats. -inf: the example is ruled out.
+        specialists: [K, N] nats. generalist: [N] nats. -inf: the example has probability 0.
 
     Returns:
-        0.0 where the specialists win for every alpha > 0, math.inf where for none.
+        0.0 if the specialists win at every alpha > 0, math.inf if they win at none.
 
     Raises:
-        ValueError: a shape does not fit; NaN or +inf.
+        ValueError: a shape is wrong, or a log-likelihood is NaN or +inf.
     """
     from scipy.optimize import brentq
 
@@ -199,12 +204,12 @@ def threshold(specialists: Tensor, generalist: Tensor) -> float:
     def excess_loss(alpha: float) -> float:
         return renyi_reduce(s, alpha).loss.sum().item() - to_beat
 
-    if not lead > 0.0:  # not even at infinity; NaN: both rule out all the data
+    if not lead > 0.0:  # they lose even at infinity; NaN: both give some example probability 0
         return math.inf
     if math.isinf(to_beat) or excess_loss(0.0) <= 0.0:
-        # a generalist of infinite loss is beaten as soon as the specialists' is finite, which holds for every alpha > 0
+        # an infinite loss of the generalist is beaten by any finite one, and the specialists' is finite for alpha > 0
         return 0.0
-    # the loss exceeds its limit by at most N log(K) / alpha
+    # the specialists' loss is above its limit at infinity by at most N log(K) / alpha
     high = 2.0 * s.shape[1] * math.log(len(s)) / lead
     low = high / 2.0
     while excess_loss(low) <= 0.0:
@@ -213,7 +218,7 @@ def threshold(specialists: Tensor, generalist: Tensor) -> float:
 
 
 class _Point(NamedTuple):
-    """All that a step from q needs, over the support of the prior."""
+    """What a step from q needs, over the parameters with prior > 0."""
 
     log_q: Tensor  # [M]
     excess: Tensor  # [M, N]: p^alpha / E_q[p^alpha] - 1
@@ -235,7 +240,7 @@ class _Point(NamedTuple):
             log_image,
             objective=(loss.sum() + divergence).item(),
             rounding=4 * torch.finfo(s.dtype).eps * (loss.abs().sum() + divergence).item(),
-            # q log(q / F) - q + F: the same sum, of terms that are none of them negative
+            # q log(q / F) - q + F: the sum is the same, and no term is negative
             gap=weight * (q * (log_q - log_image) - q + image).clamp(min=0.0).sum().item(),
             residual=0.5 * (image - q).abs().sum().item(),
         )
@@ -244,32 +249,34 @@ class _Point(NamedTuple):
 def _mixture_loss(s: Tensor, log_q: Tensor, alpha: float) -> RenyiOutput:
     M, q = len(s), log_q.exp()
     if alpha == 0.0:
-        # q_m = 0 leaves out what it multiplies, -inf too
+        # q_m = 0 makes its term 0, even where s is -inf
         out = renyi_reduce(torch.where(q[:, None] > 0, M * q[:, None] * s, 0.0), alpha)
         responsibilities = q.detach()[:, None].expand_as(s)
         return RenyiOutput(out.loss, responsibilities, 1.0 / responsibilities.square().sum(dim=0), s.detach())
-    # (1/M) sum_m exp(alpha (s + log(M q)/alpha)) = sum_m q_m exp(alpha s): the weights are a shift of the one reduction
+    # (1/M) sum_m exp(alpha (s + log(M q)/alpha)) = sum_m q_m exp(alpha s): the weights q become a shift of s
     out = renyi_reduce(s + ((log_q + math.log(M)) / alpha)[:, None], alpha)
-    # the shift costs the digits of log(q)/alpha; that E_q[exp(alpha (s + loss))] is 1 gives them back
+    # the shift loses as many digits as log(q)/alpha has; E_q[exp(alpha (s + loss))] = 1 restores them
     drift = torch.log1p(q @ torch.expm1(alpha * (s + out.loss))) / alpha
     return out._replace(loss=out.loss - drift.detach().nan_to_num(0.0, 0.0, 0.0), logp=s.detach())
 
 
 def _image(excess: Tensor, log_prior: Tensor, alpha: float, weight: float) -> Tensor:
-    """log F(q) of (10). Less 1 an example, which normalisation takes out, so that a small alpha does not cancel."""
+    """log F(q) of (10). The 1 that `excess` lacks would cost digits at a small alpha; normalising makes up for it."""
     return torch.log_softmax(log_prior + excess.sum(dim=1) / (weight * alpha), dim=0)
 
 
 def _gibbs(s: Tensor, log_prior: Tensor, weight: float) -> Tensor:
     log_q = log_prior + s.sum(dim=1) / weight
     if log_q.isneginf().all():
-        raise ValueError("logp: expected a parameter of prior > 0 that allows every example (alpha = 0); there is none")
+        raise ValueError(
+            "logp: at alpha = 0, some parameter with prior > 0 must allow every example; there is none; raise alpha"
+        )
     return torch.log_softmax(log_q, dim=0)
 
 
 def _table(name: str, logp: Tensor, rows: str) -> Tensor:
     if logp.dim() != 2 or 0 in logp.shape:
-        raise ValueError(f"{name}: expected [{rows}, N], at least one of each; got {list(logp.shape)}")
+        raise ValueError(f"{name}: expected [{rows}, N], at least one of each; got shape {list(logp.shape)}")
     if (bad := logp.isnan() | (logp == torch.inf)).any():
         row, column = bad.nonzero()[0].tolist()
         raise ValueError(
@@ -280,14 +287,14 @@ def _table(name: str, logp: Tensor, rows: str) -> Tensor:
 
 def _distribution(name: str, q: Tensor, s: Tensor) -> Tensor:
     if q.shape != s.shape[:1]:
-        raise ValueError(f"{name}: expected [M] = [{len(s)}], a probability for each parameter; got {list(q.shape)}")
+        raise ValueError(f"{name}: expected [M] = [{len(s)}], one probability a parameter; got shape {list(q.shape)}")
     q = q.double()
     if not ((q >= 0).all() and abs(q.sum().item() - 1.0) < 1e-6):
         raise ValueError(
-            f"{name}: expected probabilities >= 0 that add up to 1; they add up to {q.sum().item():.6g}, "
-            f"the least is {q.min().item():.6g}; divide by their sum"
+            f"{name}: expected probabilities >= 0 with sum 1; their sum is {q.sum().item():.6g}, "
+            f"the least is {q.min().item():.6g}; divide by the sum"
         )
-    return q / q.sum()  # single precision leaves 1e-7
+    return q / q.sum()  # in single precision the sum may be off by 1e-7
 
 
 def _weight(weight: float) -> float:

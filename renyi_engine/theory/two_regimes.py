@@ -1,8 +1,8 @@
-"""Example 2: one line with a kink, whose data switch slope at random where x > 0. All of it in closed form.
+"""Example 2 of the paper in closed form: a line with a kink, whose slope switches at random where x > 0.
 
 y = theta.phi(x) + c delta x_+ + sigma noise, with phi(x) = (x, x_+), x_+ = max(x, 0), c ~ Bernoulli(eps) and x, noise
-standard normal. The model is y ~ N(theta.phi(x), sigma^2): it knows of no second regime, and can only spread over
-theta to make room for one.
+standard normal. The model is y ~ N(theta.phi(x), sigma^2). It does not know of the second regime, and can only allow
+for it by a spread over theta.
 
 Layout: N examples; the parameter is theta [2]. Everything is fp64.
 """
@@ -28,13 +28,13 @@ class TwoRegimes:
     """The distribution of the data.
 
     Args:
-        theta: the slope left of 0, and what is added to it right of 0, in the clean regime.
-        sigma: > 0, standard deviation of the noise, which the model knows.
-        eps: in [0, 1], the share of examples in the other regime.
-        delta: what the other regime adds to the slope right of 0.
+        theta: the slope left of 0 in the first regime, and what is added to it right of 0.
+        sigma: > 0, the standard deviation of the noise. The model knows it.
+        eps: in [0, 1], the fraction of examples in the second regime.
+        delta: what the second regime adds to the slope right of 0.
 
     Raises:
-        ValueError: one of them is out of range or not finite.
+        ValueError: a number is out of range or not finite.
     """
 
     theta: tuple[float, float]
@@ -47,7 +47,7 @@ class TwoRegimes:
             raise ValueError(f"theta, delta: expected two finite slopes and one; got {self.theta} and {self.delta}")
         _positive("sigma", self.sigma)
         if not 0.0 <= self.eps <= 1.0:
-            raise ValueError(f"eps: expected a share in [0, 1]; got {self.eps}")
+            raise ValueError(f"eps: expected a fraction in [0, 1]; got {self.eps}")
 
     def sample(self, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(x [N], y [N])."""
@@ -58,12 +58,12 @@ class TwoRegimes:
 
     @property
     def minimiser(self) -> Tensor:
-        """[2]: theta* = theta + (0, eps delta), of least expected NLL. E[y | x] = theta*.phi(x), for every x."""
+        """[2]: theta* = theta + (0, eps delta), where the expected nll is least. E[y | x] = theta*.phi(x) for all x."""
         return torch.tensor([self.theta[0], self.theta[1] + self.eps * self.delta], dtype=torch.float64)
 
     @property
     def hessian(self) -> Tensor:
-        """H = E[phi phi'] / sigma^2, [2, 2] nats: of the expected NLL, everywhere."""
+        """H = E[phi phi'] / sigma^2, [2, 2] nats: the Hessian of the expected nll, at every theta."""
         return FEATURES / self.sigma**2
 
     @property
@@ -77,7 +77,7 @@ class TwoRegimes:
     def stability(self, alpha: float) -> Tensor:
         """S_alpha = H - alpha G, [2, 2]: twice the slope of the expected loss in Sigma at a point mass on theta*, (12).
 
-        Where S_alpha is positive definite spread does not pay; along a direction of negative curvature it does.
+        A spread along v lowers the loss if v'S_alpha v < 0, and raises it if S_alpha is positive definite.
 
         Raises:
             ValueError: alpha is negative or not finite.
@@ -92,19 +92,19 @@ class TwoRegimes:
 
     @property
     def critical_direction(self) -> Tensor:
-        """[2]: the v of (13), which spreads first: (0, 1), the slope right of 0. Any v will do where alpha_c = 1."""
-        # v'Gv / v'Hv is largest along E[phi phi']^-1 (1, 1), for E[x_+^2 phi phi'] is a multiple of (1, 1)(1, 1)'
+        """[2]: the v of (13), along which a spread opens first: (0, 1), the slope right of 0. Any v if alpha_c = 1."""
+        # v'Gv / v'Hv is largest along E[phi phi']^-1 (1, 1), because E[x_+^2 phi phi'] is a multiple of (1, 1)(1, 1)'
         return torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
 class Prediction(NamedTuple):
-    """What a posterior says of y at some x: a mean and the two parts of its variance, each of the shape of x."""
+    """What a posterior predicts for y at some x: a mean and the two parts of the variance, each with the shape of x."""
 
     mean: Tensor
     noise: Tensor
-    """sigma^2: what would be left if theta were known."""
+    """sigma^2: the variance that is left if theta is known."""
     epistemic: Tensor
-    """phi' Sigma phi: what spread over theta adds."""
+    """phi' Sigma phi: what the spread over theta adds."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class GaussianPosterior:
     covariance: Tensor
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
-        """Mean and variance of y at x, of any shape, under noise of standard deviation sigma > 0.
+        """Mean and variance of y at x, of any shape, if the noise has standard deviation sigma > 0.
 
         Raises:
             ValueError: sigma is not above 0.
@@ -125,11 +125,11 @@ class GaussianPosterior:
         return Prediction(phi @ self.mean, noise, (phi @ self.covariance * phi).sum(dim=-1))
 
     def loss(self, x: Tensor, y: Tensor, sigma: float, alpha: float) -> Tensor:
-        """-(1/alpha) log E_theta[N(y; theta.phi, sigma^2)^alpha], or its limit at alpha = 0, in nats: shaped as x, y.
+        """-(1/alpha) log E_theta[N(y; theta.phi, sigma^2)^alpha], or its limit at alpha = 0, nats, in the shape of x.
 
         With v = phi' Sigma phi: (1/2) log(2 pi sigma^2) + (1/(2 alpha)) log(1 + alpha v / sigma^2)
-        + (y - m.phi)^2 / (2 (sigma^2 + alpha v)), for N(y; s, sigma^2)^alpha is N(y; s, sigma^2 / alpha) up to factors,
-        and s ~ N(m.phi, v).
+        + (y - m.phi)^2 / (2 (sigma^2 + alpha v)), because N(y; s, sigma^2)^alpha is N(y; s, sigma^2 / alpha) up to a
+        factor, and s ~ N(m.phi, v).
 
         Raises:
             ValueError: sigma is not above 0; alpha is negative or not finite.
@@ -138,7 +138,7 @@ class GaussianPosterior:
         mean, noise, spread = self.predict(x, sigma)
         ratio = spread / noise
         cost = 0.5 * (ratio if alpha == 0.0 else torch.log1p(alpha * ratio) / alpha)
-        # at alpha = 0 an example costs E[(y - s)^2] / (2 sigma^2): v is in the cost, not below the line
+        # at alpha = 0 an example costs E[(y - s)^2] / (2 sigma^2), of which v / (2 sigma^2) is in `cost`
         return 0.5 * torch.log(2 * math.pi * noise) + cost + (y - mean) ** 2 / (2 * (noise + alpha * spread))
 
 
@@ -149,10 +149,10 @@ def features(x: Tensor) -> Tensor:
 
 
 def fit(x: Tensor, y: Tensor, *, sigma: float, alpha: float, weight: float, prior_std: float) -> GaussianPosterior:
-    """The Gaussian of least (1/N) sum_i loss_i + (lambda/N) KL(N(m, Sigma) || N(0, sigma_0^2 I)).
+    """The Gaussian with the least (1/N) sum_i loss_i + (lambda/N) KL(N(m, Sigma) || N(0, sigma_0^2 I)).
 
-    Sigma = L L' with L lower triangular; the search starts wide, from the least squares mean and the prior's spread,
-    and so does not depend on chance.
+    Sigma = L L' with L lower triangular. The search starts at the least-squares mean with the wide spread of the prior,
+    so nothing depends on chance.
 
     Args:
         x, y: [N]. sigma: > 0, the model's noise. alpha: finite, >= 0.
@@ -194,7 +194,7 @@ def fit(x: Tensor, y: Tensor, *, sigma: float, alpha: float, weight: float, prio
         options={"ftol": 0.0, "gtol": 1e-9, "maxiter": 2000, "maxcor": 20},
     )
     if not (slope := abs(found.jac).max()) < 1e-6:
-        raise RuntimeError(f"fit: stopped at a slope of {slope:.2g} after {found.nit} iterations: {found.message}")
+        raise RuntimeError(f"fit: no minimum: the slope is {slope:.2g} after {found.nit} iterations: {found.message}")
     with torch.no_grad():
         return unpack(torch.from_numpy(found.x))[0]
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from renyi_engine import base_model
 from renyi_engine.core import CONFIG_FILE, changes, output_folder, parse, read_yaml
-from renyi_engine.ensemble import adapter_folder, is_fingerprint, targets
+from renyi_engine.ensemble import adapter_folder, is_fingerprint, is_number, targets
 from renyi_engine.training import checkpoint
 from renyi_engine.training.config import CONFIGS, TrainConfig
 from renyi_engine.training.records import kind_of
@@ -44,16 +44,17 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
     config = _settings(run / CONFIG_FILE, trust_remote_code)
     adapters, state = checkpoint.adapters(path), checkpoint.read_state(path)
     alpha: Any = state.get("alpha")
-    base = state.get("base")
-    if not (adapter_folder.is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base))):
+    base, trained = state.get("base"), state.get("ensemble", {})
+    is_valid = is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base)) and isinstance(trained, dict)
+    if not is_valid:
         raise ValueError(
-            f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, and base, the fingerprint of a "
-            "base; restore the file"
+            f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, base, the fingerprint of a base, "
+            "and ensemble, the settings of an ensemble; restore the file"
         )
     try:
         skeleton = base_model.skeleton(config)
         _check(config, skeleton, adapters, path)
-        _check_unseen(config, state.get("ensemble"), path)
+        _check_unseen(config, trained, path)
     except ValueError as error:
         raise ValueError(f"{run / CONFIG_FILE}: {error}") from None
     with output_folder.claimed(output) as folder:
@@ -61,7 +62,7 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
             folder,
             config=config.ensemble_config(),
             adapters=adapters,
-            **targets.describe(skeleton, list(adapters))._asdict(),
+            targets=targets.describe(skeleton, list(adapters)),
             base_model=config.model_name_or_path,
             base=base,
             fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
@@ -85,11 +86,17 @@ def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def _check_unseen(config: TrainConfig, trained: Any, path: Path) -> None:
-    """ValueError unless what no tensor shows, lora_alpha for one, is what the checkpoint at `path` was trained with."""
-    if trained is None:  # a checkpoint of an earlier version
+def _check_unseen(config: TrainConfig, trained: Mapping[str, Any], path: Path) -> None:
+    """Compare what no tensor shows, such as lora_alpha, with what the checkpoint at `path` was trained with.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not trained:  # a checkpoint of an earlier version does not say
         return
     now = json.loads(json.dumps(dataclasses.asdict(config.ensemble_config())))
+    # earlier versions called r "rank"
+    trained = {"r" if name == "rank" else name: value for name, value in trained.items()}
     if now != trained:
         different = "; ".join(changes(now, trained, ()).strip().splitlines())
         raise ValueError(f"other settings than those of {path}: {different}; restore the file")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from renyi_engine import base_model
 from renyi_engine.ensemble.config import ModelConfig
-from renyi_engine.evaluation.refusal.judges import Exchange, make_judge
+from renyi_engine.evaluation.refusal.judges import make_judge
+from renyi_engine.evaluation.refusal.verdicts import Exchange
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 

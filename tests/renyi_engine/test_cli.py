@@ -345,7 +345,7 @@ def test_ctrl_c_in_an_evaluation_that_keeps_what_it_has_says_how_to_go_on(capsys
     def stopped(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("renyi_engine.evaluation.refusal.evaluation.evaluate_refusal", stopped)
+    monkeypatch.setattr("renyi_engine.evaluation.refusal.evaluate.evaluate_refusal", stopped)
     flags = ["--model_name_or_path=a", "--output_dir=b", "--dataset_name=c"]
     assert main(["eval", "refusal", *flags]) == EXIT_INTERRUPTED
     expected = "stopped by Ctrl-C; the same command goes on from the responses that are saved"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..unwritten_memory import unwritten_memory_is_nan
 from .alone import MARKER, is_wanted, run_alone
 
 # csrc_bench, which knows how to measure memory, is found from the root of the checkout, not installed
@@ -85,16 +86,8 @@ def uneven():
 @pytest.fixture
 def poison():
     """Memory that nobody has written yet holds NaN."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = before[2]
+    with unwritten_memory_is_nan():
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..unwritten_memory import unwritten_memory_is_nan
 from .tally import Tally
 
 # off a GPU the kernels run in Triton's interpreter; it has to be chosen before anything imports triton
@@ -627,7 +628,7 @@ OPS: dict[str, Callable[[Draw], Call]] = {
 @contextmanager
 def prepare(seed: int, tally: Tally, _: Path) -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
-    with _memory_starts_as_nan():
+    with unwritten_memory_is_nan():
         yield lambda number: one_call(Draw(seed, number), tally)
 
 
@@ -777,13 +778,3 @@ def _global_state() -> tuple[Any, ...]:
         torch.get_num_threads(),
         torch.is_grad_enabled(),
     )
-
-
-@contextmanager
-def _memory_starts_as_nan() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,1 +1,1 @@
-"""MMLU, asked and weighted as lm-eval does it."""
+"""MMLU, asked and weighted as lm-eval does."""

@@ -1,4 +1,4 @@
-"""Results and samples in the shape that lm-eval 0.4 writes, for its own table and whatever else reads its files.
+"""Results and samples in the format of lm-eval 0.4, for its own table and for other programs that read its files.
 
 Layout: N questions, G subjects of a group.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from renyi_engine.evaluation.mmlu.questions import COMPLETIONS, GROUPS, LETTERS, Question, ask, description
 
-# of lm-eval's tasks that these questions, prompts and weights are those of
 TASK_VERSION, GROUP_VERSION = 1.0, "2"
+"""Versions of lm-eval's tasks: those with the same questions, prompts and weights."""
 ALL = "mmlu"
 
 
@@ -31,11 +31,11 @@ def results(
     split: str,
     num_fewshot: int,
 ) -> dict[str, Any]:
-    """The main part of a results file: accuracy and its standard error for each subject, group and all.
+    """The main part of a results file: accuracy and standard error of each subject, of each group, and of all.
 
     Args:
         right: [N] whether the answer to each question is right.
-        sizes: questions that the split has of each subject, of which `questions` may be a part.
+        sizes: how many questions of each subject the split has; `questions` may be some of them.
     """
     of_task: dict[str, list[bool]] = {}
     for question, is_right in zip(questions, right, strict=True):
@@ -67,9 +67,9 @@ def results(
 
 
 def sample(question: Question, prompt: str, logp: Sequence[float]) -> dict[str, Any]:
-    """A line of a samples file; `logp` is the log-likelihood of each choice in nats.
+    """A line of a samples file. `logp` is the log-likelihood of each choice in nats.
 
-    lm-eval also says of each choice whether it is what greedy decoding gives; that is not computed here, so null.
+    lm-eval also says whether greedy decoding would give the choice. That is not computed here and is null.
     """
     doc = question.record()
     responses = [[str(value), None] for value in logp]
@@ -91,7 +91,7 @@ def sample(question: Question, prompt: str, logp: Sequence[float]) -> dict[str, 
 
 
 def task_hashes(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """For each task, a hash of its questions, prompts and answers: the same where lm-eval asked the same."""
+    """For each task a hash of its questions, prompts and answers. It equals lm-eval's if lm-eval asked the same."""
     hashes: dict[str, str] = {}
     for one in samples:
         name = task_name(one["doc"]["subject"])
@@ -101,13 +101,13 @@ def task_hashes(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def _task_score(name: str, alias: str, right: Sequence[bool]) -> dict[str, Any]:
     accuracy, num_questions = sum(right) / len(right), len(right)
-    # of a mean of zeros and ones, with the unbiased variance
+    # the standard error of a mean of zeros and ones, with the unbiased variance
     error = math.sqrt(accuracy * (1 - accuracy) / (num_questions - 1)) if num_questions > 1 else "N/A"
     return {"name": name, "alias": alias, "sample_len": num_questions, "acc,none": accuracy, "acc_stderr,none": error}
 
 
 def _group_score(name: str, alias: str, tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every question counts the same; the error is that of the pooled variance within subjects."""
+    """Every question counts the same. The standard error comes from the pooled variance within subjects."""
     sizes = [task["sample_len"] for task in tasks]
     errors = [task["acc_stderr,none"] for task in tasks]
     total = sum(sizes)
@@ -126,7 +126,7 @@ def _group_score(name: str, alias: str, tasks: Sequence[Mapping[str, Any]]) -> d
 
 
 def _task_config(name: str, subject: str, dataset_name: str, split: str, num_fewshot: int) -> dict[str, Any]:
-    # the template that `ask` is, made by it
+    # `ask` itself makes the template of a question
     template = ask("{{question.strip()}}", [f"{{{{choices[{i}]}}}}" for i in range(len(LETTERS))])
     return {
         "task": name,

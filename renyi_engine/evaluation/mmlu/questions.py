@@ -1,8 +1,8 @@
-"""The questions of MMLU and how they are asked.
+"""The questions of MMLU, and the prompts that ask them.
 
-Hendrycks et al. 2021, *Measuring Massive Multitask Language Understanding*. Groups, their order and the prompts are
-lm-eval's. The data are the hub's (cais/mmlu, or a copy of it); or a folder with dev, validation (or val) and test, each
-as .jsonl, .json or .parquet; or the folders of CSV files that the authors published.
+Hendrycks et al. 2021, *Measuring Massive Multitask Language Understanding*. The groups, their order and the prompts are
+those of lm-eval. The data may be the hub's data set (cais/mmlu, or a copy of it); a folder that holds dev, validation
+(or val) and test, each as .jsonl, .json or .parquet; or the folders of CSV files that the authors published.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from renyi_engine.data import Row, columns_of, csv_cells, load_splits, missing_c
 LETTERS = ("A", "B", "C", "D")
 COMPLETIONS = tuple(f" {letter}" for letter in LETTERS)
 COLUMNS = ("subject", "question", "choices", "answer")
-# what each split is called in files; the first is the hub's name for it
+# the names of each split in files; the first name is the hub's
 SPLITS = {"test": ("test",), "validation": ("validation", "val"), "dev": ("dev",)}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB_CONFIG = "all"
@@ -53,7 +53,7 @@ class Question:
     """One question with its four choices.
 
     Attributes:
-        number: its place among the questions of its subject and split, from 0.
+        number: of the question among those of its subject and split, from 0.
         answer: the right choice, 0 to 3.
     """
 
@@ -64,44 +64,44 @@ class Question:
     answer: int
 
     def record(self) -> dict[str, Any]:
-        """The row of the hub's data set that it is."""
+        """The question as a row of the hub's data set."""
         return {"question": self.text, "subject": self.subject, "choices": list(self.choices), "answer": self.answer}
 
 
 def description(subject: str) -> str:
-    """The line above a prompt."""
+    """The first line of a prompt."""
     return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
 
 
 def ask(text: str, choices: Sequence[str]) -> str:
-    """A question up to where its answer is due."""
+    """A question with its choices, up to the place of the answer."""
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
     return "\n".join([text, *lines, "Answer:"])
 
 
 def prompt(question: Question, examples: Sequence[Question]) -> str:
-    """What the model reads: solved `examples` of the same subject, then the question."""
+    """What the model reads: `examples` of the same subject with their answers, then the question."""
     solved = [ask(e.text.strip(), e.choices) + COMPLETIONS[e.answer] for e in examples]
     return description(question.subject) + "\n\n".join([*solved, ask(question.text.strip(), question.choices)])
 
 
 def check_subjects(subjects: Sequence[str]) -> None:
-    """ValueError, with the nearest name, if one of these is no subject of MMLU."""
+    """Raises ValueError, with the nearest name, if one of `subjects` is not a subject of MMLU."""
     for subject in subjects:
         if subject not in SUBJECTS:
             raise ValueError(f"subjects: {_no_subject(subject)}")
 
 
 def load_questions(name: str, split: str) -> dict[str, list[Question]]:
-    """Questions of a split by subject, both in the order of the data.
+    """The questions of a split, by subject. Subjects and questions keep the order of the data.
 
     Args:
         name: a hub id or a local folder.
         split: "test", "validation" or "dev".
 
     Raises:
-        ValueError, in one line: there is no such data set or split; a column is missing; or a row is no question with
-            four choices, one of which is the answer, of one of the 57 subjects.
+        ValueError, in one line: there is no such data set or split, a column is missing, or a row is not a question of
+            one of the 57 subjects with four choices and an answer.
     """
     questions: dict[str, list[Question]] = {}
     for place, row in _rows(name, split):
@@ -128,7 +128,7 @@ def _question(number: int, subject: str, question: Any, choices: Any, answer: An
 
 
 def _rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
-    """(where it stands, row), for each row of a split."""
+    """(where the row stands, row), for each row of a split."""
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"dataset_name: {name} is one file; expected a hub id, or a folder with a file of each split")
@@ -143,7 +143,7 @@ def _rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
         stem = SPLITS[split][-1]
         raise ValueError(
             f"dataset_name: {name} has no {split} split; expected {stem}.jsonl, {stem}/SUBJECT_{stem}.csv, or a copy "
-            "of the hub's data set with its README.md"
+            "of the hub's data set with its README.md; add one of them"
         )
     splits = load_splits(str(files[0]) if files else name, None if files or saved else HUB_CONFIG, "dataset_name")
     rows = splits.rows(split, "split", default=split)
@@ -154,7 +154,7 @@ def _rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
-    """Lines of question, A, B, C, D, letter of the answer; without a header."""
+    """The rows of a file without a header: question, A, B, C, D, letter of the answer."""
     try:
         for line, cells in csv_cells(path):
             if len(cells) != 6:

@@ -1,1 +1,1 @@
-"""Who refuses what: prompts, responses, judges, and how much particles differ."""
+"""Which prompts the particles refuse, and how much they differ in it: prompts, responses, judges, rates."""

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: files or hub data sets, taken apart into named splits."""
+"""The prompts of an evaluation, read from files or hub data sets and divided into named splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from renyi_engine.data import Row, columns_of, load_splits, missing_column
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row. `prompt_id` counts the prompts of all splits from 0."""
+    """One row. `prompt_id` is its number among the prompts of all splits, from 0."""
 
     prompt_id: int
     split: str
@@ -24,7 +24,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptColumns:
-    """Which columns of the data set hold what; `category` is taken where there is one."""
+    """The columns of the data set that are read. A column `category` is read too, if there is one."""
 
     prompt: str = "prompt"
     split: str | None = None
@@ -37,20 +37,20 @@ def read_prompts(
     columns: PromptColumns | None = None,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """The prompts of every data set in `names` (files, folders, hub ids), split by split, at most `limit` a split.
+    """The prompts of every data set in `names` (files, folders, hub ids), split by split, the first `limit` of each.
 
-    A split is what a data set calls one, and each of its `configs`, each data set of several, and each value of the
-    split column makes splits of its own; its name says as much of this as there is more than one of.
+    Each configuration, or else each data set, is a split of its own; so is each split in a data set, and each value of
+    the split column. The name of a split is put together from these: the first two only where there are several.
 
     Raises:
-        ValueError: a data set cannot be read, is empty or lacks a column; a row has no prompt, split or label.
+        ValueError: a data set cannot be read, is empty or lacks a column, or a row has no prompt, split or label.
     """
     columns = columns or PromptColumns()
     sources = [(name, config) for name in names for config in configs or (None,)]
     titles = [config or _stem(name) for name, config in sources]
     [(twice, count)] = Counter(titles).most_common(1)
     if count > 1:
-        raise ValueError(f"dataset_name: {count} data sets are called {twice!r}; rename one, as splits go by that name")
+        raise ValueError(f"dataset_name: {count} data sets are called {twice!r}, which names their splits; rename one")
     found: dict[str, list[_Fields]] = {}
     for (name, config), title in zip(sources, titles, strict=True):
         splits = load_splits(name, config, "dataset_name")
@@ -83,7 +83,7 @@ def _fields(rows: Sequence[Row], name: str, columns: PromptColumns) -> Iterator[
         for column, text in texts.items():
             if not text.strip():
                 raise ValueError(f"dataset_name: {name}: row {number}: {column} is empty; fill it or leave the row out")
-        category = row.get("category")  # an empty cell of a CSV file is none
+        category = row.get("category")  # an empty cell of a CSV file counts as no category
         yield _Fields(
             texts[columns.prompt],
             None if category in (None, "") else str(category),
@@ -93,6 +93,6 @@ def _fields(rows: Sequence[Row], name: str, columns: PromptColumns) -> Iterator[
 
 
 def _stem(name: str) -> str:
-    """What a data set is called: a file without its endings, else the last part of its path or id."""
+    """The name of a data set: of a file without its suffixes, else the last part of its path or id."""
     path = Path(name)
     return path.name.split(".")[0] if path.is_file() else path.name

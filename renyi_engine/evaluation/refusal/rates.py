@@ -1,23 +1,25 @@
-"""How often particles refuse, how much they differ in it, and how sure that is.
+"""How often the particles refuse, how much they differ in it, and how uncertain these numbers are.
 
 Layout: K particles, N prompts of a split, n samples of a particle on a prompt.
 
-`refused` and `judged` [K, N] count, of the n samples of a particle on a prompt, those judged a refusal and those with a
-verdict that counts: less than n where a judge was not understood or failed. Everything is built on
+Of the n samples of a particle on a prompt, `judged` [K, N] counts those with a label as verdict, and `refused` [K, N]
+those whose label is a refusal. `judged` is less than n if a judge failed or was not understood. Then
 
-    p[k, i] = refused[k, i] / judged[k, i]       rate of particle k on prompt i; NaN where nothing counts
-    p_k     = mean_i p[k, i]                     rate of particle k: every prompt weighs the same
-    p       = mean_k p_k                         rate of the ensemble: of a particle drawn uniformly for each response
+    p[k, i] = refused[k, i] / judged[k, i]       the rate of particle k on prompt i; NaN if nothing was judged
+    p_k     = mean_i p[k, i]                     the rate of particle k; every prompt counts the same
+    p       = mean_k p_k                         the rate of the ensemble, if a particle is drawn for each response
 
-The paper reports mean and variance of the refusal probability on OR-Bench without saying over what the variance is:
+The paper reports the mean and the variance of the refusal probability on OR-Bench. It does not say over what the
+variance is taken. Two are possible:
 
     variance over particles     var_k p_k             the sample variance (K - 1) of the particles' rates on a split
-    variance within prompts     mean_i var_k p[k, i]  that of their rates on one prompt, averaged: particles may differ
-                                                      in which prompts they refuse and refuse equally many; besides,
-                                                      it holds the noise of n draws, mean_k p[k, i] (1 - p[k, i]) / n
+    variance within prompts     mean_i var_k p[k, i]  the sample variance of their rates on one prompt, averaged
 
-The first is taken for the paper's; the second is shown beside it, as drawn and with the noise taken off.
-Standard errors are over prompts: the samples of one prompt are not independent, so that prompts are what is drawn.
+The second also sees particles that refuse equally many prompts, but different ones. It contains the noise of the n
+draws, mean_k p[k, i] (1 - p[k, i]) / n. The first is taken to be the paper's. The second is reported too, with its
+noise and without.
+
+Standard errors are over prompts, because the samples of one prompt are not independent of each other.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Array = NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error over prompts; None where it is not defined."""
+    """A number and its standard error over prompts. Each is None if it is not defined."""
 
     value: float | None
     standard_error: float | None
@@ -46,60 +48,60 @@ def prompt_rates(refused: NDArray[np.int64], judged: NDArray[np.int64]) -> Array
 
 
 def refusal_rate(p: Array) -> Estimate:
-    """p, the mean over particles of p_k. One row of it gives the rate of one particle.
+    """p, the mean over particles of p_k. Given one row p[k:k+1], it is the rate of that particle.
 
-    Its standard error is exactly sd_i(mean_k p[k, i]) / sqrt(N) where every p[k, i] is there: the formula for means of
-    clusters, here prompts.
+    If no p[k, i] is missing, the standard error is exactly sd_i(mean_k p[k, i]) / sqrt(N): the formula for means of
+    clusters, which are prompts here.
     """
     return _jackknife(p, lambda rates: rates.mean(axis=0))
 
 
 def variance_over_particles(p: Array) -> Estimate:
-    """var_k p_k, with K - 1. The noise of the draws raises it by about mean_k mean_i p (1 - p) / (n N)."""
+    """var_k p_k, with K - 1. The noise of the draws adds about mean_k mean_i p (1 - p) / (n N) to it."""
     if len(p) < 2:
         return Estimate(None, None)
     return _jackknife(p, lambda rates: rates.var(axis=0, ddof=1))
 
 
 def variance_within_prompts(p: Array) -> Array:
-    """var_k p[k, i], with K - 1, of each prompt, [N]; NaN where a particle has no rate, or there is but one."""
+    """var_k p[k, i], with K - 1, of each prompt, [N]; NaN if a particle has no rate there, or if K = 1."""
     return p.var(axis=0, ddof=1) if len(p) > 1 else np.full(p.shape[1], np.nan)
 
 
 def sampling_noise(p: Array, judged: NDArray[np.int64]) -> Array:
-    """What the n draws alone add to var_k p[k, i] in expectation, [N]: mean_k p (1 - p) / (n - 1).
+    """What the n draws alone add to var_k p[k, i] on average, [N]: mean_k p (1 - p) / (n - 1).
 
-    With p the drawn rate that is an unbiased estimate of mean_k p (1 - p) / n at the true one. NaN where n < 2.
+    p is the rate that was drawn. This estimates mean_k p (1 - p) / n at the true rate without bias. NaN where n < 2.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(judged > 1, p * (1 - p) / (judged - 1), np.nan).mean(axis=0)
 
 
 def disagreement(p: Array, judged: NDArray[np.int64]) -> Array:
-    """How much the particles disagree about refusing each prompt, [N]: var_k p[k, i] less the noise of the draws.
+    """How much the particles disagree about refusing each prompt, [N]: var_k p[k, i] minus the noise of the draws.
 
-    This is the measure that prompts are ranked by. Up to K / (K - 1) it estimates the epistemic part of the law of
-    total variance, p (1 - p) = var_k p_k + mean_k p_k (1 - p_k), on the scale of the paper's variance and without bias,
-    so that means over prompts make sense; of a single prompt it may fall below 0. The mutual information of verdict and
-    particle says the same in nats, but estimated from n draws it is too large by about (K - 1) / (2 K n), and so most
-    wrong where there is nothing to be found.
+    Prompts are ranked by this number. Up to the factor K / (K - 1), it estimates the epistemic part of the law of total
+    variance, p (1 - p) = var_k p_k + mean_k p_k (1 - p_k). It has the scale of the paper's variance and no bias, so
+    means over prompts make sense; for a single prompt it may be below 0. The mutual information of verdict and particle
+    would say the same in nats. But estimated from n draws it is too large by about (K - 1) / (2 K n), and this error
+    matters most where the particles do not differ.
 
-    NaN where a particle has fewer than two verdicts: one draw cannot be told from its noise.
+    NaN where a particle has fewer than two verdicts: then the noise cannot be estimated.
     """
     return variance_within_prompts(p) - sampling_noise(p, judged)
 
 
 def mean_over_prompts(values: Array) -> Estimate:
-    """The mean of [N] numbers, one a prompt, and sd / sqrt(N); NaNs are left out."""
+    """The mean of [N] numbers, one for each prompt, and sd / sqrt(N). NaNs are left out."""
     return _jackknife(values[None], lambda means: means.mean(axis=0))
 
 
 def _jackknife(p: Array, statistic: Callable[[Array], Array]) -> Estimate:
     """statistic(p_k [K, ...]) and its delete-one jackknife error over prompts (Efron & Stein 1981):
 
-    se^2 = (N - 1) / N * sum_i (t_i - mean t)^2, with t_i the statistic without prompt i. For means that is the textbook
-    formula exactly, and nothing is drawn. Prompts without any rate are not counted; a particle without a rate, or with
-    one on a single prompt only, leaves nothing to be said.
+    se^2 = (N - 1) / N * sum_i (t_i - mean t)^2, with t_i the statistic without prompt i. For means this equals the
+    textbook formula, and no random draw is needed. Prompts without any rate do not count. If a particle has no rate,
+    the number is not defined; if it has a rate on one prompt only, the error is not defined.
     """
     given = ~np.isnan(p)
     p, given = p[:, given.any(axis=0)], given[:, given.any(axis=0)]

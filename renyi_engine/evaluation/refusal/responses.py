@@ -1,8 +1,8 @@
-"""What was generated and how it was judged, in a .jsonl that grows line by line and can be taken up again.
+"""The responses and their verdicts, in a .jsonl file that grows line by line, so that stopped work can continue.
 
-A line holds one response and a checksum of it. It is written when the response is generated, and again when it is
-judged; of several lines with the same response, the last one counts. `finish` leaves one line for each response, in
-order: the same bytes whether or not the work was interrupted.
+A line holds one response and a checksum of it. The line is written when the response is generated, and again when it is
+judged. If several lines hold the same response, the last one counts. `finish` leaves one line for each response, in
+order: the same bytes, whether or not the work was interrupted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from renyi_engine.core import files
 
 BASE = "base"
-"""Stands in the place of a particle's number for the frozen base."""
+"""Stands for the frozen base where a particle would have its number."""
 
 CHECKSUM = "sha256"
-"""A line has this field beside those of the response: the first 16 digits of the checksum of these."""
+"""The field of a line that holds the first 16 digits of the checksum of its other fields."""
 
 Speaker = int | str
 """A particle's number, or BASE."""
@@ -32,7 +32,7 @@ Key = tuple[int, Speaker, int]
 
 @dataclass(frozen=True)
 class Response:
-    """One sample of one particle on one prompt. `judge`, `verdict` and its `basis` are None until it is judged."""
+    """One sample of one speaker on one prompt. `judge`, `verdict` and `basis` are None until it is judged."""
 
     split: str
     prompt_id: int
@@ -49,20 +49,20 @@ class Response:
 
 
 class ResponseFile:
-    """The responses in `path` by key, and those to come. A file that is not there yet is empty."""
+    """The responses in the file `path`, by key. A file that does not exist yet counts as empty."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a last line that a kill cut short is dropped, with a warning, from the file too.
+        """Read the file. If the last line was cut short by a kill, it is removed from the file, with a warning.
 
         Raises:
-            ValueError: another line is not a response, or not what was written.
+            ValueError: some other line is not a response, or does not fit its checksum.
         """
         self._path = path
         self.responses: dict[Key, Response] = {}
         whole = path.read_bytes() if path.exists() else b""
         *lines, rest = whole.split(b"\n")
         if rest:
-            warnings.warn(f"{path}: the last line was cut short and is left out", stacklevel=2)
+            warnings.warn(f"{path}: the last line was cut short; it is removed", stacklevel=2)
             os.truncate(path, len(whole) - len(rest))
         for number, line in enumerate(lines, start=1):
             try:
@@ -75,17 +75,17 @@ class ResponseFile:
             self.responses[response.key] = response
 
     def write(self, responses: Iterable[Response]) -> None:
-        """Append responses, or verdicts on them; they are handed to the system before this returns."""
+        """Append responses, with or without verdicts. The operating system has them when this returns."""
         responses = list(responses)
         files.append_text(self._path, "".join(map(_line, responses)))
         self.responses |= {response.key: response for response in responses}
 
     def in_order(self) -> list[Response]:
-        """By prompt, particle (the base last) and sample."""
+        """All responses, by prompt, then by particle (the base last), then by sample."""
         return sorted(self.responses.values(), key=lambda r: (r.prompt_id, r.particle == BASE, r.particle, r.sample))
 
     def finish(self) -> None:
-        """Put one line of each response, in order, in place of all lines."""
+        """Replace all lines by one line for each response, in order."""
         files.write_text(self._path, "".join(map(_line, self.in_order())))
 
 
@@ -103,7 +103,7 @@ def _response(value: Any) -> Response:
     response = Response(**value)
     numbers = [response.prompt_id, response.sample, 0 if response.particle == BASE else response.particle]
     if not isinstance(response.response, str) or not all(isinstance(number, int) for number in numbers):
-        raise ValueError("expected a text as response, and whole numbers as prompt_id, sample and particle")
+        raise ValueError("response must be a text; prompt_id, sample and particle must be whole numbers")
     return response
 
 

@@ -1,4 +1,4 @@
-"""From judged responses to the numbers that are reported.
+"""Counts the verdicts, and makes the numbers that are reported from them.
 
 Layout: K particles, N prompts, S = K + 1 speakers: the particles, then the base.
 """
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from renyi_engine.evaluation.calibration import auroc
 from renyi_engine.evaluation.refusal import rates
-from renyi_engine.evaluation.refusal.judges import FAILED, LABELS, REFUSALS, UNPARSED
 from renyi_engine.evaluation.refusal.prompts import Prompt
 from renyi_engine.evaluation.refusal.rates import Array, Estimate
 from renyi_engine.evaluation.refusal.responses import BASE, Key, Response, Speaker
+from renyi_engine.evaluation.refusal.verdicts import FAILED, LABELS, REFUSALS, UNPARSED
 
 NOISY = "variance within the prompt, sampling noise included (one sample cannot be told from its noise)"
 CORRECTED = "variance within the prompt, less its sampling noise"
@@ -27,14 +27,15 @@ CORRECTED = "variance within the prompt, less its sampling noise"
 
 @dataclass(frozen=True)
 class Results:
-    """What results.json and the rows of prompts.jsonl hold.
+    """What results.json and the lines of prompts.jsonl hold. A number that is not defined is null.
 
-    summary: num_particles, num_samples, disagreement_measure; splits: by name num_prompts and the rows base, ensemble
-        (null without particles) and particles; auroc: null or label_column, positive and the area by score.
-        A row holds refusal_rate and the counts of verdicts, each number that has one with its standard error beside it,
-        under the same name and `_se`; that of the ensemble also variance_over_particles, variance_within_prompts and
-        disagreement, the latter without the noise of the draws. null is what is not defined.
-    prompts: of each prompt its rates, variance_within_prompt, disagreement by the measure, and responses not judged.
+    summary: num_particles, num_samples and disagreement_measure, and
+        splits: for each split num_prompts, and the numbers of base, ensemble (null without particles) and particles.
+            Each of these holds refusal_rate and the counts of verdicts. The ensemble also holds
+            variance_over_particles, variance_within_prompts and disagreement, the last without the noise of the draws.
+            If a number NAME has a standard error, it stands beside it as NAME_se.
+        auroc: null, or label_column, positive, and the area for each score.
+    prompts: for each prompt its rates, variance_within_prompt, disagreement, and how many responses were not judged.
     """
 
     summary: dict[str, Any]
@@ -48,7 +49,7 @@ def summarise(
     num_samples: int,
     label_column: str | None = None,
 ) -> Results:
-    """Count the verdicts and apply `refusal_rates`. The formulas are there."""
+    """Count the verdicts, and apply the formulas of `rates`."""
     speakers: list[Speaker] = [*range(num_particles), BASE]
     refused, judged = _count(prompts, responses, speakers, num_samples)
     p = rates.prompt_rates(refused, judged)
@@ -101,22 +102,24 @@ def summarise(
 
 
 def positive_label(prompts: Sequence[Prompt], label_column: str) -> str:
-    """The label that counts as positive: of the two there are, the last in alphabetical order, as 1 of 0 and 1.
+    """The label that counts as positive: of the two labels the later one in alphabetical order, as 1 is of 0 and 1.
 
     Raises:
-        ValueError: there are not exactly two.
+        ValueError: the column does not have exactly two values.
     """
     labels = sorted({str(prompt.label) for prompt in prompts})
     if len(labels) != 2:
         shown = f"{len(labels)}: {', '.join(map(repr, labels[:5]))}{', ...' * (len(labels) > 5)}"
-        raise ValueError(f"label_column: expected two values in {label_column!r}, to tell apart; got {shown}")
+        raise ValueError(
+            f"label_column: expected exactly two values in {label_column!r}; got {shown}; choose another column"
+        )
     return labels[1]
 
 
 def _count(
     prompts: Sequence[Prompt], responses: Mapping[Key, Response], speakers: Sequence[Speaker], num_samples: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(refused, judged), each [S, N]."""
+    """(refused, judged) of `rates`, each [S, N]."""
     refused, judged = np.zeros((2, len(speakers), len(prompts)), dtype=np.int64)
     for i, prompt in enumerate(prompts):
         for s, speaker in enumerate(speakers):
@@ -136,7 +139,7 @@ def _estimate(name: str, estimate: Estimate) -> dict[str, float | None]:
 
 
 def _auroc(prompts: Sequence[Prompt], label_column: str, p: Array, measure: Array) -> dict[str, Any]:
-    """How well a number of each prompt tells the positive label from the other: 1 always, 0.5 not at all."""
+    """How well a number of each prompt separates the two labels: 1 perfectly, 0.5 not at all."""
     positive = positive_label(prompts, label_column)
     is_positive = np.array([prompt.label == positive for prompt in prompts])
     scores = {"refusal rate of the base": p[-1]}

@@ -151,12 +151,12 @@ def test_only_what_is_typed_can_say_that_code_is_trusted(from_file, tmp_path):
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("rank: expected a whole number", "lora_r: expected a whole number"),
+        ("r: expected a whole number", "lora_r: expected a whole number"),
         ("target_modules: ['x'] matches no linear map", "F: lora_target_modules: ['x'] matches no linear map"),
         ("model: it has no decoder", "model_name_or_path: it has no decoder"),
         ("tokenizer: it has no pad token", "model_name_or_path: it has no pad token"),
-        ("rank and more", "rank and more"),
-        ("a rank: 3", "a rank: 3"),
+        ("r and more", "r and more"),
+        ("a r: 3", "a r: 3"),
     ],
 )
 def test_an_error_of_what_takes_no_settings_names_the_setting(message, expected):

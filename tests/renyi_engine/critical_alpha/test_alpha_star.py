@@ -138,7 +138,7 @@ def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(comma
     ("extra", "message"),
     [
         (["--dtype=bfloat16"], "dtype: expected float32"),
-        (["--particle=1"], "particle: .* holds 1, counted from 0; got 1"),
+        (["--particle=1"], "particle: expected 0 to 0, the particles that .* holds; got 1"),
         (["--subspace_dims=1"], "subspace_dims: expected a whole number of at least 2; got 1"),
         (["--curvature=fisher"], "curvature"),
         (["--prior_std=0"], "prior_std: expected a number above 0"),

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from renyi_engine import SftTask
-from renyi_engine.data.batches import left_padded
-from renyi_engine.data.chat import Context
+from renyi_engine.data.conversation import Context
 from renyi_engine.data.encoding import Encoder, encode_prompts, stop_tokens
 from renyi_engine.data.examples import Dropped
 from renyi_engine.evaluation.choices import encode_choices
@@ -43,13 +42,6 @@ def test_the_template_of_a_prompt_is_given_its_variables():
         (ids,) = encode_prompts(tokenizer, ["Hi"], context)
         expected = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{ending}"
         assert tokenizer.decode(ids) == expected
-
-
-def test_prompts_to_be_continued_are_padded_on_the_left():
-    prompts = [[5, 6], [7, 8, 9]]
-    input_ids, mask = left_padded(prompts, 3)
-    assert input_ids.tolist() == [[3, 5, 6], [7, 8, 9]]
-    assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 # ---------------------------------------------------------------------- special tokens

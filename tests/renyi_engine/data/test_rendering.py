@@ -17,8 +17,8 @@ from renyi_engine import SftTask
 from renyi_engine.data import rendering
 from renyi_engine.data.rendering import LimitReached, TemplateRefuses, render
 
+from ..conversations import CHATML, ONE, TWO
 from ..tokenizers_for_tests import byte_pair_tokenizer
-from .test_chat import CHATML, ONE, TWO
 
 # templates that take too long, in Python code and inside of one operation
 SLOW = {

@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from renyi_engine.data.rows import Splits, columns_of, content_hash, load_splits, missing_column
+from renyi_engine.data.columns import columns_of
+from renyi_engine.data.rows import Splits, content_hash, load_splits
 
 ROWS = [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c", "n": 3}]
 # what a reader that infers types makes something else of
@@ -235,7 +236,7 @@ def test_a_folders_readme_says_what_its_configurations_are(write, tmp_path):
     assert load(tmp_path / "cards", "one") == {"train": [{"a": "007", "b": "2"}]}
     assert load(tmp_path / "cards", "two") == {"dev": [{"a": "1", "b": "N/A"}]}
     assert "Available: ['one', 'two', 'odd']" in refused(tmp_path / "cards", "three")
-    assert "README.md sets skiprows for its csv files, which is not understood here" in refused(
+    assert "README.md sets skiprows for its csv files; this is not read, remove it" in refused(
         tmp_path / "cards", "odd"
     )
 
@@ -343,24 +344,6 @@ def test_an_empty_file_is_named(write):
     for name, text in (("empty.jsonl", ""), ("header.csv", "prompt,completion\n"), ("empty.csv", ""), ("e.json", "[]")):
         with pytest.raises(ValueError, match=f"dataset_name: .*{name} is empty"):
             load_splits(str(write(name, text)), None, "dataset_name").rows("train", "dataset_split", "train")
-
-
-# ---------------------------------------------------------------------- other people's columns
-
-
-def test_rows_in_the_form_of_sharegpt_and_alpaca_are_told_their_conversion():
-    forms = ("messages", "prompt + completion", "text")
-    sharegpt = str(missing_column("dataset_name", ["id", "conversations"], forms))
-    assert "ShareGPT" in sharegpt
-    assert "conversations to messages" in sharegpt
-    for before, after in (("from", "role"), ("value", "content"), ("human", "user"), ("gpt", "assistant")):
-        assert f"{before} to {after}" in sharegpt
-    alpaca = str(missing_column("dataset_name", ["instruction", "input", "output"], forms))
-    assert "Alpaca" in alpaca
-    assert "output to completion and instruction to prompt" in alpaca
-    assert "input" in alpaca
-    near = str(missing_column("dataset_name", ["mesages"], forms))
-    assert near.endswith("got ['mesages']; is 'mesages' meant to be 'messages'?")
 
 
 # ---------------------------------------------------------------------- the hash

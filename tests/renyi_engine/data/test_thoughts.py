@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 
 from renyi_engine.data import thoughts
 from renyi_engine.data.thoughts import decode_answer, without_thought
-from renyi_engine.evaluation.refusal.judges import (
-    DIRECT_ANSWER,
-    DIRECT_REFUSAL,
-    UNPARSED,
-    Exchange,
-    KeywordJudge,
-    parse_answer,
-)
+from renyi_engine.evaluation.refusal.keyword_judge import KeywordJudge
+from renyi_engine.evaluation.refusal.verdicts import DIRECT_ANSWER, DIRECT_REFUSAL, UNPARSED, Exchange, parse_answer
 
 from ..tokenizers_for_tests import byte_pair_tokenizer
 

@@ -18,11 +18,6 @@ NOTHING = Difference([], [], [], [])
 UP = "model.layers.*.mlp.up_proj.weight"
 
 
-@pytest.fixture
-def llama(tiny_model):
-    return tiny_model("llama")
-
-
 def as_dtype(model, *dtypes):
     copied = copy.deepcopy(model)
     for dtype in dtypes:

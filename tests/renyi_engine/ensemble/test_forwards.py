@@ -14,30 +14,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
+from renyi_engine import LoraEnsemble
 from renyi_engine.ensemble import architecture
 from renyi_engine.ensemble.adapted_maps import Rows
 
+from .attaching import attach
+
 K = 3
-
-
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model("llama")
-
-
-@pytest.fixture
-def batch(make_batch):
-    return make_batch([6, 8, 5])
-
-
-def attach(model, **config):
-    ensemble = LoraEnsemble.attach(model, EnsembleConfig(**{"num_particles": K, "rank": 3, "init": "spread"} | config))
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in ensemble.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return ensemble
 
 
 def gradients(ensemble, batch, **kwargs):
@@ -84,8 +67,8 @@ def beside(ensemble, first, second, layer=1):
 # ---------------------------------------------------------------------- threads and tasks
 
 
-def test_adapters_are_off_for_the_thread_alone_that_is_inside(model, batch):
-    ensemble = attach(model)
+def test_adapters_are_off_for_the_thread_alone_that_is_inside(llama, batch):
+    ensemble = attach(llama)
     enabled = ensemble.sequence_logprob(batch)
     with ensemble.disable_adapters():
         assert torch.equal(elsewhere(ensemble.sequence_logprob, batch), enabled)
@@ -93,8 +76,8 @@ def test_adapters_are_off_for_the_thread_alone_that_is_inside(model, batch):
         assert ensemble.sequence_logprob(batch).shape == (1, 3)
 
 
-def test_adapters_are_off_for_the_task_alone_that_is_inside(model, batch):
-    ensemble = attach(model)
+def test_adapters_are_off_for_the_task_alone_that_is_inside(llama, batch):
+    ensemble = attach(llama)
     enabled = ensemble.sequence_logprob(batch)
 
     async def base():
@@ -113,8 +96,8 @@ def test_adapters_are_off_for_the_task_alone_that_is_inside(model, batch):
     assert torch.equal(of_particles, enabled)
 
 
-def test_blocks_that_generators_leave_out_of_order_end_each_for_itself(model, batch):
-    ensemble = attach(model)
+def test_blocks_that_generators_leave_out_of_order_end_each_for_itself(llama, batch):
+    ensemble = attach(llama)
 
     def suspended():
         with ensemble.disable_adapters():
@@ -137,9 +120,9 @@ def test_blocks_that_generators_leave_out_of_order_end_each_for_itself(model, ba
 @pytest.mark.parametrize("layers", [None, [1, 2]])
 @pytest.mark.parametrize("other", ["generate", "base", "base by the model itself", "score"])
 def test_a_gradient_is_that_of_a_run_alone_whatever_another_thread_runs_meanwhile(
-    model, batch, make_batch, layers, other
+    llama, batch, make_batch, layers, other
 ):
-    ensemble = attach(model, layers_to_transform=layers)
+    ensemble = attach(llama, layers_to_transform=layers)
     others = make_batch([8, 8], prompt=3, seed=5)
 
     def second():
@@ -147,7 +130,7 @@ def test_a_gradient_is_that_of_a_run_alone_whatever_another_thread_runs_meanwhil
             if other == "generate":
                 return ensemble.generate(others["input_ids"], max_new_tokens=5, temperature=0.8, eos_token_id=[])
             if other == "base by the model itself":
-                return model(input_ids=others["input_ids"]).logits
+                return llama(input_ids=others["input_ids"]).logits
             return ensemble.sequence_logprob(others)
 
     alone = gradients(ensemble, batch), second()
@@ -156,10 +139,10 @@ def test_a_gradient_is_that_of_a_run_alone_whatever_another_thread_runs_meanwhil
     assert all(map(torch.equal, mine, alone[0]))
 
 
-def test_what_a_thread_generates_is_what_it_generates_alone_beside_training(model, batch):
-    ensemble = attach(model)
+def test_what_a_thread_generates_is_what_it_generates_alone_beside_training(llama, batch):
+    ensemble = attach(llama)
     ensemble.train()
-    model.gradient_checkpointing_enable()
+    llama.gradient_checkpointing_enable()
     generate = lambda: ensemble.generate(batch["input_ids"], max_new_tokens=12, temperature=0.8, eos_token_id=[])
     expected, truth = generate(), gradients(ensemble, batch)
     done = threading.Event()
@@ -180,9 +163,9 @@ def test_what_a_thread_generates_is_what_it_generates_alone_beside_training(mode
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("rows", [Rows.SHARED, Rows.OWN], ids=lambda rows: rows.name)
-def test_a_checkpointed_layer_runs_again_with_the_rows_of_its_first_run(model, make_batch, rows, reentrant):
+def test_a_checkpointed_layer_runs_again_with_the_rows_of_its_first_run(llama, make_batch, rows, reentrant):
     """The backward is called by another thread, and in this one the adapters are off meanwhile."""
-    ensemble = attach(model)
+    ensemble = attach(llama)
     batch = make_batch([6] * K)
 
     def backward(loss):
@@ -198,15 +181,15 @@ def test_a_checkpointed_layer_runs_again_with_the_rows_of_its_first_run(model, m
 
     expected = run(torch.Tensor.backward)
     ensemble.train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for found, truth in zip(run(backward), expected, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
 
 
-def test_a_backward_that_runs_layers_again_leaves_another_thread_its_values(model, batch):
-    ensemble = attach(model)
+def test_a_backward_that_runs_layers_again_leaves_another_thread_its_values(llama, batch):
+    ensemble = attach(llama)
     ensemble.train()
-    model.gradient_checkpointing_enable()
+    llama.gradient_checkpointing_enable()
     score = lambda: ensemble.sequence_logprob(batch).detach()
     expected, truth = score(), gradients(ensemble, batch)
     logp, mine = beside(ensemble, score, lambda: gradients(ensemble, batch))
@@ -214,20 +197,20 @@ def test_a_backward_that_runs_layers_again_leaves_another_thread_its_values(mode
     assert all(map(torch.equal, mine, truth))
 
 
-def test_of_two_attachments_at_a_time_one_is_refused(model, batch, monkeypatch):
+def test_of_two_attachments_at_a_time_one_is_refused(llama, batch, monkeypatch):
     observe = architecture.observe
 
     def slowly(model):
         with pytest.raises(ValueError, match="already carries an ensemble"):
-            elsewhere(LoraEnsemble.attach, model)
+            elsewhere(LoraEnsemble.attach, llama)
         return observe(model)
 
     monkeypatch.setattr(architecture, "observe", slowly)
-    assert attach(model).sequence_logprob(batch).shape == (K, 3)
+    assert attach(llama).sequence_logprob(batch).shape == (K, 3)
 
 
-def test_an_error_in_one_thread_leaves_the_model_free_for_the_next(model, batch):
-    ensemble = attach(model)
+def test_an_error_in_one_thread_leaves_the_model_free_for_the_next(llama, batch):
+    ensemble = attach(llama)
     expected = ensemble.sequence_logprob(batch)
     handle = ensemble.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -237,8 +220,8 @@ def test_an_error_in_one_thread_leaves_the_model_free_for_the_next(model, batch)
 
 
 @pytest.mark.parametrize("moment", ["before", "within"])
-def test_an_ensemble_that_was_detached_does_not_go_on_with_the_bare_base(model, batch, moment, monkeypatch):
-    ensemble = attach(model)
+def test_an_ensemble_that_was_detached_does_not_go_on_with_the_bare_base(llama, batch, moment, monkeypatch):
+    ensemble = attach(llama)
     generate = lambda: ensemble.generate(batch["input_ids"], max_new_tokens=4, temperature=0, eos_token_id=[])
     generate()
     if moment == "before":
@@ -274,10 +257,10 @@ def test_a_deep_copy_is_right_even_if_it_is_made_while_a_forward_runs(tiny_model
 
 
 @pytest.mark.parametrize("layers", [None, [1, 2]])
-def test_a_deep_copy_is_an_ensemble_of_its_own(model, batch, layers):
-    ensemble = attach(model, layers_to_transform=layers)
+def test_a_deep_copy_is_an_ensemble_of_its_own(llama, batch, layers):
+    ensemble = attach(llama, layers_to_transform=layers)
     ensemble.train()
-    model.gradient_checkpointing_enable()
+    llama.gradient_checkpointing_enable()
     expected, truth = ensemble.sequence_logprob(batch), gradients(ensemble, batch)
     with ensemble.disable_adapters():
         base = ensemble.sequence_logprob(batch)
@@ -296,12 +279,12 @@ def test_a_deep_copy_is_an_ensemble_of_its_own(model, batch, layers):
     assert torch.equal(ensemble.sequence_logprob(batch), expected)
 
 
-def test_the_original_of_a_deep_copy_can_be_detached(model, tiny_model, batch):
-    ensemble = attach(model)
+def test_the_original_of_a_deep_copy_can_be_detached(llama, tiny_model, batch):
+    ensemble = attach(llama)
     expected = ensemble.sequence_logprob(batch)
     twin = copy.deepcopy(ensemble)
     ensemble.detach()
     assert torch.equal(twin.sequence_logprob(batch), expected)
     bare = tiny_model("llama")
-    assert torch.equal(model(batch["input_ids"]).logits, bare(batch["input_ids"]).logits)
-    assert "forward" not in vars(model.model)
+    assert torch.equal(llama(batch["input_ids"]).logits, bare(batch["input_ids"]).logits)
+    assert "forward" not in vars(llama.model)

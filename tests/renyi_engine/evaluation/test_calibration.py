@@ -169,15 +169,15 @@ def test_the_best_order_has_the_least_area():
 @pytest.mark.parametrize(
     ("p", "labels", "message"),
     [
-        (P.log(), LABELS, r"probabilities: .*row 0"),
-        (torch.tensor([[0.4, 0.6], [1.2, -0.2]]), LABELS[:2], r"probabilities: .*row 1"),
+        (P.log(), LABELS, r"probabilities: .*question 0"),
+        (torch.tensor([[0.4, 0.6], [1.2, -0.2]]), LABELS[:2], r"probabilities: .*question 1"),
         (P[0], LABELS, "probabilities: .*shape"),
         (P[:0], LABELS[:0], "probabilities: .*shape"),
-        (P.where(P != 0.35, math.nan), LABELS, r"probabilities: .*row 1"),
+        (P.where(P != 0.35, math.nan), LABELS, r"probabilities: .*question 1"),
         (P, LABELS[:3], r"labels: .*\[4\]"),
         (P, LABELS.double(), "labels: .*float64"),
-        (P, torch.tensor([0, 1, 3, 2]), "labels: .*0 to 2; row 2 is 3"),
-        (P, torch.tensor([0, 1, 1, -1]), "labels: .*row 3 is -1"),
+        (P, torch.tensor([0, 1, 3, 2]), "labels: .*0 to 2; question 2 has 3"),
+        (P, torch.tensor([0, 1, 1, -1]), "labels: .*question 3 has -1"),
     ],
 )
 @pytest.mark.parametrize("measure", [accuracy, brier, ece, reliability])
@@ -187,7 +187,7 @@ def test_rows_that_are_not_probabilities_with_labels_are_named(measure, p, label
 
 
 def test_nll_refuses_probabilities():
-    with pytest.raises(ValueError, match=r"exp\(logp\): .*row 0"):
+    with pytest.raises(ValueError, match=r"exp\(logp\): .*question 0"):
         nll(P, LABELS)
 
 

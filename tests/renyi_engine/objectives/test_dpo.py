@@ -21,11 +21,10 @@ from renyi_engine.objectives.dpo import DpoTask
 from renyi_engine.objectives.loss import data_term
 from renyi_engine.training.dataset import make_task
 
+from ..apart import attach_apart
+from ..conversations import chat
+
 BETA = 0.3
-
-
-def chat(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 STRINGS = [
@@ -67,12 +66,7 @@ def attached(model_folder):
 
     def attach(num_particles, dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-        config = EnsembleConfig(num_particles=num_particles, rank=3, lora_alpha=6, init="spread", seed=5)
-        ensemble = LoraEnsemble.attach(model, config)
-        with torch.no_grad():
-            for _, B in ensemble.stacked().values():
-                B.mul_(20)
-        return ensemble
+        return attach_apart(model, num_particles=num_particles, rank=3, lora_alpha=6, seed=5)
 
     return attach
 
@@ -221,7 +215,7 @@ def test_every_form_of_a_row_gives_prompt_chosen_and_rejected(task, row, expecte
         ),
         (
             {"chosen": chat(("system", "s"), ("user", "a")), "rejected": chat(("system", "s"), ("user", "b"))},
-            "the completion does not begin with the assistant's turn",
+            "the completion does not begin with a message of the assistant",
         ),
     ],
 )

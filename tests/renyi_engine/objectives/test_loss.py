@@ -12,13 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
+from renyi_engine import LoraEnsemble
 from renyi_engine.data.batches import collate
 from renyi_engine.ensemble.lora_ensemble import sum_tokens
 from renyi_engine.objectives.loss import data_term
 from renyi_engine.objectives.sft import SftTask
 from renyi_engine.training import train
 from renyi_engine.training.train_step import train_step
+
+from ..apart import attach_apart
 
 K = 3
 
@@ -27,11 +29,7 @@ K = 3
 def ensemble(model_folder):
     """Particles apart from each other and from the base, on a model in fp64."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
-    ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=K, rank=2, lora_alpha=3, init="spread", seed=7))
-    with torch.no_grad():
-        for _, B in ensemble.stacked().values():
-            B.mul_(20)
-    return ensemble
+    return attach_apart(model, num_particles=K, rank=2, lora_alpha=3, seed=7)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import pytest
 from renyi_engine.data.examples import Dropped
 from renyi_engine.objectives.sft import SftTask
 
+from ..conversations import chat
+
 
 @pytest.fixture
 def task(tokenizer):
@@ -21,10 +23,6 @@ def learnt(task, row):
     decode = task.tokenizer.decode
     assert all(label in (-100, token) for label, token in zip(example.labels, example.input_ids, strict=True))
     return decode(example.input_ids), decode([label for label in example.labels if label != -100])
-
-
-def chat(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 def test_of_a_plain_text_everything_is_learnt_and_it_is_ended(task):
@@ -112,6 +110,6 @@ def test_a_text_of_one_token_is_dropped_for_what_it_is(tokenizer):
 
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(Dropped, match="no token to learn: it is the first of all, and has no prediction"):
+    with pytest.raises(Dropped, match="no token to learn but the first of all, which nothing predicts"):
         SftTask(endless, 64).example(0, {"text": "a"})
     assert SftTask(endless, 64).example(0, {"text": "ab"}).num_labels == 1

@@ -280,7 +280,7 @@ def test_a_parameter_that_rules_an_example_out_keeps_some_probability_above_alph
         ({"logp": torch.full((3, 2), torch.inf)}, "got inf at [0, 0]"),
         ({"logp": torch.tensor([[0.0, -torch.inf]] * 3)}, "allows example 1"),
         ({"prior": torch.tensor([0.5, 0.5])}, "prior: expected [M] = [3]"),
-        ({"prior": torch.tensor([0.5, 0.5, 0.5])}, "prior: expected probabilities >= 0 that add up to 1"),
+        ({"prior": torch.tensor([0.5, 0.5, 0.5])}, "prior: expected probabilities >= 0 with sum 1"),
         ({"prior": torch.tensor([1.5, -0.5, 0.0])}, "prior: expected probabilities >= 0"),
         ({"prior": torch.tensor([1.0, math.nan, 0.0])}, "prior: expected probabilities >= 0"),
         ({"alpha": -0.1}, "alpha: expected a finite number >= 0"),
@@ -301,9 +301,9 @@ def test_where_no_distribution_has_a_finite_objective_the_error_says_so():
     logp = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
     prior = torch.tensor([0.5, 0.5])
     assert self_consistent_posterior(logp, prior, 0.5, 1.0).converged
-    with pytest.raises(ValueError, match="allows every example"):
+    with pytest.raises(ValueError, match="must allow every example"):
         self_consistent_posterior(logp, prior, 0.0, 1.0)
-    with pytest.raises(ValueError, match="none on example 1"):
+    with pytest.raises(ValueError, match="q > 0 that allows example 1; there is none"):
         reweighted(logp, torch.tensor([1.0, 0.0]), prior, 0.5, 1.0)
 
 

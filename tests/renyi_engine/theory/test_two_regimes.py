@@ -239,7 +239,7 @@ def test_spread_opens_above_critical_alpha_in_the_critical_direction_and_not_bel
     ("make", "message"),
     [
         (lambda: TwoRegimes((1.0, 2.0), 0.0, 0.1, 1.0), "sigma: expected a finite number > 0"),
-        (lambda: TwoRegimes((1.0, 2.0), 0.5, 1.1, 1.0), "eps: expected a share in [0, 1]"),
+        (lambda: TwoRegimes((1.0, 2.0), 0.5, 1.1, 1.0), "eps: expected a fraction in [0, 1]"),
         (lambda: TwoRegimes((1.0, 2.0), 0.5, 0.1, math.nan), "delta: expected"),
         (lambda: TwoRegimes((1.0,), 0.5, 0.1, 1.0), "theta"),
         (lambda: WORLD.stability(-0.1), "alpha: expected"),

@@ -51,6 +51,21 @@ def edited(trained, tmp_path):
 
 
 @pytest.fixture
+def with_state(trained, tmp_path):
+    """with_state(change): a copy of the run whose state.json is change(state), with the checksum that belongs to it."""
+
+    def make(change):
+        run = shutil.copytree(trained, tmp_path / "run")
+        state, manifest = (run / "checkpoint-1" / name for name in ("state.json", "manifest.json"))
+        state.write_text(json.dumps(change(json.loads(state.read_text()))))
+        entry = {"bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": entry}))
+        return run
+
+    return make
+
+
+@pytest.fixture
 def exported(tmp_path, capsys):
     """exported(run, *flags): (exit code, what is printed as an error) of `renyi-engine export`."""
 
@@ -142,6 +157,17 @@ def test_settings_that_no_tensor_shows_are_held_against_the_checkpoint(edited, e
     assert next(iter(values)) in error
 
 
+@pytest.mark.parametrize(("rank", "code"), [(2, 0), (3, EXIT_BAD_INPUT)])
+def test_a_checkpoint_that_calls_r_rank_is_read(with_state, exported, rank, code):
+    """As checkpoints of earlier versions do."""
+
+    def renamed(state):
+        del state["ensemble"]["r"]
+        return state | {"ensemble": state["ensemble"] | {"rank": rank}}
+
+    assert exported(with_state(renamed))[0] == code
+
+
 @pytest.mark.parametrize("text", ["{}", "dataset_name: a", "model_name_or_path: a\ndataset_name: b"])
 def test_a_config_that_was_cut_short_is_told_as_that(edited, exported, text):
     run = edited()
@@ -153,19 +179,16 @@ def test_a_config_that_was_cut_short_is_told_as_that(edited, exported, text):
 
 
 @pytest.mark.parametrize(
-    "values", [[], {}, {"alpha": "x"}, {"alpha": 10**400}, {"alpha": -1}, {"base": {}}, {"base": "x"}], ids=str
+    "values",
+    [[], {}, {"alpha": "x"}, {"alpha": 10**400}, {"alpha": -1}, {"base": {}}, {"base": "x"}, {"ensemble": "x"}],
+    ids=str,
 )
-def test_a_checkpoint_whose_state_was_forged_is_one_line(trained, exported, tmp_path, values):
-    run = shutil.copytree(trained, tmp_path / "run")
-    state, manifest = (run / "checkpoint-1" / name for name in ("state.json", "manifest.json"))
-    before = json.loads(state.read_text())
-    state.write_text(json.dumps({**before, **values} if values else values))
-    entry = {"bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": entry}))
+def test_a_checkpoint_whose_state_was_forged_is_one_line(with_state, exported, tmp_path, values):
+    run = with_state(lambda state: {**state, **values} if values else values)
     code, printed = exported(run)
     assert code == EXIT_BAD_INPUT
     assert printed.count("\n") == 1
-    assert f"{state}: " in printed
+    assert f"{run / 'checkpoint-1' / 'state.json'}: " in printed
     assert not list((tmp_path / "out").glob("*"))
 
 

@@ -878,7 +878,7 @@ def room_for(monkeypatch, num_examples, where="forward", from_step=1):
         if not torch.is_grad_enabled():
             return original(self, ensemble, batch)
         assert [one() for one in held] == [None] * len(held), "the memory of an attempt that failed is not free"
-        assert not any(adapted._waiting for adapted in ensemble._maps)
+        assert not any(adapted._waiting for adapted in ensemble._installation.maps)
         seen.append(None)
         too_many = len(batch["labels"]) > num_examples and len(seen) >= from_step
         activations = torch.zeros(1)

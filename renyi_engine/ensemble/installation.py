@@ -1,0 +1,164 @@
+"""What an ensemble puts on its model so that the model's own forward runs all particles, and how it comes off again.
+
+    every adapted linear map      runs as a part of a `MapGroup`, or as an `OpaqueMap`
+    layers from the first adapted one on, if there is a shared trunk: hooks bring their inputs from B to K*B rows
+    the decoder's forward         one forward at a time, and the base stays in evaluation mode
+    gradient checkpointing        a layer that runs again for its backward gets the rows of its first run
+    parts of every layer          a hook keeps the layer's dropout off while its checkpointing is on
+
+Layout: K particles, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from renyi_engine.ensemble import targets
+from renyi_engine.ensemble.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
+from renyi_engine.ensemble.architecture import Architecture
+from renyi_engine.ensemble.forwards import Forwards
+from renyi_engine.ensemble.trunk import RowDimensions, SharedTrunk
+
+
+class Installation:
+    """The hooks, maps and functions of one ensemble on one model. A deep copy belongs to a copy of the model.
+
+    `stacks` holds the adapters of every adapted map by its path. They are in training mode when the ensemble is.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, found: Architecture, stacks: Mapping[str, StackedAdapter], scaling: float
+    ) -> None:
+        layers_path, layers = targets.decoder_layers(model)
+        numbers = {path: targets.layer_index(path, layers_path) for path in found.inputs}
+        self.forwards = Forwards()
+        self.layers = tuple(layers)
+        self.maps: list[MapGroup | OpaqueMap] = []
+        self.trunk: SharedTrunk | None = None
+        self._handles: list[RemovableHandle | Takeover] = []
+        self._model, self._found, self._stacks, self._scaling = model, found, stacks, scaling
+        self._first_layer = min(numbers[path] for path in stacks)
+        # what the first adapted map reads is still the same for every particle
+        first_paths = (path for path in found.inputs if path in stacks and numbers[path] == self._first_layer)
+        self._shared_input = found.inputs[next(first_paths)]
+
+    @property
+    def num_shared_layers(self) -> int:
+        """The number of layers in the shared trunk."""
+        return 0 if self.trunk is None else self._first_layer
+
+    @property
+    def num_particles(self) -> int:
+        return next(iter(self._stacks.values())).num_particles
+
+    def put_on(self, row_dimensions: Sequence[RowDimensions] | None) -> None:
+        """Put everything on the model. Without `row_dimensions` there is no shared trunk."""
+        found = self._found
+        linears = {path: self._model.get_submodule(path) for path in self._stacks}
+        # a map that runs several times in one forward is a group of its own: the copy of its input is read by no other
+        inputs = {path: x if path in found.once else x.clone() for path, x in found.inputs.items() if path in linears}
+        shared_input = None if row_dimensions is None else self._shared_input
+        for adapted in by_input(linears, self._stacks, self._scaling, inputs, shared_input):
+            adapted.install(self.forwards.rows)
+            self.maps.append(adapted)
+        self._handles.append(Takeover(found.decoder, "forward", self._decode))
+        for layer in self.layers:
+            for part in layer.children():
+                self._handles.append(part.register_forward_pre_hook(partial(_turn_dropout_off, layer)))
+        if row_dimensions is not None:
+            first = self._first_layer
+            self.trunk = SharedTrunk(
+                self.layers[first:], row_dimensions[first:], self.num_particles, self.forwards.rows
+            )
+
+    def take_off(self) -> None:
+        """Take everything off the model."""
+        if self.trunk is not None:
+            self.trunk.remove()
+        for adapted in [*self.maps, *self._handles]:
+            adapted.remove()
+        self.trunk = None
+        self.maps.clear()
+        self._handles.clear()
+
+    @contextmanager
+    def forward(self, rows: Rows) -> Iterator[None]:
+        """Around one forward of the decoder, or of a layer that runs again for its backward."""
+        with self.forwards.run(rows) as outermost:
+            if not self.maps:
+                raise RuntimeError("this ensemble was detached from its model; attach or load it again")
+            try:
+                yield
+            finally:
+                if outermost:
+                    self.forget()
+
+    def forget(self) -> None:
+        """Drop what a forward or a checkpointed backward left behind, if it was cut short."""
+        if self.trunk is not None:
+            self.trunk.forget()
+        for adapted in self.maps:
+            adapted.forget()
+
+    def _decode(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of the decoder's `forward`, also when the model itself calls it."""
+        with self.forward(self.forwards.asked):
+            self._set_modes()
+            return forward(*args, **kwargs)
+
+    def _set_modes(self) -> None:
+        """Put the base into evaluation mode, whoever called model.train(): a frozen base has no dropout.
+
+        Hugging Face checkpoints a layer only if the layer is in training mode. So a layer that is to be checkpointed is
+        put into that mode, while the ensemble is in it and gradients are on: a checkpointed layer cannot use a cache.
+        """
+        self._model.eval()
+        learning = torch.is_grad_enabled() and next(iter(self._stacks.values())).training
+        for layer in self.layers:
+            layer.training = learning and getattr(layer, "gradient_checkpointing", False)
+            if layer.training and not isinstance(layer._gradient_checkpointing_func, Takeover):
+                self._handles.append(Takeover(layer, "_gradient_checkpointing_func", self._checkpoint))
+
+    def _checkpoint(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+        """Runs in place of the function by which Hugging Face checkpoints a layer. The backward runs the layer again,
+        often in a thread of autograd's, which does not know the rows of the first run."""
+        return checkpoint(partial(self._run_layer, self.forwards.rows(), layer), *args)
+
+    def _run_layer(self, rows: Rows, layer: Callable[..., Any], *args: Any) -> Any:
+        with self.forward(rows):
+            return layer(*args)
+
+
+class Takeover:
+    """Stands in for a function of a module until `remove`: `instead(function, ...)` runs in its place."""
+
+    def __init__(self, module: nn.Module, name: str, instead: Callable[..., Any]) -> None:
+        self._module, self._name, self._instead = module, name, instead
+        self._before = vars(module).get(name)
+        self.__wrapped__ = getattr(module, name)  # for those who ask for the signature
+        vars(module)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instead(self.__wrapped__, *args, **kwargs)
+
+    def remove(self) -> None:
+        own = vars(self._module)
+        if own.get(self._name) is self:
+            del own[self._name]
+            if self._before is not None:
+                own[self._name] = self._before
+
+
+def _turn_dropout_off(layer: nn.Module, part: nn.Module, args: tuple) -> None:
+    """Runs before a part of a layer. By then it is decided whether the layer is checkpointed, and from here on the
+    layer's training flag only switches dropout (in OPT)."""
+    if layer.training:
+        layer.training = False
