@@ -270,9 +270,8 @@ class Loop:
             found = evaluate(self.ensemble, self.task, examples, config.per_device_eval_batch_size)
         self.evaluation = state.step, found
         summary = found.summary(state.alpha)
-        self.run.records.write_evaluation(
-            measures.whole_evaluation(state, found, "held-out" if held_out else "training")
-        )
+        split = "held-out" if held_out else "training"
+        self.run.records.write_evaluation(measures.whole_evaluation(state, self.task, examples, found, split))
         self.progress.say(
             f"{'held-out' if held_out else 'training examples:'} {self.task.headline(summary)}, mean particle NLL "
             f"{summary[self.task.nll.mean_particle.name]:.3f} nats/{self.task.unit}, "

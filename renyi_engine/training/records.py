@@ -91,14 +91,14 @@ class Run(NamedTuple):
     """What was read of a run's folder.
 
     Attributes:
-        task: the kind of training, which declares the metrics.
+        kind: of the training, and its task, which declares the metrics.
         facts: run.json. train, held_out: the lines of metrics.jsonl, by step.
         rule: what set alpha, of which `alpha` is then the start or the end.
         target_ess: in particles.
     """
 
     name: str
-    task: type[Task]
+    kind: str
     config: Record
     facts: Record
     train: Sequence[Record]
@@ -112,6 +112,10 @@ class Run(NamedTuple):
     @property
     def alpha_varied(self) -> bool:
         return self.rule != f"{self.alpha:g}"
+
+    @property
+    def task(self) -> type[Task]:
+        return TASKS[self.kind]
 
     @property
     def unit(self) -> str:
@@ -162,7 +166,7 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{folder}: no {name}; pass the output_dir of a run that has logged a step")
     path = folder / CONFIG_FILE
     config = read_yaml(path)
-    task = TASKS[kind_of(config, path)]
+    kind = kind_of(config, path)
     try:
         K, alpha = int(config["num_particles"]), float(config["alpha"])
         schedule, start = config.get("alpha_schedule", "constant"), float(config.get("alpha_0", 0.0))
@@ -177,7 +181,7 @@ def read_run(folder: Path) -> Run:
     evaluation = _read_evaluation(folder / EVALUATION_FILE, K)
     rule, target = alpha_rule(alpha, schedule, start, controller), value * K if name == "ess" else None
     name = folder.resolve().name
-    return Run(name, task, config, facts, train, held_out, evaluation, K, alpha, rule, target)
+    return Run(name, kind, config, facts, train, held_out, evaluation, K, alpha, rule, target)
 
 
 def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
@@ -196,7 +200,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
 
 
 def _read_evaluation(path: Path, K: int) -> Record | None:
-    """evaluation.json with logp_nats as an array [K, N]; None where there is no such file."""
+    """evaluation.json: logp as an array [K, N], a name and a text for each example; None if there is no such file."""
     if not path.is_file():
         return None
     found = read_json(path)
@@ -204,7 +208,12 @@ def _read_evaluation(path: Path, K: int) -> Record | None:
         logp = np.array([[number(value) for value in row] for row in found["logp_nats"]], dtype=np.float64)
         if logp.ndim != 2 or logp.shape[0] != K or logp.shape[1] < 1:
             raise ValueError(f"logp_nats has shape {list(logp.shape)}, not one row for each of {K} particles")
-        return {"logp": logp, "step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
+        names = [f"row {row}" for row in found["example_ids"]]
+        texts = [str(text) for text in found.get("texts", [""] * len(names))]
+        if not len(names) == len(texts) == logp.shape[1]:
+            raise ValueError(f"{len(names)} example_ids and {len(texts)} texts for {logp.shape[1]} examples")
+        facts = {"step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
+        return {"logp": logp, "names": names, "texts": texts, **facts}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); evaluate again or remove the file") from None
 

@@ -25,7 +25,7 @@ from renyi_engine.evaluation.mmlu import questions as mmlu_questions
 from renyi_engine.evaluation.mmlu.questions import COMPLETIONS, SUBJECTS, Question
 from renyi_engine.evaluation.subject import Subject, load_subject
 from renyi_engine.evaluation.uncertainty import predictive
-from renyi_engine.reports import as_text, write_page
+from renyi_engine.reports import as_text, page_title, write_page
 
 RESULTS, SAMPLES, MODELS, REPORT = "results.json", "samples", "models", "report.html"
 
@@ -85,10 +85,11 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         sections = report.sections(questions, base, particles, alpha)
         page = write_page(
             output / REPORT,
-            title="MMLU",
+            title=page_title(output, "eval mmlu", config.model_name_or_path),
             lead=_lead(config, subject, questions, num_cut),
+            found=report.found(questions, base, particles),
             sections=sections,
-            words=[*(report.ENSEMBLE_WORDS if subject.num_particles else ()), *report.WORDS],
+            words=report.words_for(subject.num_particles),
             details={"settings": dataclasses.asdict(config), "versions": versions()},
         )
         # written last: where this file is, the others are too
@@ -143,10 +144,11 @@ def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[T
 
 def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], num_cut: int) -> str:
     num_subjects = len({question.subject for question in questions})
-    who = f"An ensemble of {subject.num_particles} particles on" if subject.num_particles else "The bare base model"
+    who = f"An ensemble of {subject.num_particles} particles on" if subject.num_particles else "The base model"
     lead = (
-        f"{who} {config.model_name_or_path}, asked {len(questions):,} {config.split} questions of {num_subjects} "
-        f"subjects, with {config.num_fewshot} solved examples in front of each."
+        f"{who} {config.model_name_or_path} answered {len(questions):,} {config.split} questions of {num_subjects} "
+        f"subjects of MMLU, an examination with four choices a question. {config.num_fewshot or 'No'} solved examples "
+        "stood in front of each question."
     )
     return lead + (f" {num_cut:,} prompts lost their beginning to fit the model's context." if num_cut else "")
 
