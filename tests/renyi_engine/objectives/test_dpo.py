@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import DpoConfig, EnsembleConfig, LoraEnsemble, train
+from renyi_engine import EnsembleConfig, LoraEnsemble, train
 from renyi_engine.cli import main
 from renyi_engine.core import files
 from renyi_engine.data.examples import Dropped
@@ -313,22 +313,6 @@ def test_a_damaged_reference_is_named_and_computed_again(task, attached, tmp_pat
 
 
 # ---------------------------------------------------------------------- a run
-
-
-@pytest.fixture
-def dpo_config(sft_config, jsonl, tmp_path):
-    def row(i):
-        pair = {"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 3), "rejected": "no" * (1 + i % 2)}
-        return pair | {"score_chosen": 5, "score_rejected": i % 5}
-
-    rows = [row(i) for i in range(24)]
-    path, held_out = jsonl(tmp_path / "pairs.jsonl", rows[:18]), jsonl(tmp_path / "held_out.jsonl", rows[18:])
-
-    def make(**overrides):
-        settings = vars(sft_config(dataset_name=str(path), eval_dataset_name=str(held_out), max_steps=8))
-        return DpoConfig(**settings | overrides)
-
-    return make
 
 
 def lines_of(run):

@@ -20,7 +20,7 @@ from renyi_engine.objectives import EVAL
 from renyi_engine.training import checkpoint, write_report
 from renyi_engine.training.records import read_run
 
-from .test_training import Killed, kill_in_micro_batch, metrics, poison
+from .runs import Killed, act_in, kill, metrics, poison
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 NOT_OURS = {"on_predict", "on_prediction_step", "on_push_begin"}
@@ -312,7 +312,7 @@ def test_an_epoch_can_be_ended_early_and_a_resumed_run_remembers_it(sft_config, 
         [1 / 6, 2 / 6, *(1 + i / 6 for i in range(1, 7))]
     )
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_micro_batch(patch, 5)
+        act_in(patch, 5, kill)
         Trainer(run("broken"), callbacks=[Recorder(at("on_step_end", 2, should_epoch_stop=True))]).train()
     train(replace(run("broken"), resume_from_checkpoint="true"))
     for name in ("adapters.safetensors", "state.json"):
@@ -352,7 +352,7 @@ def test_what_callbacks_keep_and_what_was_best_outlive_a_kill(evaluated, tmp_pat
 
     config = evaluated(max_steps=8, eval_steps=2, save_steps=4, learning_rate=0.2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_micro_batch(patch, 7)
+        act_in(patch, 7, kill)
         Trainer(config, callbacks=[Counter]).train()
     counter, last = Counter(), Recorder()
     resumed = Trainer(replace(config, resume_from_checkpoint="true"), callbacks=[last, counter]).train()

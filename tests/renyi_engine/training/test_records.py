@@ -22,17 +22,9 @@ from renyi_engine.training.records import read_run
 OF_A_RUN = [value.name for value in vars(records).values() if isinstance(value, records.Metric)]
 
 
-@pytest.fixture
-def dpo_config(sft_config, jsonl, tmp_path):
-    pairs = [{"prompt": f"{i}: ", "chosen": "yes", "rejected": "no"} for i in range(6)]
-    path = str(jsonl(tmp_path / "pairs.jsonl", pairs))
-    settings = vars(sft_config(dataset_name=path, eval_dataset_name=path, dataset_test_split="train"))
-    return DpoConfig(**settings)
-
-
 def make(kind, sft_config, dpo_config, data_file):
     if kind == "dpo":
-        return dpo_config
+        return dpo_config()
     return sft_config(eval_dataset_name=str(data_file), dataset_test_split="train")
 
 
@@ -84,7 +76,7 @@ def test_a_folder_of_an_earlier_version_without_the_kind_is_read(sft_config, dpo
 def test_a_run_of_one_kind_is_not_resumed_as_another(sft_config, dpo_config):
     run = Path(train(sft_config(max_steps=1)).output_dir)
     with pytest.raises(ValueError, match=r"started with other settings:(?s:.*)\n  kind: 'sft' then, 'dpo' now"):
-        train(replace(dpo_config, output_dir=str(run), resume_from_checkpoint="true"))
+        train(replace(dpo_config(), output_dir=str(run), resume_from_checkpoint="true"))
 
 
 def test_settings_of_another_command_are_no_training_run(sft_config, tmp_path):

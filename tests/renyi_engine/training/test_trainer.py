@@ -12,12 +12,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, Trainer, TrainingDiverged, base_model, train
+from renyi_engine import LoraEnsemble, SftConfig, Trainer, TrainingDiverged, base_model, train
 from renyi_engine.core.files import sha256_of
 from renyi_engine.training import write_report
 from renyi_engine.training.export import export_particles
 
-from .test_training import forbid_the_model, metrics, poison
+from .runs import forbid_the_model, metrics, poison
 
 
 @pytest.fixture
@@ -98,16 +98,13 @@ def test_what_is_made_of_given_parts_can_be_exported_and_reported(sft_config, pa
     assert (saved["kind"], saved["dataset_name"]) == ("sft", "")
 
 
-def test_preferences_are_trained_on_given_pairs(model_folder, tmp_path):
+def test_preferences_are_trained_on_given_pairs(dpo_config):
     pairs = [{"prompt": f"{i}: ", "chosen": "yes", "rejected": "no"} for i in range(6)]
-    config = DpoConfig(
-        model_name_or_path=str(model_folder), output_dir=str(tmp_path / "run"), num_particles=2, lora_r=2, max_steps=2,
-        use_cpu=True, logging_steps=1,
-    )  # fmt: skip
+    config = dpo_config(dataset_name="", eval_dataset_name=None, max_steps=2)
     result = Trainer(config, train_dataset=pairs, eval_dataset=pairs[:2]).train()
     last = metrics(result.output_dir)[-1]
     assert last["eval_num_examples"] == 2
-    assert len(last["eval_particle_rewards/margins"]) == 2
+    assert len(last["eval_particle_rewards/margins"]) == 3
 
 
 def test_a_run_on_given_rows_is_resumed_on_the_same_rows_only(sft_config, rows):
