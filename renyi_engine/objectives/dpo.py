@@ -47,8 +47,8 @@ from renyi_kernels import IGNORE_INDEX
 CHOSEN, REJECTED = Metric("rewards/chosen", "nats"), Metric("rewards/rejected", "nats")
 MARGIN = Metric("rewards/margins", "nats", better="higher")
 CHOSEN_LOGP, REJECTED_LOGP = Metric("logps/chosen", "nats"), Metric("logps/rejected", "nats")
-ACCURACY = Metric("rewards/accuracies", "share of the pairs", better="higher")
-MIXTURE_ACCURACY = Metric("rewards/mixture_accuracies", "share of the pairs", better="higher")
+ACCURACY = Metric("rewards/accuracies", "fraction of the pairs", better="higher")
+MIXTURE_ACCURACY = Metric("rewards/mixture_accuracies", "fraction of the pairs", better="higher")
 """Of the particles' mean probability."""
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")

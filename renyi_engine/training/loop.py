@@ -17,8 +17,8 @@ from transformers import get_scheduler
 
 from renyi_engine.core import DoesNotFit, StopSignals, TrainingProgress, must_fit, seeding
 from renyi_engine.critical_alpha import estimate_alpha_star
-from renyi_engine.data import StepSampler
-from renyi_engine.ensemble import LoraEnsemble, difference, is_fingerprint
+from renyi_engine.data import StepSampler, excerpt
+from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives import ESS, Evaluation, Task, alpha_rule, evaluate, length, potential_curvature
 from renyi_engine.training import checkpoint, measures
 from renyi_engine.training.callbacks import Callbacks
@@ -26,7 +26,7 @@ from renyi_engine.training.config import TrainConfig, steps_of
 from renyi_engine.training.dataset import Dataset
 from renyi_engine.training.records import REPORT_FILE
 from renyi_engine.training.report import write_report
-from renyi_engine.training.run_folder import RunFolder, another_version
+from renyi_engine.training.run_folder import RunFolder, another_version, require_same_base
 from renyi_engine.training.state import State, Window
 from renyi_engine.training.train_step import StepResult, train_step
 from renyi_engine.training.watchdog import remember, spike_limit
@@ -128,7 +128,7 @@ class Loop:
     def _begin(self) -> None:
         epochs = -(-self.total_steps // self.sampler.steps_per_epoch)
         history, has_held_out = self.run.records.metrics(), bool(self.dataset.held_out)
-        self._tell_the_time()
+        self._update_callbacks()
         self.callbacks.begin(
             self.ensemble.model, self.task, self.optimizer, self.total_steps, epochs, history, has_held_out
         )
@@ -190,31 +190,32 @@ class Loop:
 
     def _after_step(self, signals: StopSignals) -> None:
         """Do what the settings and the callbacks ask for."""
-        state, steps_per_epoch = self.state, self.sampler.steps_per_epoch
-        self._tell_the_time()
-        control = self.callbacks.tell("on_step_end")
-        if control.should_log:
+        self._update_callbacks()
+        if self.callbacks.tell("on_step_end").should_log:
             self._log()
+        self._leave_epoch_if_asked()
         if signals.received and not self._is_over():
             self._interrupt(signals.received)
         self._evaluate_and_save()
-        ends_epoch = state.position % steps_per_epoch == 0
-        if control.should_epoch_stop and not ends_epoch:
-            state.left_out += steps_per_epoch - state.position % steps_per_epoch
-            ends_epoch = True
-        if ends_epoch or self._is_over():
-            self._tell_the_time()
+        if self._is_over() or self.state.position % self.sampler.steps_per_epoch == 0:
+            self._update_callbacks()
             if self.callbacks.tell("on_epoch_end").should_log:
                 self._log()
             self._evaluate_and_save()
             if not self._is_over():
                 self.callbacks.tell("on_epoch_begin")
 
+    def _leave_epoch_if_asked(self) -> None:
+        """Leave out the other steps of the epoch, if a callback asks for it."""
+        if self.callbacks.control.should_epoch_stop:
+            self.state.left_out += -self.state.position % self.sampler.steps_per_epoch
+
     def _evaluate_and_save(self) -> None:
-        control = self.callbacks.control
         # before the checkpoint, which vouches for the lines of metrics up to its step
-        if control.should_evaluate and not self._is_over():
+        if self.callbacks.control.should_evaluate and not self._is_over():
             self._evaluate()
+            self._leave_epoch_if_asked()
+        control = self.callbacks.control
         self.save_is_due |= control.should_save
         control.should_evaluate = control.should_save = False
         if self.save_is_due and self.loss_is_finite:
@@ -228,7 +229,7 @@ class Loop:
         raise TrainingInterrupted(signum, self.state.step, self.last_checkpoint, self._what_is_saved())
 
     def _end(self) -> Evaluation:
-        """A callback may have ended the run between two lines of metrics, or two checkpoints."""
+        """Log and save what a callback has left open by ending the run early, and evaluate the particles."""
         if self.state.window.examples and self.last_step is not None:
             self._log()
         if self.state.step:
@@ -245,7 +246,7 @@ class Loop:
     def _epoch(self) -> float:
         return self.state.position / self.sampler.steps_per_epoch
 
-    def _tell_the_time(self) -> None:
+    def _update_callbacks(self) -> None:
         self.callbacks.at(self.state.step, self._epoch, self.state.tokens)
 
     def _log(self) -> None:
@@ -261,7 +262,7 @@ class Loop:
         self.callbacks.log(record)
 
     def _evaluate(self) -> None:
-        """Evaluate on the held-out examples, or without any on training examples, if this step was not yet."""
+        """Evaluate on the held-out examples, or where there are none on training examples; once after a step."""
         state, config, held_out = self.state, self.config, self.dataset.held_out
         if self.evaluation is not None and self.evaluation[0] == state.step:
             return
@@ -271,7 +272,8 @@ class Loop:
         self.evaluation = state.step, found
         summary = found.summary(state.alpha)
         split = "held-out" if held_out else "training"
-        self.run.records.write_evaluation(measures.whole_evaluation(state, self.task, examples, found, split))
+        texts = [excerpt(self.task.tokenizer, example.sequences[0]) for example in examples]
+        self.run.records.write_evaluation(state.step, split, state.alpha, found, texts)
         self.progress.say(
             f"{'held-out' if held_out else 'training examples:'} {self.task.headline(summary)}, mean particle NLL "
             f"{summary[self.task.nll.mean_particle.name]:.3f} nats/{self.task.unit}, "
@@ -401,7 +403,7 @@ class Loop:
         saved = checkpoint.load(path, self.ensemble, self.optimizer)
         del saved["data_sha256"]  # compared before the model was loaded
         saved.pop("ensemble", None)  # for `export`; the settings of the run were compared
-        self._require_same_base(path, saved.pop("base", None))
+        require_same_base(path, saved.pop("base", None), self.ensemble.base_fingerprint)
         self.coupling.restore(saved.pop("coupling"))
         self.callbacks.restore(saved.pop("callbacks", []))
         try:
@@ -414,19 +416,6 @@ class Loop:
                 f"{setting}: {self.total_steps} steps are asked for, and {path} is {self.state.step} steps on; give "
                 "more, or resume from an earlier checkpoint"
             )
-
-    def _require_same_base(self, path: Path, base: Any) -> None:
-        """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""
-        if not is_fingerprint(base):
-            raise another_version(path)
-        found = difference(base, self.ensemble.base_fingerprint)
-        weights = found.weights + found.rounded + found.unknown
-        for what, names in (("weights", weights), ("config", found.values)):
-            if names:
-                raise ValueError(
-                    f"resume_from_checkpoint: {path}: the base model's {what} changed: {', '.join(names[:3])}"
-                    + f" and {len(names) - 3} more" * (len(names) > 3)
-                )
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

@@ -1,17 +1,15 @@
-"""What a training run measures of itself: the content of metrics.jsonl, run.json and evaluation.json."""
+"""What a training run measures of itself: the lines of metrics.jsonl, and run.json."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from renyi_engine.core import versions
-from renyi_engine.data import excerpt
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.objectives import EVAL, Evaluation, Item, Task, cut_rows
+from renyi_engine.objectives import EVAL, Task, cut_rows
 from renyi_engine.training.dataset import Dataset
 from renyi_engine.training.records import (
     ALPHA,
@@ -74,21 +72,6 @@ def step_record(
 def evaluation_record(state: State, summary: dict[str, Any], epoch: float) -> dict[str, Any]:
     """The line of metrics of an evaluation on held-out data."""
     return {STEP.name: state.step, EPOCH.name: epoch} | {EVAL + name: value for name, value in summary.items()}
-
-
-def whole_evaluation(
-    state: State, task: Task, examples: Sequence[Item], evaluation: Evaluation, split: str
-) -> dict[str, Any]:
-    """evaluation.json: every example under every particle."""
-    return {
-        "step": state.step,
-        "split": split,
-        "alpha": state.alpha,
-        "example_ids": evaluation.rows,
-        "texts": [excerpt(task.tokenizer, example.sequences[0]) for example in examples],
-        "num_labels": evaluation.num_labels.tolist(),
-        "logp_nats": evaluation.logp.tolist(),
-    }
 
 
 def facts(

@@ -24,7 +24,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from renyi_engine.core import CONFIG_FILE, files, read_json, read_yaml, reason
-from renyi_engine.objectives import EVAL, DpoTask, Metric, SftTask, Task, alpha_rule, metrics_of, parse_controller
+from renyi_engine.objectives import (
+    EVAL,
+    DpoTask,
+    Evaluation,
+    Metric,
+    SftTask,
+    Task,
+    alpha_rule,
+    metrics_of,
+    parse_controller,
+)
 from renyi_engine.training.config import DpoConfig, SftConfig
 
 Record = Mapping[str, Any]
@@ -61,8 +71,20 @@ class Records:
     def write_facts(self, facts: Record) -> None:
         files.write_json(self.run / FACTS_FILE, files.finite(facts))
 
-    def write_evaluation(self, evaluation: Record) -> None:
-        files.write_json(self.run / EVALUATION_FILE, files.finite(evaluation))
+    def write_evaluation(
+        self, step: int, split: str, alpha: float, evaluation: Evaluation, texts: Sequence[str]
+    ) -> None:
+        """`texts`: how each example begins, for a person."""
+        found = {
+            "step": step,
+            "split": split,
+            "alpha": alpha,
+            "example_ids": evaluation.rows,
+            "texts": texts,
+            "num_labels": evaluation.num_labels.tolist(),
+            "logp_nats": evaluation.logp.tolist(),
+        }
+        files.write_json(self.run / EVALUATION_FILE, files.finite(found))
 
     def metrics(self) -> list[Record]:
         """The lines of metrics.jsonl in the order in which they were written, without those that are damaged."""

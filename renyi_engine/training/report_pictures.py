@@ -50,11 +50,11 @@ def responsibilities(logp_nats: Array, alpha: float) -> Array:
 def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
     """By section of the page, the picture of each run. One without an SVG says in its caption why there is none."""
     sections = {
-        "loss": _line_plots(runs, "loss", "nats an example", lambda run, ax: _trace(run, ax, LOSS, [ACCENT])),
+        "loss": _line_plots(runs, "loss", LOSS.unit, lambda run, ax: _trace(run, ax, LOSS, [ACCENT])),
         "nll": _line_plots(runs, "nll", "nats a {unit}", _draw_nll),
-        "accuracy": _line_plots(runs, "accuracy", "fraction of the pairs", _draw_accuracy),
-        "margin": _line_plots(runs, "margin", "nats", _draw_margin),
-        "ess": _line_plots(runs, "ess", "particles", _draw_ess),
+        "accuracy": _line_plots(runs, "accuracy", ACCURACY.unit, _draw_accuracy),
+        "margin": _line_plots(runs, "margin", MARGIN.unit, _draw_margin),
+        "ess": _line_plots(runs, "ess", ESS.unit, _draw_ess),
         "alpha": _line_plots(runs, "alpha", "alpha", _draw_alpha),
         "trained": [_heat_map(run, f"trained{i}", at_one=False) for i, run in enumerate(runs)],
         "at-one": [_heat_map(run, f"at-one{i}", at_one=True) for i, run in enumerate(runs)],

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_dict, to_yaml
+from renyi_engine.ensemble import Fingerprint, difference, is_fingerprint
 from renyi_engine.training import checkpoint
 from renyi_engine.training.config import TrainConfig
 from renyi_engine.training.dataset import Dataset
@@ -174,6 +176,20 @@ def _resuming() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"resume_from_checkpoint: {error}") from None
+
+
+def require_same_base(path: Path, then: Any, now: Fingerprint) -> None:
+    """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""
+    if not is_fingerprint(then):
+        raise another_version(path)
+    found = difference(then, now)
+    weights = found.weights + found.rounded + found.unknown
+    for what, names in (("weights", weights), ("config", found.values)):
+        if names:
+            raise ValueError(
+                f"resume_from_checkpoint: {path}: the base model's {what} changed: {', '.join(names[:3])}"
+                + f" and {len(names) - 3} more" * (len(names) > 3)
+            )
 
 
 def another_version(path: Path) -> ValueError:

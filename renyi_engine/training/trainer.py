@@ -54,7 +54,7 @@ class Trainer:
         config: an SftConfig or a DpoConfig.
         model: a causal language model of transformers. Training changes none of its weights. It is moved to the device
             that training uses, and afterwards it carries the particles: `TrainResult.ensemble.detach()` takes them off.
-            If training fails, they are taken off at once.
+            If training fails, they are taken off at once. `gradient_checkpointing` stays switched on in it.
         processing_class: the model's tokenizer. If only `model` is given, the tokenizer is loaded from where the model
             came from.
         train_dataset, eval_dataset: a `datasets.Dataset`, or a sequence of rows, each a dict, with the columns that

@@ -298,9 +298,10 @@ def test_a_callback_can_ask_for_less(evaluated):
     assert whole(run) == [4, 5]
 
 
-def test_an_epoch_can_be_ended_early_and_a_resumed_run_remembers_it(sft_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_steps", [2, 3], ids="saved every {} steps".format)
+def test_an_epoch_can_be_ended_early_and_a_resumed_run_remembers_it(sft_config, tmp_path, monkeypatch, save_steps):
     """6 steps an epoch. After step 2 of the first epoch the second begins; the run still makes two passes at most."""
-    settings = {"num_train_epochs": 2.0, "max_steps": -1, "save_steps": 3}
+    settings = {"num_train_epochs": 2.0, "max_steps": -1, "save_steps": save_steps}
     run = lambda name: sft_config(output_dir=str(tmp_path / name), **settings)
     seen = Recorder(at("on_step_end", 2, should_epoch_stop=True))
     result = Trainer(run("whole"), callbacks=[seen]).train()
@@ -312,7 +313,7 @@ def test_an_epoch_can_be_ended_early_and_a_resumed_run_remembers_it(sft_config, 
         [1 / 6, 2 / 6, *(1 + i / 6 for i in range(1, 7))]
     )
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        act_in(patch, 5, kill)
+        act_in(patch, save_steps + 1, kill)
         Trainer(run("broken"), callbacks=[Recorder(at("on_step_end", 2, should_epoch_stop=True))]).train()
     train(replace(run("broken"), resume_from_checkpoint="true"))
     for name in ("adapters.safetensors", "state.json"):
