@@ -23,9 +23,9 @@ from renyi_engine.core import is_out_of_memory, reason, some
 from renyi_engine.ensemble import ModelConfig, use_a_pad_token_within
 
 ARGUMENT = "model_name_or_path"
-"""The setting that names a base, for errors."""
+"""The setting that names a base. Errors begin with it."""
 MOST_LAYERS = 10_000
-"""A config of more layers is refused: to build the model would take all memory."""
+"""A config with more layers is refused, because building such a model would take all memory."""
 
 
 def device_for(config: ModelConfig) -> torch.device:
@@ -33,7 +33,7 @@ def device_for(config: ModelConfig) -> torch.device:
 
 
 def load_config(config: ModelConfig, argument: str = ARGUMENT) -> PretrainedConfig:
-    """The base's own configuration: small, and the first thing that fails where there is no such model."""
+    """The configuration of the base. It is small, so an error about a missing model comes early."""
     with _loading("config", config, argument):
         found = AutoConfig.from_pretrained(config.model_name_or_path, **_source(config))
         num_layers = getattr(found.get_text_config(), "num_hidden_layers", 1)
@@ -61,10 +61,10 @@ def fit_pad_token(tokenizer: PreTrainedTokenizerBase, base_config: PretrainedCon
 
 
 def load_model(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedModel:
-    """The language model in its compute dtype. Pickled weights are refused unread.
+    """The language model in its compute dtype. Pickled weights are never opened.
 
     Raises:
-        ValueError: it cannot be loaded; or its files lack tensors, which transformers would fill with random numbers.
+        ValueError: it cannot be loaded, or its files lack tensors, which transformers would fill with random numbers.
     """
     base_config = load_config(config, argument)
     with _loading("weights", config, argument):
@@ -79,7 +79,7 @@ def load_model(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedModel
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{argument}: {config.model_name_or_path} lacks {some(missing)}, which would be random numbers; "
-            f"expected every tensor of a {type(model).__name__}: download it again, or give a model that was saved as "
+            f"expected every tensor of a {type(model).__name__}; download it again, or give a model that was saved as "
             "one"
         )
     if unread := sorted(found["unexpected_keys"]):
@@ -95,8 +95,8 @@ def made_ready(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """The model on its device. Raises ValueError if its numbers are float16."""
     if model.dtype == torch.float16:
         raise ValueError(
-            f"dtype: {config.model_name_or_path or 'the model'} is stored in float16, whose range gradients fall out "
-            "of; pass --dtype bfloat16 or float32"
+            f"dtype: {config.model_name_or_path or 'the model'} is stored in float16, whose range is too small for "
+            "gradients; pass --dtype bfloat16 or float32"
         )
     return model.to(device_for(config))
 
@@ -112,8 +112,8 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
 
 
 def auto_class(base_config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """The class that loads a base: for causal language models, or, where transformers has none for a configuration,
-    for text and images, which runs on text alone too."""
+    """The class that loads a base: the one for causal language models. For a configuration that has no such model,
+    it is the one for text and images, whose models run on text alone too."""
     kind = type(base_config)
     text_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
@@ -125,8 +125,8 @@ def _source(config: ModelConfig) -> dict:
 
 @contextmanager
 def _loading(what: str, config: ModelConfig, argument: str) -> Iterator[None]:
-    """Inside, any error but a lack of memory becomes a ValueError of one line. Each kind of file has a reader of its
-    own, which may raise any error on a broken file."""
+    """Inside, any error but a lack of memory becomes a ValueError of one line. Every kind of file has its own reader,
+    and for a broken file it may raise any error."""
     try:
         yield
     except Exception as error:

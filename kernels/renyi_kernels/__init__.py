@@ -1,4 +1,4 @@
-"""Ops for alpha-Renyi ensembles of LoRA adapters. Needs torch alone; a GPU and triton are optional."""
+"""Ops for alpha-Renyi ensembles of LoRA adapters. They need torch alone; a GPU and triton are optional."""
 
 from renyi_kernels.backend import BACKENDS, use_backend
 from renyi_kernels.grouped_lora import grouped_lora

@@ -1,8 +1,8 @@
-"""Compile every kernel for every kind of GPU, without one: `python -m renyi_kernels.aot`.
+"""Compile every kernel for every kind of GPU, on a machine without a GPU: `python -m renyi_kernels.aot`.
 
-The launchers are called on tensors without storage, in the dtypes and modes that the ops and the engine use; what they
-would launch is compiled instead, specialised as at run time (alignment, sizes of one, block sizes of that device). A
-table of registers, spills, shared memory and matrix instructions is printed; a compile error or a spill is exit code 1.
+This calls the launchers on tensors without storage, in the dtypes and modes that the ops and the engine use. What they
+would launch is compiled instead, with the constants of a run (alignment, sizes of one, block sizes of that device). A
+table shows registers, spills, shared memory and matrix instructions. A compile error or a spill makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _POINTERS = {**_DTYPES, torch.float64: "fp64", torch.int64: "i64", torch.uint8: 
 
 @dataclass
 class Launch:
-    """A kernel and how it would be compiled for one launch."""
+    """A kernel, and how Triton would compile it for one launch."""
 
     mode: str
     kernel: Any
@@ -49,7 +49,7 @@ class Launch:
 
     @classmethod
     def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
-        """As Triton's own launcher sees the call: ints of one are constants, multiples of 16 are known to be such."""
+        """The launch as Triton's own launcher sees the call: a 1 is a constant, and multiples of 16 are marked."""
         launch = cls(mode, kernel)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args, strict=False)) | kwargs
@@ -82,7 +82,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a launch: registers a thread, bytes of spill, bytes of shared memory; or the error."""
+    """The result for one launch: registers of a thread, bytes of spill, bytes of shared memory; or the error."""
 
     kernel: str
     mode: str
@@ -95,7 +95,7 @@ class Compiled:
 
 
 def launches(target: str) -> list[Launch]:
-    """Every launch of the modes below on a device of that kind, each once."""
+    """Every different launch of the modes below on a device of that kind."""
     from triton.runtime.jit import JITFunction
 
     from renyi_kernels.triton_ops import grouped_lora, linear_logprob, renyi_reduce, tuning
@@ -122,15 +122,13 @@ def launches(target: str) -> list[Launch]:
 
 
 def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
-    """Per dtype and rank: input of each particle or shared; base in place, shared or none; fp32 gradients or not.
-
-    At the largest rank also with 64 bits for every offset.
-    """
+    """For each dtype and rank: an input of each particle or a shared one; a base in place, shared or none; gradients in
+    fp32 or not. For the largest rank also with 64 bits in every offset."""
     for dtype, name in _DTYPES.items():
         for K, M, I, O, R in ((8, 2048, 1536, 8960, 8), (8, 2048, 1536, 8960, 24), (8, 2048, 1536, 8960, 64), (1,) * 5):
             empty = partial(torch.empty, dtype=dtype, device="meta")
             x, A, B, S, Y = empty(K, M, I), empty(K, R, I), empty(K, O, R), empty(K, M, R), empty(K, M, O)
-            # of a shared input: one product with all particles' A
+            # for a shared input: one product with the A of all particles
             one_x, one_A, one_S = empty(1, M, I), empty(1, K * R, I), empty(1, M, K * R)
             shared_S = one_S.view(M, K, R).transpose(0, 1)
             mode = f"{name} rank {R}"
@@ -142,7 +140,7 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
             yield f"{mode} into dx", ops.expand, (S, A.mT, 1.0, x, x)
             for gradients in dict.fromkeys((dtype, torch.float32)):
                 dB, dA, one_dA = (torch.empty_like(t, dtype=gradients) for t in (B, A, one_A))
-                few_Y, few_S = empty(K, 17, O), empty(K, 17, R)  # one part: the kernel writes the gradient itself
+                few_Y, few_S = empty(K, 17, O), empty(K, 17, R)  # in one part, so the kernel writes the gradient itself
                 mode = f"{name} rank {R}, {_DTYPES[gradients]} gradients"
                 yield mode, ops.up_backward, (Y, S, B, 2.0, S, dB)
                 yield f"{mode}, shared x", ops.up_backward, (Y, shared_S, B, 2.0, shared_S, dB)
@@ -158,7 +156,8 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
 
 
 def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
-    """Per dtype of the gradient, or none: with and without bias and softcap; a vocabulary of whole blocks or not."""
+    """For each dtype of the gradient, or none: with and without bias and soft cap; with a vocabulary of whole blocks or
+    not."""
     for V in (151936, 50257):
         products = torch.empty((1024, V), device="meta")
         target = torch.empty(1024, dtype=torch.int64, device="meta")
@@ -171,7 +170,7 @@ def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:
-    """Few and many particles, sequences or tokens, with and without a mask, alpha = 0 or above."""
+    """Few particles and many, sequences and tokens, with and without a mask, alpha = 0 and above."""
     for K in (1, 8, 64):
         for T in (1, 2048):
             tokens, pairs = torch.empty((K, 4, T), device="meta"), torch.empty((K, 4), device="meta")
@@ -183,7 +182,7 @@ def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:
 
 
 def compile_for(target: str) -> list[Compiled]:
-    """Compile every launch for a target; an error is a result, too."""
+    """Compile every launch for a target. An error is a result too."""
     return [_compile(launch, target) for launch in launches(target)]
 
 
@@ -198,7 +197,7 @@ def _compile(launch: Launch, target: str) -> Compiled:
     source = ASTSource(launch.kernel, launch.signature, constants, attributes)
     try:
         made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
-    except Exception as error:  # whatever the compiler raises is what this is to find
+    except Exception as error:  # the compiler may raise anything, and this looks for it
         lines = str(error).strip().splitlines() or [""]
         return Compiled(name, launch.mode, target, error=f"{type(error).__name__}: {lines[-1][:200]}")
     text = made.asm.get("ptx") or made.asm["amdgcn"]
@@ -208,7 +207,7 @@ def _compile(launch: Launch, target: str) -> Compiled:
 
 
 def _used_on_nvidia(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes a thread keeps in local memory)"""
+    """(registers of a thread, bytes that a thread keeps in local memory)"""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -221,13 +220,14 @@ def _used_on_nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _used_on_amd(assembly: str) -> tuple[int, int]:
-    """(vector registers a thread, spilled registers of both kinds)"""
+    """(vector registers of a thread, spilled registers of both kinds)"""
     count = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
     return count("vgpr_count"), count("vgpr_spill_count") + count("sgpr_spill_count")
 
 
 def table(results: list[Compiled]) -> str:
-    """A line for each launch, in columns; what did not compile has no numbers and ends with its error."""
+    """A line for each launch, in columns. A launch that did not compile has no numbers, and its line ends with the
+    error."""
     rows = [("kernel", "mode", "target", "registers", "spills", "shared B", "matrix")]
     for r in results:
         numbers = ("", "", "") if r.error else (str(r.registers), str(r.spills), str(r.shared))

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen at the call, never at import."""
+"""Which implementation of an op runs. It is chosen when the op is called, and never at import."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _check(backend: str) -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the block on `backend`: "auto", "triton", "torch" or "reference".
 
-    - ``reference``: naive and obvious; the truth that the others are tested against
-    - ``torch``: memory-bounded, any device
-    - ``triton``: the kernels; needs a GPU, or Triton's interpreter (``TRITON_INTERPRET=1``)
-    - ``auto``: triton on a GPU, else torch
+    - ``reference``: naive and obvious. Tests compare the other paths with it.
+    - ``torch``: takes bounded memory, on any device
+    - ``triton``: the kernels. They need a GPU, or Triton's interpreter (``TRITON_INTERPRET=1``).
+    - ``auto``: triton on a GPU, and torch elsewhere
 
-    An op's own ``backend=`` argument wins over the block. Thread- and task-local. `torch.compile` keeps the path that
-    is in force while it traces.
+    The ``backend=`` argument of an op wins over the block. The block holds for its own thread or asyncio task.
+    `torch.compile` keeps the path that it finds while it traces.
     """
     token = _current.set(_check(backend))
     try:
@@ -42,10 +42,10 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
-    """The path that `op` takes for a `tensor` like this one; `backend` None means the current block's.
+    """The path that `op` takes for a `tensor` like this one. If `backend` is None, the current block decides.
 
     Raises:
-        ValueError: "triton" was asked for and cannot run there.
+        ValueError: "triton" is asked for and cannot run for such a tensor.
     """
     wanted = _check(backend) if backend is not None else _of_block()
     if wanted == "auto":
@@ -53,12 +53,12 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
     if wanted == "triton":
         obstacle = _obstacle(tensor.device.type, tensor.dtype)
         if obstacle and not (_interpreted() and tensor.device.type == "cpu" and tensor.dtype != torch.float64):
-            raise ValueError(f"backend='triton': {op} cannot take it ({obstacle}); use 'auto' or 'torch'")
+            raise ValueError(f"backend='triton': {op} cannot run on it ({obstacle}); use 'auto' or 'torch'")
     return wanted
 
 
 def refuse_tangents(op: str, *tensors: torch.Tensor | None) -> None:
-    """RuntimeError for a tensor with a forward-mode derivative: PyTorch's operators would silently drop it."""
+    """RuntimeError if a tensor carries a forward-mode derivative. PyTorch's operators would drop it without a word."""
     if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(no_forward_mode(op))
 
@@ -68,13 +68,13 @@ def no_forward_mode(op: str) -> str:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The path of "auto" for tensors of that kind, and why."""
+    """The path that "auto" takes for tensors of this kind, and why."""
     obstacle = _obstacle(device.type, dtype)
     return ("torch", obstacle) if obstacle else ("triton", "a GPU, and triton is installed")
 
 
 def _obstacle(device_type: str, dtype: torch.dtype) -> str:
-    """Why the kernels cannot run; empty if they can."""
+    """Why the kernels cannot run. Empty if they can."""
     if device_type != "cuda":
         return "no GPU" if device_type == "cpu" else f"no kernels for {device_type}"
     if dtype == torch.float64:
@@ -83,9 +83,9 @@ def _obstacle(device_type: str, dtype: torch.dtype) -> str:
 
 
 def _constant_of_a_trace(function: Callable) -> Callable:
-    """What `torch.compiler.assume_constant_result` does, without its import of all of Dynamo.
+    """What `torch.compiler.assume_constant_result` does, but without importing all of Dynamo.
 
-    torch.compile cannot look into these functions; their answer while it traces holds for what it compiled.
+    torch.compile cannot look into these functions. What they answer while it traces holds for the compiled code.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -25,15 +25,15 @@ def grouped_lora(
     """Low-rank update of K particles: ``out_k = base_out_k + scaling * (x_k A_k^T) B_k^T``.
 
     Args:
-        x: ``[K, M, I]``, one input per particle, or ``[M, I]``, one input shared by all.
+        x: ``[K, M, I]``, one input per particle, or ``[M, I]``, one input that all particles share.
         A: ``[K, R, I]``; B: ``[K, O, R]``, in the dtype of x.
-        scaling: LoRA scaling, usually ``lora_alpha / R``.
+        scaling: the LoRA scaling, usually ``lora_alpha / R``.
         base_out: ``[K, M, O]``, or ``[M, O]`` (the base output of a shared input), or None for zero.
-        backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
+        backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
-        ``[K, M, O]``. Differentiable in x, A, B and base_out; twice too, and in forward mode, except on the "triton"
-        path, where either raises a RuntimeError.
+        ``[K, M, O]``, differentiable in x, A, B and base_out. Second derivatives and forward mode work too, except on
+        the "triton" path, where they raise a RuntimeError.
 
     Raises:
         ValueError: a shape does not fit. TypeError: the dtypes differ, or are not floating point.
@@ -72,7 +72,7 @@ def _check(x: Tensor, A: Tensor, B: Tensor, base_out: Tensor | None) -> None:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}; got {tensor.dtype}; cast it first")
 
 
-# the kernels, as one operator to autograd and torch.compile; contiguous x, A, B
+# the kernels as one operator, for autograd and torch.compile; x, A and B are contiguous
 
 
 @torch.library.custom_op("renyi_kernels::grouped_lora", mutates_args=())

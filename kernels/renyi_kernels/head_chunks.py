@@ -1,4 +1,4 @@
-"""A frozen language-model head over chunks of tokens, whatever the path: logits, a pass over them, their gradient.
+"""A frozen language-model head, chunk of tokens by chunk: logits, a pass over them, and the gradient. All paths use it.
 
 Layout: N tokens, D hidden size, V vocabulary.
 """
@@ -13,19 +13,20 @@ from torch import Tensor
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 from renyi_kernels.torch_ops.linear_logprob import logprob_pass as torch_pass
 
-# a CPU gains nothing from more rows at once, and they fall out of its cache
+# on a CPU more rows at once are not faster, and they do not stay in its cache
 _MOST_ROWS_ON_CPU = 256
-# without CUDA a low-precision head is widened to fp32, this many vocabulary rows at a time
+# without CUDA, a head in low precision is converted to fp32, so many rows of the vocabulary at a time
 _VOCAB_BLOCK = 8192
-# oneDNN on AMX reads a row of a bf16 matrix to the end of a tile, beyond its last column, and NaN times nothing is NaN
+# oneDNN on AMX reads a row of a bf16 matrix to the end of a tile, beyond its last column. What it reads there is
+# multiplied by zero, but NaN times zero is NaN
 _TILE = 32
 
 
 def pass_of(path: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`logprob_pass` of a path."""
+    """The function `logprob_pass` of a path."""
     if path == "torch":
         return torch_pass
-    from renyi_kernels.triton_ops.linear_logprob import logprob_pass  # only where triton is there
+    from renyi_kernels.triton_ops.linear_logprob import logprob_pass  # needs triton
 
     return logprob_pass
 
@@ -41,9 +42,10 @@ def linear_logprob(
     need_grad: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
-    """(logprob [N], G [N, D] = d logprob / d hidden) of hidden [N, D]; G is empty unless needed, 0 without a label.
+    """(logprob [N], G [N, D] = d logprob / d hidden) of hidden [N, D]. G is empty if it is not needed. Where there is
+    no label, both are 0.
 
-    Two matrix products a chunk and never more than `chunk_mib` of logits; only labelled rows take part.
+    A chunk takes two matrix products and at most `chunk_mib` of logits. Only rows with a label take part.
     """
     (N, D), V = hidden.shape, weight.shape[0]
     logprob = hidden.new_zeros(N, dtype=at_least_fp32(hidden.dtype))
@@ -52,7 +54,7 @@ def linear_logprob(
     chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad), rows.numel())
     labels = labels.to(hidden.device, non_blocking=True)
     rows = rows.to(hidden.device, non_blocking=True)
-    # buffers serve every chunk: a fresh allocation each time costs as much as the arithmetic
+    # all chunks use the same buffers: to allocate new ones each time would cost as much as the arithmetic
     buffer = hidden.new_empty((chunk, V), dtype=logprob.dtype)
     widened = None
     if hidden.device.type != "cuda" and weight.dtype != buffer.dtype:
@@ -65,14 +67,15 @@ def linear_logprob(
         logprob[part], slope = pass_of(path)(products, labels[part], *head, hidden.dtype if need_grad else None)
         if slope is not None:
             if slope.device.type == "cpu" and slope.dtype != products.dtype:
-                # halves of what is left of fp32 values stand beside the gradient
+                # beside the gradient in this memory stand halves of old fp32 values
                 products.view(slope.dtype)[:, V : V + _TILE].zero_()
             gradient[part] = slope @ weight
     return logprob, gradient
 
 
 def rows_per_chunk(hidden: Tensor, num_vocabulary: int, chunk_mib: float, softcap: bool, need_grad: bool) -> int:
-    """Rows whose logits, with what the torch path copies of them, fit into `chunk_mib`; at least one."""
+    """How many rows a chunk has: as many as fit into `chunk_mib` with their logits and what the torch path copies of
+    these, and at least one."""
     wide = at_least_fp32(hidden.dtype).itemsize
     bytes_per_logit = wide
     if need_grad:
@@ -82,17 +85,17 @@ def rows_per_chunk(hidden: Tensor, num_vocabulary: int, chunk_mib: float, softca
 
 
 def _products_into(out: Tensor, hidden: Tensor, weight: Tensor, widened: Tensor | None) -> None:
-    """out = hidden weight^T with fp32 accumulation and fp32 output; `widened`, if any, takes blocks of the weight.
+    """out = hidden weight^T, accumulated and kept in fp32. `widened`, if given, is a buffer for blocks of the weight.
 
-    Rounding logits to bf16 would cost about 0.04 nats a token, and that perturbs the responsibilities.
+    Logits rounded to bf16 would be wrong by about 0.04 nats a token, and that would disturb the responsibilities.
     """
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.mT, out=out)
     elif widened is None:
         torch.mm(hidden, weight.mT, out_dtype=out.dtype, out=out)
     else:
-        # oneDNN could multiply these values in bf16 without a loss, but only by a setting of the whole process, with
-        # which the products of other threads would lose digits
+        # oneDNN could multiply these values in bf16 without a loss. But that takes a setting of the whole process, and
+        # with it the products of other threads would lose digits
         hidden = hidden.to(out.dtype)
         for logits, block in zip(out.split(len(widened), dim=1), weight.split(len(widened)), strict=True):
             torch.mm(hidden, widened[: len(block)].copy_(block).mT, out=logits)

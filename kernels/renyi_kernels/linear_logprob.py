@@ -1,4 +1,4 @@
-"""linear_logprob: log-probability of the labels under a frozen language-model head, without the logits.
+"""linear_logprob: log-probabilities of labels under a frozen language-model head, without keeping the logits.
 
 Layout: N tokens, D hidden size, V vocabulary.
 """
@@ -15,8 +15,8 @@ from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 
 CHUNK_MIB = 256.0
-# a cap above 1e30 would change no logit, and one below 1e-30 would make all logits alike; fp32 holds those between,
-# also times an upstream gradient
+# a soft cap above 1e30 would change no logit, and one below 1e-30 would make all logits equal; fp32 holds the values
+# between these, and their products with an upstream gradient
 _SOFTCAPS = 1e-30, 1e30
 
 
@@ -33,24 +33,25 @@ def linear_logprob(
 ) -> Tensor:
     """Log-probability, in nats, of each label: ``log softmax(z)[label]``, ``z = softcap(scale * (h W^T + b))``.
 
-    ``softcap(z) = c tanh(z / c)`` (Gemma-2). The head is frozen: nobody computes a gradient of `weight` or `bias`,
-    so d logp / d hidden is formed in the forward, chunk by chunk, and the backward only scales it. Logits are
-    accumulated and kept in fp32 for every input dtype.
+    ``softcap(z) = c tanh(z / c)`` (Gemma-2). The head is frozen: there is no gradient of `weight` or `bias`. So the
+    forward computes d logp / d hidden, chunk by chunk, and the backward only scales it. Logits are accumulated and kept
+    in fp32, whatever the dtype of the inputs is.
 
     Args:
         hidden: ``[..., D]``, final-norm output.
         weight: ``[V, D]``, in the dtype of hidden. bias: ``[V]`` or None.
-        labels: ``[...]`` int64, already shifted to the position that predicts them. -100: no label; the result
-            there is 0.0 and no work is done. They may lie on the CPU beside a hidden on the GPU: finding the labelled
-            ones then waits for nothing, while labels on the GPU make the op wait for the device once.
+        labels: ``[...]`` int64, already shifted to the position that predicts them. -100 is no label: the result
+            there is 0.0, and no work is done. Labels may lie on the CPU while hidden lies on the GPU. Then the op does
+            not wait for the device; with labels on the GPU it waits once, to find those that count.
         logit_softcap: c from 1e-30 to 1e30, or None. logit_scale: multiplies the logits; at most 1e30.
-        chunk_mib: MiB of logits (and their copies) held at any moment, but for the "reference" path. Without CUDA a
-            head in low precision takes 8192 of its rows in fp32 beside them.
-        backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
+        chunk_mib: how many MiB of logits and copies of them exist at a time, except on the "reference" path. Without
+            CUDA, a head in low precision takes 8192 of its rows in fp32 besides.
+        backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
-        Like labels, fp32 (fp64 for an fp64 hidden). Differentiable once in hidden; a second derivative, or one in
-        forward mode, raises a RuntimeError, except with ``backend="reference"``, which supports any order.
+        Log-probabilities in the shape of labels, fp32 (fp64 for an fp64 hidden), differentiable once in hidden. A
+        second derivative or forward mode raises a RuntimeError, except with ``backend="reference"``, which has
+        derivatives of any order.
 
     Raises:
         ValueError: a shape or value does not fit. TypeError: a dtype does not.
@@ -106,17 +107,17 @@ def _check(
 
 
 def _check_labels(labels: Tensor, num_vocabulary: int) -> None:
-    # on a GPU this look would stall the stream; there an unknown label's log-probability is NaN
+    # on a GPU this check would wait for the device; there the log-probability of an unknown label is NaN
     if labels.device.type == "cpu" and labels.numel():
         stray = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_vocabulary))]
         if stray.numel():
             raise ValueError(
                 f"labels: expected -100 or a token id in [0, {num_vocabulary}); got {int(stray[0])}; "
-                "does the tokenizer belong to this model?"
+                "use the tokenizer that belongs to this model"
             )
 
 
-# one operator to autograd and torch.compile; hidden [N, D], labels [N]. Returns logprob [N] and d logprob / d hidden
+# one operator for autograd and torch.compile; hidden [N, D], labels [N]. Returns logprob [N] and d logprob / d hidden
 
 
 @torch.library.custom_op("renyi_kernels::linear_logprob", mutates_args=())
@@ -147,8 +148,8 @@ def _(hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, need_
 
 @torch.library.custom_op("renyi_kernels::linear_logprob_backward", mutates_args=())
 def _backward(upstream: Tensor, gradient: Tensor, labels: Tensor) -> Tensor:
-    """gradient [N, D] times its token's upstream gradient [N], in one pass, rounded once"""
-    # not a product with zero: what comes from above at an unlabelled token may be infinite
+    """The gradient [N, D] of each token times its upstream gradient [N], in one pass, rounded once."""
+    # no product with zero, because the upstream gradient of a token without a label may be infinite
     labelled = (labels != IGNORE_INDEX).to(upstream.device, non_blocking=True)
     upstream = upstream.where(labelled, 0.0)
     return torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient))
@@ -169,8 +170,8 @@ def _differentiate(ctx, upstream, _):
     for name, needed in (("weight", need_weight), ("bias", need_bias)):
         if needed:
             raise RuntimeError(
-                f"linear_logprob: the head's {name} is taken as frozen, but a gradient of it was asked for; "
-                f"call {name}.requires_grad_(False), or use backend='reference'"
+                f"linear_logprob: the head's {name} is taken as frozen, but it requires a gradient; call "
+                f"{name}.requires_grad_(False), or use backend='reference'"
             )
     gradient, labels = ctx.saved_tensors
     return (_backward(upstream, gradient, labels) if need_hidden else None, *[None] * 8)

@@ -1,4 +1,4 @@
-"""lora_linears: frozen linear maps of one input, each with every particle's low-rank update, in one op.
+"""lora_linears: frozen linear maps that read one input, each with the low-rank update of every particle, in one op.
 
 Layout: K particles, M rows, I/O in/out features, R rank.
 """
@@ -27,20 +27,21 @@ def lora_linears(
 ) -> list[Tensor]:
     """Adapted maps that read the same input, e.g. q, k, v: ``y_jk = x_k W_j^T + b_j + scaling * (x_k A_jk^T) B_jk^T``.
 
-    What `grouped_lora` cannot save because it sees one map and no base: x is read once for the A of all maps, the
-    updates are added into the base outputs in place, and the gradient of x is one sum, made in place.
+    `grouped_lora` sees one map and not its frozen weight. This op sees them all, and saves more: it reads x once for
+    the A of all maps, adds the updates into the base outputs in place, and sums the gradient of x in place.
 
     Args:
-        x: ``[K, M, I]``, one input per particle, or ``[M, I]``, one input shared by all: the base maps run once then.
+        x: ``[K, M, I]``, one input per particle, or ``[M, I]``, one input that all particles share. Then the frozen
+            maps run once.
         weights: n frozen maps ``[O_j, I]``, in the dtype of x. biases: n times ``[O_j]`` or None, frozen.
-        A: n times ``[K, R_j, I]``; B: n times ``[K, O_j, R_j]``, in any floating dtype: computed in that of x,
-            their gradients come in their own.
-        scaling: LoRA scaling, usually ``lora_alpha / R``.
-        backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
+        A: n times ``[K, R_j, I]``; B: n times ``[K, O_j, R_j]``, in any floating dtypes. The products are computed in
+            the dtype of x, and each gradient has the dtype of its adapter.
+        scaling: the LoRA scaling, usually ``lora_alpha / R``.
+        backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
-        n times ``[K, M, O_j]``. Differentiable once in x, A and B; a second derivative, or one in forward mode, raises
-        a RuntimeError, except with ``backend="reference"``.
+        n times ``[K, M, O_j]``, differentiable once in x, A and B. A second derivative or forward mode raises a
+        RuntimeError, except with ``backend="reference"``.
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not.
@@ -51,7 +52,7 @@ def lora_linears(
     path = resolve("lora_linears", x, backend)
     if path == "reference":
         return reference.lora_linears(x, weights, biases, A, B, float(scaling))
-    # autograd sees a list of tensors only if it holds nothing else
+    # autograd sees the tensors in a list only if the list holds nothing else, so an empty tensor stands for no bias
     present = [weight.new_empty(0) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     x = x.contiguous()
@@ -64,7 +65,7 @@ def lora_linears(
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: list[Tensor], B: list[Tensor]) -> None:
     if not len(weights) == len(biases) == len(A) == len(B) >= 1:
         raise ValueError(
-            "weights, biases, A, B: expected one of each for every map, at least one map; "
+            "weights, biases, A, B: expected one of each for every map, and at least one map; "
             f"got {len(weights)}, {len(biases)}, {len(A)} and {len(B)}"
         )
     if not x.is_floating_point():
@@ -93,8 +94,8 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: lis
                 raise TypeError(f"{name}[{j}]: expected a floating dtype; got {tensor.dtype}")
 
 
-# the work: contiguous x, A and B, an empty tensor for no bias; beside the outputs it returns x A^T of all maps, for the
-# backward
+# the work. x, A and B are contiguous, and an empty tensor stands for no bias. `_outputs` also returns x A^T of all
+# maps, which the backward needs
 
 
 def _outputs(
@@ -113,7 +114,7 @@ def _outputs(
         by_map = lora_products.split(lora_products.particle_major(S, x), A)
         outs = []
         for weight, bias, b, s in zip(weights, biases, B, by_map, strict=True):
-            # not a view: a model may go on to change an output in place
+            # no view, because a model may change an output in place
             out = x.new_empty((K, M, weight.shape[0]))
             base = out if x.dim() == 3 else x.new_empty((1, M, weight.shape[0]))
             rows = base.view(-1, weight.shape[0])
@@ -137,7 +138,7 @@ def _gradients(
     need_dx: bool,
     path: str,
 ) -> list[Tensor]:
-    """The gradients of x (empty if not needed), of all A as one tensor [K, R, I], and of each B."""
+    """The gradients of x (empty if it is not needed), of all A as one tensor [K, R, I], and of each B."""
     passes = lora_products.passes_of(path)
     dY = [dy.contiguous() for dy in dY]
     dS = torch.empty_like(S)
@@ -153,7 +154,7 @@ def _gradients(
                 dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
             lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
-        # one tensor for all maps, in a dtype that holds each of theirs
+        # one tensor for all maps, in a dtype that can hold the values of each
         dA = lora_products.gradient_of_A(passes, x, dS, _common_dtype(A))
     return [dx, dA, *dB]
 
@@ -163,11 +164,11 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
-    """(the gradient of x or None, one for each A, one for each B), by `run`: `_gradients` as autograd is to see it."""
+    """(the gradient of x or None, one for each A, one for each B). `run` is `_gradients` in the form for autograd."""
     for name, needed in (("weights", need_weights), ("biases", need_biases)):
         if any(needed):
             raise RuntimeError(
-                f"lora_linears: the {name} are taken as frozen, but a gradient of one was asked for; "
+                f"lora_linears: the {name} are taken as frozen, but one of them requires a gradient; "
                 "call requires_grad_(False) on it, or use backend='reference'"
             )
     x, S, *maps = ctx.saved_tensors
@@ -186,13 +187,13 @@ def _refuse_forward_mode(ctx, *_):
 
 
 def _in_parts(tensors: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
-    """So many runs of the same length."""
+    """The tensors cut into `count` parts of the same length."""
     n = len(tensors) // count
     return [tensors[i * n : (i + 1) * n] for i in range(count)]
 
 
-# what eager autograd sees: flat tensors. An operator goes through its lists in Python, twice a call, and a step has a
-# hundred calls: a GPU would wait for that
+# what eager autograd sees: tensors, and no lists of them. An operator would go through its lists in Python twice for
+# each call; a step has a hundred calls, and a GPU would wait for that
 
 
 class _Eager(torch.autograd.Function):

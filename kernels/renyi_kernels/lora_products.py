@@ -1,6 +1,6 @@
-"""What the two low-rank ops have in common: their passes, put together over particles, shared inputs and several maps.
+"""What the two low-rank ops share: how their passes work over particles, over a shared input and over several maps.
 
-Layout: K particles, M rows, I/O in/out features, R ranks of all maps together.
+Layout: K particles, M rows, I/O in/out features, R the ranks of all maps together.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from renyi_kernels.torch_ops import grouped_lora as torch_passes
 
 
 def passes_of(path: str) -> ModuleType:
-    """The module that holds `shrink`, `expand`, `up_backward` and `down_backward` of a path."""
+    """The module with the `shrink`, `expand`, `up_backward` and `down_backward` of a path."""
     if path == "torch":
         return torch_passes
-    from renyi_kernels.triton_ops import grouped_lora as triton_passes  # only where triton is there
+    from renyi_kernels.triton_ops import grouped_lora as triton_passes  # needs triton
 
     return triton_passes
 
 
 def stack(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The A [K, R_j, I] of several maps as one [K, R, I], in the dtype they are computed in."""
+    """The A [K, R_j, I] of several maps as one tensor [K, R, I] of that dtype."""
     K, _, I = A[0].shape
     stacked = A[0].new_empty((K, sum(a.shape[1] for a in A), I), dtype=dtype)
     for part, a in zip(stacked.split([a.shape[1] for a in A], dim=1), A, strict=True):
@@ -38,12 +38,13 @@ def split(S: Tensor, A: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def particle_major(S: Tensor, x: Tensor) -> Tensor:
-    """[K, M, R] whatever `x` is: for a shared input S lies in memory as [M, K, R], as one product for all made it."""
+    """S as [K, M, R]. For a shared input x it lies in memory as [M, K, R], because one product made it for all."""
     return S if x.dim() == 3 else S.transpose(0, 1)
 
 
 def shrink(passes: ModuleType, x: Tensor, A: Tensor) -> Tensor:
-    """x A_k^T of a particle's own input [K, M, I] or of a shared one [M, I], read once; see `particle_major`."""
+    """x A_k^T, for an input of each particle [K, M, I] or a shared one [M, I], which is read once. The result lies in
+    memory as `particle_major` says."""
     (K, R, I), M = A.shape, x.shape[-2]
     if x.dim() == 3:
         S = x.new_empty((K, M, R))
@@ -55,7 +56,7 @@ def shrink(passes: ModuleType, x: Tensor, A: Tensor) -> Tensor:
 
 
 def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) -> None:
-    """dx += dS_k A_k, in place, for dx like x; summed over the particles if they share it."""
+    """dx += dS_k A_k, in place, for dx like x. If the particles share x, it is summed over them."""
     K, R, I = A.shape
     if dx.dim() == 3:
         passes.expand(dS, A.mT, 1.0, dx, dx)
@@ -65,7 +66,7 @@ def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) ->
 
 
 def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dtype: torch.dtype) -> Tensor:
-    """dS_k^T x_k as [K, R, I]; x is read once for all maps."""
+    """dS_k^T x_k as [K, R, I]. x is read once for all maps."""
     I = x.shape[-1]
     if x.dim() == 3:
         dA = x.new_empty((dS.shape[0], dS.shape[2], I), dtype=dtype)

@@ -1,6 +1,7 @@
-"""The ops, naive and obvious: plain differentiable PyTorch, no chunking, no tricks.
+"""The ops, naive and obvious: plain differentiable PyTorch without chunks or tricks.
 
-This is the only reference. Tests hold every other path to it (in fp64, the gold), benchmarks time against it.
+This is the only reference. Tests compare every other path with it (in fp64, which they call gold), and benchmarks
+compare their times with it.
 
 Layout: K particles, B sequences, T tokens, M rows, I/O in/out features, R rank, D hidden size, V vocabulary.
 """
@@ -62,9 +63,9 @@ def linear_logprob(
 def renyi_reduce(logp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], responsibilities [K, B], ess [B]) of sequence log-likelihoods logp [K, B]: (6), (8), 3.4.
 
-    loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k: neither overflows nor cancels.
-    The value does not depend on m, so m is a constant to the derivative, to every order. [K, B] is tiny, so
-    it is worked in fp64 whatever came in.
+    loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k. It neither overflows nor cancels.
+    The value does not depend on m, so derivatives of every order take m as a constant. [K, B] is tiny, so it is always
+    computed in fp64.
     """
     s = logp.double()
     impossible = torch.isneginf(s).all(dim=0)  # no particle gives the example any mass
@@ -74,7 +75,7 @@ def renyi_reduce(logp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
         m = s.detach().amax(dim=0)
         m = torch.where(impossible, 0.0, m)
         excess = torch.expm1(alpha * (s - m)).mean(dim=0)
-        # the inner `where` keeps log1p'(-1) = inf away from the zero gradient of an impossible example
+        # the gradient of an impossible example is zero; the inner `where` keeps log1p'(-1) = inf out of it
         loss = -m - torch.log1p(torch.where(impossible, 0.0, excess)) / alpha
     loss = torch.where(impossible, torch.inf, loss)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""renyi_loss: hidden states in, alpha-Renyi loss out; the op to import into a training loop of your own.
+"""renyi_loss: from hidden states to the alpha-Renyi loss. It is the op for a training loop of your own.
 
 Layout: K particles, B sequences, T tokens, D hidden size, V vocabulary.
 """
@@ -15,17 +15,17 @@ from renyi_kernels.renyi_reduce import RenyiOutput, check_alpha, renyi_reduce
 
 
 def renyi_loss(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float, **head: Any) -> RenyiOutput:
-    """`renyi_reduce` of `linear_logprob`: the coupled loss of K particles straight from their hidden states.
+    """The coupled loss of K particles from their hidden states: `renyi_reduce` of `linear_logprob`.
 
     Args:
-        hidden: ``[K, B, T, D]``, final-norm output of each particle.
-        weight: ``[V, D]``, frozen head.
+        hidden: ``[K, B, T, D]``, the final-norm output of each particle.
+        weight: ``[V, D]``, the frozen head.
         labels: ``[B, T]`` int64, already shifted; -100 where no token counts. All particles share them.
         alpha: finite, >= 0.
         **head: `bias`, `logit_softcap`, `logit_scale`, `chunk_mib`, `backend`, as in `linear_logprob`.
 
     Returns:
-        RenyiOutput; `loss` ``[B]`` in nats is differentiable with respect to hidden.
+        RenyiOutput. Its `loss` ``[B]``, in nats, is differentiable in hidden.
 
     Raises:
         ValueError, TypeError: as the two ops.

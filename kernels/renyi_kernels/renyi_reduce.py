@@ -16,47 +16,49 @@ from renyi_kernels import reference
 from renyi_kernels.backend import refuse_tangents, resolve
 from renyi_kernels.reference import at_least_fp32
 
-# below it, and above its inverse, the loss does not change any more, but 1/alpha, a factor of the gradient, would
-# overflow or vanish
+# below this alpha, and above its inverse, the loss does not change any more. But the gradient has the factor 1/alpha,
+# which would overflow or vanish
 _LEAST_ALPHA = 1e-200
 
 
 class RenyiOutput(NamedTuple):
-    """What `renyi_reduce` gives. Only `loss` carries a gradient."""
+    """What `renyi_reduce` returns. Only `loss` carries a gradient."""
 
     loss: Tensor
     """[B], nats: the alpha-Renyi loss of each example."""
     responsibilities: Tensor
-    """[K, B]: softmax over particles of alpha * logp; each column sums to 1."""
+    """[K, B]: the softmax of alpha * logp over the particles. Each column sums to 1."""
     ess: Tensor
     """[B], particles: the effective sample size 1 / sum_k r^2, from 1 to K."""
     logp: Tensor
-    """[K, B], nats: the sequence log-likelihoods that were reduced."""
+    """[K, B], nats: the log-likelihoods of the sequences, which were reduced."""
 
 
 def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, backend: str | None = None) -> RenyiOutput:
     """Couple K particles: ``loss_i = -(1/alpha) log((1/K) sum_k exp(alpha s_ki))``, eqs. (6), (18) of arXiv 2605.27747.
 
-    alpha = 0 is the limit, the mean of the particles' NLL; alpha = 1 the NLL of the predictive mixture (Lemma 1);
-    alpha > 1 is still a loss, outside the paper. The gradient is ``-r_ki`` with ``r = softmax_k(alpha s)``, (8), (21).
-    An example that every particle gives zero mass (all -inf) has loss +inf, uniform responsibilities and zero gradient.
+    alpha = 0 is the limit: the mean of the particles' nll. alpha = 1 is the nll of the predictive mixture (Lemma 1).
+    alpha > 1 is still a loss, but not in the paper. The gradient is ``-r_ki`` with ``r = softmax_k(alpha s)``, (8),
+    (21). If all particles give an example zero mass (all -inf), its loss is +inf, its responsibilities are uniform, and
+    its gradient is zero.
 
     >>> renyi_reduce(logp, 0.0).loss == -logp.mean(0)
 
     Args:
-        logp: ``[K, B]`` sequence log-likelihoods in nats, or ``[K, B, T]`` token ones, summed over T.
-        alpha: finite, >= 0. One that is not 0 is brought between 1e-200 and 1e200, so that 1 / alpha is a number too;
-            beyond these the loss does not change any more, by 1e-199 nats or where it is above 1e100.
-        mask: ``[B, T]`` of any dtype, nonzero where a token counts; only with token log-likelihoods. None: all count.
-        backend: "auto", "triton", "torch" or "reference"; None takes the one of `use_backend`.
+        logp: log-likelihoods in nats: ``[K, B]`` of sequences, or ``[K, B, T]`` of tokens, which are summed over T.
+        alpha: finite, >= 0. Unless it is 0, it is brought into the range from 1e-200 to 1e200, so that 1 / alpha is a
+            number too. Beyond that range the loss changes by less than 1e-199 nats, or only where it is above 1e100.
+        mask: ``[B, T]`` of any dtype, nonzero where a token counts, for log-likelihoods of tokens. None: all count.
+        backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
         RenyiOutput(loss ``[B]``, responsibilities ``[K, B]``, ess ``[B]``, logp ``[K, B]``), fp32, or fp64 for fp64.
-        `loss` is differentiable with respect to logp, twice too, and in forward mode, except on the "triton" path,
-        where either raises a RuntimeError; the others are detached.
+        `loss` is differentiable in logp; the others are detached. Second derivatives and forward mode work too, except
+        on the "triton" path, where they raise a RuntimeError.
 
     Raises:
-        ValueError: alpha negative, NaN or infinite; a shape does not fit. TypeError: not a number, not floating point.
+        ValueError: alpha is negative, NaN or infinite, or a shape does not fit.
+        TypeError: alpha is no number, or logp is not floating point.
     """
     alpha = check_alpha(alpha)
     if alpha:
@@ -77,13 +79,13 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
     if logp.dim() == 3:
         logp = _sum_tokens(logp, mask)
     logp = logp.to(at_least_fp32(logp.dtype))
-    # [K, B] is tiny: the reference is also the path for any device
+    # [K, B] is tiny, so the reference serves as the "torch" path too
     loss, responsibilities, ess = reference.renyi_reduce(logp, alpha)
     return RenyiOutput(loss, responsibilities, ess, logp.detach())
 
 
 def check_alpha(alpha: float) -> float:
-    """alpha as a float; ValueError unless finite and >= 0, TypeError unless a number."""
+    """alpha as a float. ValueError if it is negative or not finite, TypeError if it is no number."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha: expected a number; got {type(alpha).__name__} {alpha!r}")
     alpha = float(alpha)
@@ -95,17 +97,17 @@ def check_alpha(alpha: float) -> float:
 def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
     logp = logp.to(at_least_fp32(logp.dtype))
     if mask is not None:
-        # not a product: what stands at a masked position may be -inf or NaN
+        # no product with the mask, because a masked value may be -inf or NaN
         logp = logp.where(mask.bool(), 0.0)
     return logp.sum(dim=-1)
 
 
-# the kernels, as one operator to autograd and torch.compile; token log-likelihoods [K, B, T]
+# the kernels as one operator, for autograd and torch.compile; log-likelihoods of tokens, [K, B, T]
 
 
 @torch.library.custom_op("renyi_kernels::renyi_reduce", mutates_args=())
 def _forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from renyi_kernels.triton_ops import renyi_reduce  # only where triton is there
+    from renyi_kernels.triton_ops import renyi_reduce  # needs triton
 
     return renyi_reduce.forward(token_logp, mask, alpha)
 
@@ -122,7 +124,7 @@ def _(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Te
 def _backward(
     upstream: Tensor, responsibilities: Tensor, logp: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    from renyi_kernels.triton_ops import renyi_reduce  # only where triton is there
+    from renyi_kernels.triton_ops import renyi_reduce  # needs triton
 
     return renyi_reduce.backward(upstream, responsibilities, logp, mask, num_tokens, dtype)
 

@@ -104,7 +104,8 @@ def plainly(results: Mapping[str, Any], num_drivers: int) -> str:
             "Found: the copies would part, however weakly they are coupled. The adapter is at no minimum of its own "
             "loss: even a single copy would find a better place nearby. Train it further before you ask again."
         )
-    times = f"{critical / alpha:.2g} times as strongly as here" if alpha else ""
+    ratio = critical / alpha if alpha else 0.0
+    times = f"{f'{ratio:.2g}' if ratio < 10 else f'{ratio:,.0f}'} times as strongly as here"
     if alpha > critical:
         found = f"the copies would part. They would stay together only if they were coupled less than {times}."
     elif alpha > 0:

@@ -1,4 +1,4 @@
-"""How an adapted linear map runs: its frozen base on all rows at once, and every particle's low-rank update.
+"""How an adapted linear map runs: the frozen map on all rows at once, and the low-rank update of every particle.
 
 Layout: K particles, B sequences, T tokens, I/O in/out features, R rank. Rows are particle-major: [K*B, T, I].
 """
@@ -18,10 +18,10 @@ from renyi_kernels import grouped_lora, lora_linears
 
 
 class Rows(Enum):
-    """What the rows of the model's forward are just now."""
+    """What the rows in a forward of the model are."""
 
     BASE = "adapters off"
-    SHARED = "B rows up to the first adapted layer, the same for every particle"
+    SHARED = "B rows up to the first adapted layer, which all particles share"
     OWN = "K*B rows from the start, particle-major: every particle has tokens of its own"
 
 
@@ -39,21 +39,21 @@ class StackedAdapter(nn.Module):
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether the map is a matrix that can be multiplied here: not quantised, and with its own forward."""
+    """Whether the map is a product with its matrix and nothing else: not quantised, with the forward of its class."""
     return type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear) and is_matrix(linear)
 
 
 def is_matrix(linear: nn.Module) -> bool:
-    """Whether the weight itself is the matrix: in some quantised maps it is a tensor of another class."""
+    """Whether the weight itself is the matrix. In some quantised maps it is a tensor of another class."""
     weight = cast(Tensor, linear.weight)
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
 class MapGroup:
-    """Plain maps that read the same tensor, such as q, k and v: the first one called computes all.
+    """Plain maps that read the same tensor, such as q, k and v. The first one that is called computes all outputs.
 
-    Their `forward` is taken over while installed, and given back by `remove`. Each is known by its place: with no path
-    among its constants, one compiled graph serves every decoder layer.
+    `install` replaces the `forward` of each map, and `remove` gives it back. The group knows a map by its place and not
+    by its path. So the maps of all decoder layers look the same, and one compiled graph serves them all.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class MapGroup:
         self._waiting: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: nothing is running there."""
+        """What a copy gets. Nothing is running in the copy."""
         return {**vars(self), "_input": None, "_waiting": {}}
 
     def install(self, rows: Callable[[], Rows]) -> None:
@@ -77,7 +77,8 @@ class MapGroup:
             del linear.forward
 
     def forget(self) -> None:
-        """Drop outputs that no map took: a checkpointed layer is left as soon as its backward has what it needs."""
+        """Drop outputs that no map has taken. A checkpointed layer leaves some when it runs again: it stops as soon as
+        the backward has what it needs."""
         self._input, self._waiting = None, {}
 
     def output(self, place: int, x: Tensor, rows: Rows) -> Tensor:
@@ -112,7 +113,8 @@ class MapGroup:
 
 
 class _Member:
-    """One map of a group. Its bound `forward` is shared code to torch.compile; a partial or a callable would not be."""
+    """One map of a group. torch.compile sees that the bound `forward` is the same code in all groups; it would not see
+    that of a partial or of a callable object."""
 
     def __init__(self, group: MapGroup, place: int, rows: Callable[[], Rows]) -> None:
         self._group, self._place, self._rows = group, place, rows
@@ -122,7 +124,7 @@ class _Member:
 
 
 class OpaqueMap:
-    """A map that only its own forward can run, such as a quantised one: a hook adds the update to its output."""
+    """A map that only its own forward can run, such as a quantised one. A hook adds the update to its output."""
 
     def __init__(
         self, path: str, linear: nn.Module, adapter: StackedAdapter, scaling: float, shared_input: bool
@@ -172,9 +174,9 @@ def by_input(
     inputs: Mapping[str, Tensor],
     shared_input: Tensor | None,
 ) -> Iterator[MapGroup | OpaqueMap]:
-    """Linear maps with their adapters, plain ones that read the same tensor together; mappings go by path.
+    """Linear maps with their adapters. Plain maps that read the same tensor stand in one group. Mappings are by path.
 
-    shared_input: the input that is still the same for every particle, if there is one.
+    `shared_input` is the input that is still the same for every particle, if there is one.
     """
     groups: dict[int, dict[str, nn.Module]] = {}
     for path, linear in linears.items():
@@ -188,14 +190,14 @@ def by_input(
 
 
 def _rows(x: Tensor, num_particles: int, shared_input: bool) -> Tensor:
-    """[K*B, T, I] as [K, B*T, I]; as [B*T, I] if every particle's rows are the same."""
+    """[K*B, T, I] as [K, B*T, I], or as [B*T, I] if all particles have the same rows."""
     by_particle = x.reshape(num_particles, -1, x.shape[-1])
     return by_particle[0] if shared_input else by_particle
 
 
 def _no_whole_sequences(path: str, x: Tensor, num_particles: int) -> RuntimeError:
     return RuntimeError(
-        f"{path} was given {x.shape[0]} rows, which {num_particles} particles do not divide: it does not see whole "
-        "sequences (a mixture of experts?) or the model was called directly; leave it out of target_modules, "
-        "or call the model inside disable_adapters()"
+        f"{path} was given {x.shape[0]} rows, which cannot be shared out among {num_particles} particles; if the model "
+        "was called directly, give it rows for every particle, or call it inside disable_adapters(); if this map does "
+        "not read whole sequences, as in a mixture of experts, leave it out of target_modules"
     )

@@ -1,13 +1,13 @@
-"""K PEFT adapter folders on disk, both ways.
+"""An ensemble on disk: how its folder is written and read.
 
-    DIR/p000/adapter_config.json, adapter_model.safetensors     what PEFT and vLLM load
+    DIR/p000/adapter_config.json, adapter_model.safetensors     what PEFT and vLLM load (`peft_adapter`)
     DIR/p001/...
-    DIR/ensemble.json                                           folders, sha256 of files, the base's fingerprint
+    DIR/ensemble.json                                           what keeps them together (`ensemble_file`)
 
-Lost and damaged files are found when a folder is read. ensemble.json, which is written last, lists every particle, the
-checksums of its files, and a checksum of its own content. Without it, folders named p000, p001 and so on have to be all
-particles of one ensemble: the tensors file of each holds its number and how many there were. Adapter folders of other
-names are a plain set; whether it is complete cannot be checked.
+Whoever reads such a folder learns of lost and damaged files. ensemble.json is written last. It lists every particle,
+the checksums of its files, and a digest of its own content. Without it, folders named p000, p001 and so on have to be
+all particles of one ensemble: the tensors file of each says which particle it is, and of how many. Adapter folders with
+other names are taken as they are: nobody can tell whether one of them is missing.
 
 Layout: K particles, I/O in/out features, R rank.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from renyi_engine.core import files, some
 from renyi_engine.ensemble import ensemble_file, origin, own_particles, peft_adapter
@@ -32,14 +33,17 @@ from renyi_engine.ensemble.fingerprint import Fingerprint
 from renyi_engine.ensemble.origin import Origin
 from renyi_engine.ensemble.own_particles import PLACE, adapters_in, is_particle_name, particle_name
 from renyi_engine.ensemble.peft_adapter import CONFIG_FILE, TENSORS_FILE
-from renyi_engine.ensemble.targets import AdapterTargets
 from renyi_kernels.renyi_reduce import check_alpha
 
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """What a folder holds: keyword arguments of EnsembleConfig, (A [K, R, I], B [K, O, R]) by path, the alpha it was
-    trained with, None where that is not recorded, and the base it was trained on."""
+    """What a folder holds.
+
+    Attributes:
+        config: keyword arguments of EnsembleConfig. adapters: (A [K, R, I], B [K, O, R]) by path.
+        alpha: the alpha of the training; None if the folder does not say it. origins: the bases of the training.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -50,46 +54,56 @@ class SavedAdapters:
 
 def write(
     directory: Path,
-    *,
+    model: PreTrainedModel,
     config: EnsembleConfig,
     adapters: Mapping[str, tuple[Tensor, Tensor]],
-    targets: AdapterTargets,
+    *,
     base_model: str | None,
     base: Fingerprint | None,
-    fan_in_fan_out: bool,
     alpha: float | None,
 ) -> None:
-    """Write one PEFT folder for each particle, then ensemble.json. Particles of an ensemble that was saved here before
-    are replaced, once the new ones are on the disk.
+    """Write one PEFT folder for each particle, then ensemble.json. Once the new particles are on the disk, they replace
+    those of an ensemble that was saved here before.
+
+    Args:
+        model: the base; its weights may be on the meta device.
+        adapters: (A [K, R, I], B [K, O, R]) by path.
+        base_model: the name of the base, as others load it. base: its fingerprint.
+        alpha: the alpha that the adapters were trained with.
 
     Raises:
-        ValueError: `directory` holds a particle folder that this program did not write. Nothing was changed then.
+        ValueError: `directory` holds a particle folder that this program did not write. Then nothing was changed.
     """
     if alpha is not None:
         check_alpha(alpha)
     names = [particle_name(k) for k in range(config.num_particles)]
     directory.mkdir(parents=True, exist_ok=True)
     replaced = own_particles.to_be_replaced(directory, names)
-    settings = peft_adapter.settings(config, targets, base_model, fan_in_fan_out)
+    settings = peft_adapter.settings(model, list(adapters), config, base_model)
     with own_particles.preparing(directory) as unfinished:
         for k, name in enumerate(names):
             (unfinished / name).mkdir()
             metadata = {PLACE: f"{k}/{len(names)}"} | origin.metadata(base)
-            peft_adapter.write(
-                unfinished / name, settings, {path: (A[k], B[k]) for path, (A, B) in adapters.items()}, metadata
-            )
-        sha256 = ensemble_file.checksums(unfinished, names)
+            matrices = {path: (A[k], B[k]) for path, (A, B) in adapters.items()}
+            peft_adapter.write(unfinished / name, settings, matrices, metadata)
+        content = {
+            "particles": names,
+            "alpha": alpha,
+            "seed": config.seed,
+            "init": config.init,
+            "base_model_name_or_path": base_model,
+            origin.KEY: base,
+            "sha256": ensemble_file.checksums(unfinished, names),
+        }
         (directory / ENSEMBLE_FILE).unlink(missing_ok=True)
         own_particles.remove(replaced)
         for name in names:
             (unfinished / name).rename(directory / name)
-        ensemble_file.write(
-            directory, config=config, alpha=alpha, base_model=base_model, base=base, sha256=sha256, names=names
-        )
+        ensemble_file.write(directory, content)
 
 
 def read(directory: Path) -> SavedAdapters:
-    """Read and stack the adapters of `directory`; `LoraEnsemble.from_pretrained` says what it may be."""
+    """Read the adapters of `directory` and stack them. `LoraEnsemble.from_pretrained` says what `directory` may be."""
     folders, ensemble = _list(directory)
     if ensemble is None and folders == [directory]:
         others = adapters_in(directory)
@@ -108,7 +122,7 @@ def read(directory: Path) -> SavedAdapters:
         different = [key for key in configs[0] if config[key] != configs[0][key]]
         if different:
             raise ValueError(
-                f"{folder}: particles must agree, but "
+                f"{folder}: all particles must agree, but "
                 + "; ".join(
                     f"{key} is {config[key]!r} beside {configs[0][key]!r} in {folders[0].name}" for key in different
                 )
@@ -122,7 +136,10 @@ def read(directory: Path) -> SavedAdapters:
         for side in (0, 1):
             parts = [particle[path][side] for particle in particles]
             if len({part.shape for part in parts}) > 1:
-                raise ValueError(f"{directory}: {path}.lora_{'AB'[side]} has shapes {[list(p.shape) for p in parts]}")
+                shapes = [list(part.shape) for part in parts]
+                raise ValueError(
+                    f"{directory}: {path}.lora_{'AB'[side]} has shapes {shapes}; expected the same for all particles"
+                )
             sides.append(torch.stack(parts))
         stacked[path] = (sides[0], sides[1])
     if ensemble is None:
@@ -133,15 +150,15 @@ def read(directory: Path) -> SavedAdapters:
 
 
 def num_particles(directory: Path) -> int:
-    """How many `read` would find in `directory`; no adapter is read."""
+    """How many particles `read` would find in `directory`. This reads no adapter."""
     return len(_list(directory)[0])
 
 
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:
-    """Compare the adapters that were read with the maps that their config targets, {path: (in, out) features}.
+    """Compare the adapters that were read with the maps that they are for, {path: (in, out) features}.
 
     Raises:
-        ValueError: adapters are missing, extra or misshapen; the message lists them.
+        ValueError: the message lists the adapters that are missing, unexpected or misshapen.
     """
     _same_keys(saved.directory, set(saved.adapters), set(features), "its target_modules name them in this model")
     wrong = []
@@ -151,7 +168,7 @@ def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]])
             if tuple(tensor.shape[1:]) != shape:
                 wrong.append(f"{path}.lora_{side}: {list(tensor.shape[1:])} instead of {list(shape)}")
     if wrong:
-        raise ValueError(f"{saved.directory}: adapters made for another base model; misshapen: {some(wrong)}")
+        raise ValueError(f"{saved.directory}: these adapters were made for another base model: {some(wrong)}")
 
 
 def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
@@ -163,21 +180,23 @@ def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
         unlisted = [n for n in adapters_in(directory) if is_particle_name(n) and n not in ensemble["particles"]]
         if unlisted:
             raise ValueError(
-                f"{directory}: {some(unlisted)} is a particle that {ENSEMBLE_FILE} does not list; move it out of this "
-                "folder, if it belongs to another ensemble"
+                f"{directory}: {ENSEMBLE_FILE} does not list the particle {some(unlisted)}; if it belongs to another "
+                "ensemble, move it out of this folder"
             )
         return [files.inside(directory, name) for name in ensemble["particles"]], ensemble
     if (directory / CONFIG_FILE).is_file():
         return [directory], None
     names = adapters_in(directory)
     if not names:
-        raise ValueError(f"{directory}: neither {ENSEMBLE_FILE} nor {CONFIG_FILE} here or one folder below")
+        raise ValueError(
+            f"{directory}: expected {ENSEMBLE_FILE} or {CONFIG_FILE}, here or one folder below; found neither"
+        )
     particles = sorted(child.name for child in directory.iterdir() if is_particle_name(child.name))
     expected = [particle_name(k) for k in range(len(particles))]
     if particles and not names == particles == expected:
         missing, others = sorted(set(expected) - set(names)), sorted(set(names) - set(particles))
         raise ValueError(
-            f"{directory}: not the particles of one ensemble:"
+            f"{directory}: expected all particles of one ensemble and nothing else;"
             + f" {some(missing)} missing;" * bool(missing)
             + f" {some(others)} beside them;" * bool(others)
             + " to load these adapters as they are, give their folders other names than p000, p001, ..."
@@ -186,23 +205,21 @@ def _list(directory: Path) -> tuple[list[Path], dict[str, Any] | None]:
 
 
 def _check_places(directory: Path, folders: Sequence[Path]) -> None:
-    """Without ensemble.json, check by the particles' own files that none is missing.
-
-    A particle that is loaded alone, by its own folder, is not checked; nor are adapters whose folders have other names.
-    """
+    """Where there is no ensemble.json, check by the particles' own files that none is missing. A particle that is
+    loaded alone is not checked, and neither are adapters whose folders have other names."""
     if folders == [directory] or not is_particle_name(folders[0].name):
         return
     for k, folder in enumerate(folders):
         place, expected = files.read_metadata(folder / TENSORS_FILE).get(PLACE), f"{k}/{len(folders)}"
         if place is not None and place != expected:
             raise ValueError(
-                f"{folder}: its file says that it is particle {place}, but here it is {expected}: particles, or "
-                f"{ENSEMBLE_FILE}, were lost; to load these adapters as they are, give their folders other names than "
-                "p000, p001, ..."
+                f"{folder}: its file says that it is particle {place}, but here it is particle {expected}: "
+                f"particles or {ENSEMBLE_FILE} were lost; to load these adapters as they are, give their folders other "
+                "names than p000, p001, ..."
             )
     warnings.warn(
-        f"{directory}: there is no {ENSEMBLE_FILE}, so damage to the particles' files cannot be seen, and the alpha of "
-        "their training is not known",
+        f"{directory}: there is no {ENSEMBLE_FILE}, so nobody can see whether the particles' files are damaged, and "
+        "the alpha of their training is unknown",
         stacklevel=4,
     )
 
@@ -211,7 +228,7 @@ def _same_keys(folder: Path, found: set[str], expected: set[str], because: str) 
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing or extra:
         raise ValueError(
-            f"{folder}: adapter tensors do not fit:"
-            + (f" missing {some(missing)} ({because});" if missing else "")
-            + (f" extra {some(extra)};" if extra else "")
+            f"{folder}: the adapter tensors do not fit:"
+            + (f" missing: {some(missing)} ({because});" if missing else "")
+            + (f" unexpected: {some(extra)};" if extra else "")
         )

@@ -1,6 +1,8 @@
-"""What a model does with its linear maps, its rows and its head: found by running a few tokens.
+"""What a model does with its linear maps, its rows and its head. A few tokens are run to find out.
 
-What is not understood is refused here, before anything is trained. Layout: B sequences, T tokens, D hidden size.
+A model that does something unknown is refused here, before anything is trained.
+
+Layout: B sequences, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,20 +26,22 @@ from renyi_engine.ensemble.head import Head
 from renyi_engine.ensemble.trunk import LayerArguments, RowDimensions, row_dimensions
 
 LONG, SHORT = 12, 10
-"""Tokens of the texts that are run: the short one is the beginning of the long one."""
+"""The numbers of tokens of the two texts that are run. The short text is the beginning of the long one."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the runs showed.
+    """What the runs have shown.
 
     Attributes:
-        decoder: the part that makes final hidden states of text. head: what makes logits of them.
-        inputs: what each linear map was given, by path, in the order of their calls; the very same tensor means that
-            they read the same input. torn: maps that are not given rows of whole sequences.
-        once: the maps of `inputs` that one run calls once. passed_over: layers that text alone does not go through.
+        decoder: the part that turns text into final hidden states. head: it turns these into logits.
+        inputs: what each linear map was given, by path, in the order of the calls. Maps with the very same tensor read
+            the same input.
+        torn: paths of maps that are given something else than the rows of whole sequences.
+        once: paths of the maps of `inputs` that run once in a forward.
+        passed_over: numbers of the layers that do not run on text alone.
         row_dimensions: by layer, see `trunk.row_dimensions`.
-        pads_left: whether a text padded on the left gets the hidden states that it has alone.
+        pads_left: whether a text that is padded on the left gets the hidden states that it has without padding.
     """
 
     decoder: nn.Module
@@ -54,8 +58,8 @@ def observe(model: PreTrainedModel) -> Architecture:
     """Run the bare model on a few tokens.
 
     Raises:
-        ValueError: it does not run on text alone, is not causal, its weights are not in memory or not finite, no
-            gradient goes through its maps, or its head does something that is not understood.
+        ValueError: the model does not run on text alone or is not causal; a weight is not in memory or not finite; a
+            map gives no gradient; or the head does something unknown.
     """
     decoder, maps = targets.decoder(model), targets.linear_maps(model)
     _refuse_offloaded(model)
@@ -72,8 +76,8 @@ def observe(model: PreTrainedModel) -> Architecture:
         head = Head.of(model, decoder, two_texts[0])
     if not (close(alike[1, :SHORT], text[:SHORT]) and close(alike[2], text)):
         raise ValueError(
-            f"model: {type(model).__name__} is not causal: its first tokens depend on those that stand after them; "
-            "a decoder-only language model is needed"
+            f"model: {type(model).__name__} is not causal: what it says of a token depends on tokens after it; give a "
+            "decoder-only language model"
         )
     inputs = {path: x for path, x in two.inputs.items() if _whole_sequences(x, three.inputs.get(path))}
     with _in_eval_mode(model):
@@ -91,13 +95,13 @@ def observe(model: PreTrainedModel) -> Architecture:
 
 
 def batches(model: PreTrainedModel) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(two texts, three texts), each as (input_ids, attention_mask). The three are the short text padded on the left,
-    the same text padded on the right, and the long text; the two are the first and the last of these."""
+    """(two texts, three texts), each as (input_ids, attention_mask). The three texts are the short text padded on the
+    left, the short text padded on the right, and the long text. The two texts are the first and the last of these."""
     ids = _ordinary_tokens(model, LONG)
     mask = torch.ones(3, LONG, dtype=torch.int64, device=ids.device)
     mask[0, : LONG - SHORT], mask[1, SHORT:] = 0, 0
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    # some models find their padding by its token
+    # some models know padding by its token
     input_ids = torch.stack([ids.roll(LONG - SHORT), ids, ids]).masked_fill(mask == 0, 0 if pad is None else pad)
     return (input_ids[::2], mask[::2]), (input_ids, mask)
 
@@ -111,19 +115,19 @@ def run(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """The first real token stands at position 0, whatever side the padding is on."""
+    """Positions of the tokens. The first real token is at position 0, whether the padding is left or right."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def cache_argument(decoder: nn.Module) -> str:
-    """What the decoder calls the cache that it is given."""
+    """The name of the decoder's argument for a cache."""
     names = inspect.signature(decoder.forward).parameters
     return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 def close(first: Tensor, second: Tensor) -> bool:
-    """Whether hidden states ``[..., D]`` are the same up to rounding. In low precision rounding alone can send a token
-    to another expert, so there the median over the tokens counts."""
+    """Whether hidden states ``[..., D]`` are the same up to rounding. In low precision, rounding can send a token to
+    another expert of a mixture; so there the median over the tokens decides."""
     distance = (first - second).float().norm(dim=-1) / (second.float().norm(dim=-1) + 1e-6)
     if second.dtype in (torch.float32, torch.float64):
         return bool((distance < 1e-3).all())
@@ -133,11 +137,11 @@ def close(first: Tensor, second: Tensor) -> bool:
 def adaptable(
     found: Architecture, maps: Mapping[str, nn.Module], target_modules: str | Sequence[str]
 ) -> dict[str, nn.Module]:
-    """The maps that an adapter can work on. "all-linear" leaves out what text does not go through: whole layers, and
-    maps that are called as linear maps in no layer.
+    """The maps that can be adapted. "all-linear" leaves out layers that do not run on text alone, and maps that no
+    layer calls as linear maps.
 
     Raises:
-        ValueError: another map is not called as a linear map, or not given rows of whole sequences.
+        ValueError: another map is not called as a linear map, or is not given the rows of whole sequences.
     """
     called = {_place_in_layer(path) for path in found.inputs.keys() | found.torn}
     everything = targets.is_all_linear(target_modules)
@@ -147,13 +151,13 @@ def adaptable(
             chosen[path] = linear
         elif not everything or (_place_in_layer(path) in called and _layer(path) not in found.passed_over):
             reason = (
-                "does not give it rows of whole sequences, as in a mixture of experts"
+                "does not give it the rows of whole sequences, as in a mixture of experts"
                 if path in found.torn
-                else "does not call it as a linear map, so an adapter there would be silently ignored"
+                else "does not call it as a linear map, so an adapter there would have no effect"
             )
-            raise ValueError(f"target_modules: {path} cannot be adapted: its model {reason}; leave it out")
+            raise ValueError(f"target_modules: {path} cannot be adapted: the model {reason}; leave it out")
     if not chosen:
-        raise ValueError(f"target_modules: {target_modules!r} names no linear map that the model calls")
+        raise ValueError(f"target_modules: {target_modules!r} matches no linear map that the model calls; name others")
     return chosen
 
 
@@ -167,7 +171,7 @@ def _layer(path: str) -> int:
 
 
 class _Recording:
-    """Records, while it is entered, what every linear map and every decoder layer is given."""
+    """Inside, it records what every linear map and every decoder layer is given."""
 
     def __init__(self, model: PreTrainedModel, maps: Mapping[str, nn.Module]) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -186,7 +190,7 @@ class _Recording:
 
     def _record(self, path: str, linear: nn.Module, args: tuple, output: Any) -> None:
         num_in, num_out = targets.features(linear)
-        # a router may look like a linear map and do more than multiply
+        # a router may look like a linear map, but it does more than multiply
         if len(args) == 1 and args[0].shape[-1] == num_in and isinstance(output, Tensor):
             if output.shape != (*args[0].shape[:-1], num_out):
                 return
@@ -195,14 +199,14 @@ class _Recording:
 
 
 def _whole_sequences(two: Tensor, three: Tensor | None) -> bool:
-    """Whether the rows of the last text are the same in a batch of two texts and in one of three."""
+    """Whether the last text has the same rows in a batch of two texts and in a batch of three."""
     if three is None or two.shape[0] % 2 or three.shape[0] % 3 or two.shape[0] * 3 != three.shape[0] * 2:
         return False
     return close(three.chunk(3)[-1], two.chunk(2)[-1])
 
 
 def _ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:
-    """Token ids that mean nothing special to the model."""
+    """Token ids that have no special meaning for the model."""
     special = {
         value
         for config in (model.config, model.config.get_text_config())
@@ -218,48 +222,50 @@ def _refuse_offloaded(model: PreTrainedModel) -> None:
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(
-            f"model: {len(missing)} of its weights are not in memory, {missing[0]} for one (device_map leaves what "
-            "does not fit on the CPU or the disk); load it where all of it fits"
+            f"model: {len(missing)} of its weights are not in memory, for example {missing[0]}; perhaps device_map has "
+            "left them on the CPU or the disk; load the model where all of it fits"
         )
 
 
 @torch.no_grad()
 def _refuse_not_finite(model: PreTrainedModel) -> None:
-    """ValueError if a weight is NaN or infinite: the few tokens that `observe` runs do not reach every weight. Weights
-    that are quantised, or have one byte, are codes and not looked at."""
+    """ValueError if a weight is NaN or infinite. The few tokens that `observe` runs do not reach every weight. Weights
+    that are quantised or have one byte are codes; they are not checked."""
     finite = {}
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1:
             least, most = parameter.flatten().aminmax() if parameter.numel() else (torch.zeros(()), torch.zeros(()))
             finite[name] = least.isfinite() & most.isfinite()
-    # one wait for the device, not one for each weight
+    # this waits for the device once, and not for each weight
     device = next(model.parameters()).device
     known = torch.stack([each.to(device, non_blocking=True) for each in finite.values()]).tolist()
     wrong = [name for name, is_finite in zip(finite, known, strict=True) if not is_finite]
     if wrong:
         dtype = str(model.get_parameter(wrong[0]).dtype).removeprefix("torch.")
         raise ValueError(
-            f"model: {len(wrong)} of its weights hold NaN or infinite values, {wrong[0]} for one: its files are "
-            f"damaged, or hold numbers too large for {dtype}"
+            f"model: {len(wrong)} of its weights hold NaN or infinite values, for example {wrong[0]}; its files are "
+            f"damaged, or hold numbers that are too large for {dtype}: download it again, or load it in another dtype"
         )
 
 
 def _check_gradients(maps: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> None:
-    """ValueError if a kind of map that is no plain matrix, a quantised one, gives a wrong gradient of its input."""
+    """ValueError if a kind of map that is no plain matrix, such as a quantised one, gives a wrong gradient of its
+    input. One map of each kind is tried."""
     kinds = {(type(m), type(getattr(m, "weight", None))): path for path, m in maps.items() if not is_plain(m)}
     for path in kinds.values():
         linear, like = maps[path], inputs[path]
         error = _gradient_error(linear, like.dtype, like.device)
         if not error < 0.1:
             raise ValueError(
-                f"model: {path} is a {type(linear).__name__} that gives no gradient of its input, or a wrong one, on "
-                f"{like.device.type}; load the model in another quantisation, or in none"
+                f"model: {path} is a {type(linear).__name__}, which gives no gradient of its input, or a wrong one, on "
+                f"{like.device.type}; load the model with another quantisation, or with none"
             )
 
 
 @torch.enable_grad()
 def _gradient_error(linear: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
-    """Relative error of d <v, W x> / d x: <v, W e> is known from the forward alone, whatever e is."""
+    """The relative error of the gradient g = d <v, W x> / d x. For any e, <g, e> has to be <v, W e>, which the forward
+    gives."""
     generator = torch.Generator().manual_seed(0)
     num_in, num_out = targets.features(linear)
     x, e = (torch.randn(8, num_in, generator=generator).to(device, dtype) for _ in range(2))
@@ -276,7 +282,7 @@ def _gradient_error(linear: nn.Module, dtype: torch.dtype, device: torch.device)
 
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, as it is under an ensemble, in training too."""
+    """Inside, the model is in evaluation mode. Under an ensemble it always is, in training too."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -288,7 +294,7 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
-    """Inside, any error becomes a ValueError: this model cannot do `what`."""
+    """Inside, any error but a lack of memory becomes a ValueError, which says that this model cannot do `what`."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What defines an ensemble. Settings are read before torch is imported, so nothing here needs it."""
+"""The settings of an ensemble and of its base. They are read before torch is imported, so nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from renyi_engine.ensemble import patterns
 
 ALL_LINEAR = "all-linear"
 SMALLEST_SCALING, LARGEST_SCALING = 2.0**-126, 2.0**127
-"""Which float32 holds with all its digits."""
+"""The scalings that float32 holds with all its digits."""
 
 
 @dataclass(frozen=True, init=False)
@@ -21,14 +21,15 @@ class EnsembleConfig:
     """What defines an ensemble, with PEFT's names.
 
     Attributes:
-        num_particles: K >= 1.
-        r: the rank of every adapter, R >= 1. It may also be given and read as `rank`.
-        lora_alpha: the scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        num_particles: K, at least 1.
+        r: R, the rank of every adapter, at least 1. It may also be given and read as `rank`.
+        lora_alpha: the scaling is lora_alpha / r. With use_rslora it is lora_alpha / sqrt(r).
         target_modules: "all-linear", a regular expression for whole paths, or a list of names (see `targets`).
-        layers_to_transform: decoder layers to adapt, or None for all. Those below the first run once for all.
-        init: "standard" (A Kaiming-uniform per particle, B zero: every particle starts as the base) or "spread"
-            (B Gaussian of standard deviation 0.01 as well: particles start apart).
-        seed: particle k's init depends on (seed, k) alone.
+        layers_to_transform: the decoder layers to adapt, or None for all. Layers below the first of them run once for
+            all particles.
+        init: A is Kaiming-uniform. With "standard", B is zero, so every particle starts as the base. With "spread", B
+            is Gaussian with standard deviation 0.01, so particles start apart.
+        seed: the init of particle k depends on (seed, k) alone.
     """
 
     num_particles: int

@@ -1,11 +1,12 @@
-"""What tells one base from another: checksums of its weights, and the values of its config that change its results.
+"""Fingerprints tell one base from another. They hold checksums of its weights, and the values of its config that
+change its results.
 
     {"digest": "0c1f38d092ac51e6",
      "config": {"rms_norm_eps": 1e-05, ...},
      "weights": {"model.layers.*.self_attn.q_proj.weight": "92ac51e60c1f38d0", ...}}
 
-It is the same on every device, and in every floating-point type that holds the weights exactly. All weights are read,
-on the device where they are. Checksums show accidents, not forgeries.
+A base has the same fingerprint on every device, and in every floating-point type that holds its weights exactly. All
+weights are read, on the device where they are. The checksums show accidents. They cannot show forgeries.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from renyi_engine.core import files
 
 Fingerprint = Mapping[str, Any]
 
-# values of a config that leave the log-probabilities of a frozen base as they are
+# values of a config that do not change the log-probabilities of a frozen base
 _HARMLESS = (
     "_name_or_path", "_attn_implementation*", "_experts_implementation*", "*_token_id", "*dropout*", "*pdrop*",
     "architectures", "auto_map", "chunk_size_feed_forward", "*dtype", "id2label", "initializer_range", "label2id",
@@ -35,26 +36,26 @@ _HARMLESS = (
     "router_aux_loss_coef", "summary_*", "tie_word_embeddings", "transformers_version", "use_cache",
 )  # fmt: skip
 _BLOCK = 2**18
-"""Elements that are read at once; the checksums depend on it."""
+"""The number of elements that are read at once. The checksums depend on it."""
 _QUANTISED, _HALF, _UNKNOWN = "quantised", "float16", "unknown"
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Of the base `model`, whether or not it carries an ensemble.
+    """The fingerprint of the base `model`, which may carry an ensemble.
 
-    Weights whose names differ only in the number of their layer share a checksum, in one of these forms:
+    Weights whose names differ only in the number of their layer have one checksum together. It has one of these forms:
 
-        92ac51e60c1f38d0                     bfloat16 holds the weights exactly
+        92ac51e60c1f38d0                     of weights that bfloat16 holds exactly
         92ac51e60c1f38d0+07bb30d1a4e2c655    of the weights rounded to bfloat16, and of what the rounding takes away
         float16:92ac51e60c1f38d0+...         the same, of weights that are in float16
-        quantised:4f1d2a90b3c871ee           codes of quantised weights
-        unknown                              weights that are not there to be read, as those on the device "meta"
+        quantised:4f1d2a90b3c871ee           of the codes of quantised weights
+        unknown                              the weights cannot be read, as on the device "meta"
     """
     return _with_digest(_config_values(model), _checksums(model))
 
 
 def is_fingerprint(value: Any) -> bool:
-    """Whether what was read from a file is one, and whole."""
+    """Whether a value that was read from a file is a fingerprint, and is not damaged."""
     return (
         isinstance(value, dict)
         and value.keys() == {"digest", "config", "weights"}
@@ -67,14 +68,14 @@ def is_fingerprint(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two fingerprints.
+    """What differs between two fingerprints.
 
     Attributes:
-        values: of the config, as "rms_norm_eps was 1e-06, is 1e-05". One that only one side has may come with another
-            version of transformers, and does not count.
-        weights: names of those that differ.
-        rounded: names of those that are the same, but that one side holds with fewer digits.
-        unknown: names of those that cannot be compared: quantised on one side, quantised otherwise, or not there.
+        values: values of the config, as "rms_norm_eps was 1e-06, is 1e-05". A value that only one side has does not
+            count, because it may come from another version of transformers.
+        weights: names of weights that differ.
+        rounded: names of weights that are the same, but which one side holds with fewer digits.
+        unknown: names of weights that cannot be compared: one side has quantised or does not have them.
     """
 
     values: list[str]
@@ -84,7 +85,7 @@ class Difference:
 
 
 def difference(then: Fingerprint, now: Fingerprint) -> Difference:
-    """What differs, by name."""
+    """What differs between the fingerprints `then` and `now`, by name."""
     found = Difference([], [], [], [])
     for name, value in then["config"].items():
         if None not in (value, now["config"].get(name)) and value != now["config"][name]:
@@ -97,7 +98,7 @@ def difference(then: Fingerprint, now: Fingerprint) -> Difference:
 
 
 def _kind_of_difference(found: Difference, a: str | None, b: str | None) -> list[str]:
-    """The list of `found` that weights of the checksums `a` and `b` belong to."""
+    """The list in `found` for weights whose checksums are `a` and `b`."""
     if a is None or b is None or _UNKNOWN in (a, b):
         return found.unknown
     (kind_a, _, a), (kind_b, _, b) = a.rpartition(":"), b.rpartition(":")
@@ -106,7 +107,7 @@ def _kind_of_difference(found: Difference, a: str | None, b: str | None) -> list
     (rounded_a, _, rest_a), (rounded_b, _, rest_b) = a.partition("+"), b.partition("+")
     if rounded_a == rounded_b and (rest_a == rest_b or not rest_a or not rest_b):
         return found.rounded
-    # rounded to float16 first, the same weights may round to other ones in bfloat16
+    # weights that were rounded to float16 first may round to other values in bfloat16
     return found.weights if kind_a == kind_b else found.unknown
 
 
@@ -153,12 +154,12 @@ def _of_group(group: Mapping[str, Any]) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the numbers in `tensor` are the weights. Those of one byte are codes, whatever their type."""
+    """Whether the numbers in `tensor` are the weights. Numbers of one byte are codes, of whatever type they are."""
     return tensor.is_floating_point() and tensor.itemsize > 1 and not is_traceable_wrapper_subclass(tensor)
 
 
 def _sums_of_values(tensor: Tensor) -> tuple[int, int]:
-    """Of the values rounded to bfloat16, and of what the rounding takes away: 0 if that is nothing."""
+    """(checksum of the values rounded to bfloat16, checksum of what the rounding takes away; 0 if it takes nothing)"""
     rounded, rests = [], []
     for block in tensor.detach().flatten().split(_BLOCK):
         near = block.to(torch.bfloat16)
@@ -169,14 +170,14 @@ def _sums_of_values(tensor: Tensor) -> tuple[int, int]:
 
 
 def _sum_of_codes(tensor: Tensor) -> Any:
-    if is_traceable_wrapper_subclass(tensor):  # a tensor of torchao: of the tensors that it is made of
+    if is_traceable_wrapper_subclass(tensor):  # a tensor of torchao is made of other tensors
         return [_sum_of_codes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     return _as_one([_sum(block) for block in tensor.detach().flatten().split(_BLOCK)])
 
 
 def _sum(block: Tensor) -> Tensor:
-    """The sum of the elements' bits, read as whole numbers, each times an odd number for its place. It is modulo 2^64,
-    so it is the same in any order of adding."""
+    """The sum of the elements' bits, read as whole numbers, each times an odd number that belongs to its place. It is
+    taken modulo 2^64, so the order of the additions does not matter."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return (block.view(integers[block.itemsize]) * _multipliers(block.device)[: len(block)]).sum()
 

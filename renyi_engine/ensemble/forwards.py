@@ -1,9 +1,9 @@
-"""The forwards of one model: what the rows of each are, and that only one runs at a time.
+"""The forwards of one model: which rows each of them has, and that only one runs at a time.
 
-Each thread or asyncio task says for itself what the rows of its forwards are. Hooks and adapted maps keep what they
-need in the model, which all threads share, so only one forward runs at a time; other threads wait. A layer that
-gradient checkpointing runs again counts as a forward too, with the rows of the first; autograd may run it in a thread
-of its own.
+Every thread and every asyncio task says for itself which rows its forwards have. While a forward runs, hooks and
+adapted maps keep what they need on the model, which all threads share. So only one forward runs at a time, and other
+threads wait. If gradient checkpointing runs a layer again, this counts as a forward too. It has the rows of the first
+run, although autograd may run it in another thread.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from renyi_engine.ensemble.adapted_maps import Rows
 
 _asked: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("renyi_engine_rows", default=())
-"""What this thread, or asyncio task, asks for: (the key of a model's `Forwards`, rows) of each block that it is in, the
-last one entered at the end."""
+"""What this thread or asyncio task asks for: (the key of a model's `Forwards`, rows) for each block that it is inside
+of. The block that it entered last stands at the end."""
 
 
 class Forwards:
@@ -34,28 +34,28 @@ class Forwards:
 
     @property
     def asked(self) -> Rows:
-        """The rows of the forwards that this thread or task starts."""
+        """What the rows are in the forwards that this thread or task starts."""
         return next((rows for key, rows in reversed(_asked.get()) if key is self._key), Rows.SHARED)
 
     @contextmanager
     def asking(self, rows: Rows) -> Iterator[None]:
-        """Inside, the forwards that this thread or task starts have these rows; those of others are as they were."""
+        """Inside, the forwards that this thread or task starts have these rows. Those of others do not change."""
         mine = (self._key, rows)
         _asked.set((*_asked.get(), mine))
         try:
             yield
         finally:
-            # a generator may leave its block after one that was entered later, and even in another thread
+            # a generator may leave its block later than a block that was entered after it, or in another thread
             _asked.set(tuple(block for block in _asked.get() if block is not mine))
 
     def rows(self) -> Rows:
-        """The rows of the forward that is running."""
+        """What the rows are in the forward that is running."""
         return self._rows or self.asked
 
     @contextmanager
     def run(self, rows: Rows) -> Iterator[bool]:
-        """Around one forward, or a part of one that runs again; other threads wait. Gives True for the outermost of
-        the runs that this thread is in."""
+        """Goes around one forward, or a part of one that runs again. Other threads wait. Gives True if this thread is
+        not inside another forward already."""
         with self._one_at_a_time:
             before, self._rows = self._rows, rows
             try:

@@ -1,4 +1,4 @@
-"""Continuations, token by token, each drawn from random numbers of its own.
+"""Generating text: every continuation is drawn token by token, from random numbers of its own.
 
 Layout: K particles, B prompts, T tokens, n samples, S = K*B*n rows, V vocabulary, L new tokens.
 """
@@ -31,24 +31,26 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> Tensor:
-    """Continuations of every prompt by every particle, in one batch: new tokens ``[K, B, num_samples, L]``, int64.
+    """Every particle continues every prompt `num_samples` times, in one batch. Returns the new tokens,
+    ``[K, B, num_samples, L]``, int64.
 
-    The prompt is read once for each particle (layers below the first adapter once for all), and what the model keeps of
-    it is then shared out among the samples. Where its cache gives other values, every sequence is read again for
-    every token: right, but slow, and a warning says so once.
+    Each particle reads a prompt once, and all its samples start from what the model then holds in its cache. Layers
+    below the first adapted one read it once for all particles. If the cache of a model gives wrong values, every
+    sequence is read again for every token. This is slow, and a warning says so once.
 
     Args:
         input_ids, attention_mask: ``[B, T]``, padded on the left.
-        max_new_tokens: L is at most that; less if every continuation stops before.
-        temperature: 0 takes the most likely token. top_p: draw from the most likely tokens that make up this much.
-        seed, prompt_ids: sample s of particle k on prompt b is a function of (seed, k, prompt_ids[b], s), whatever
-            stands beside it in the batch, up to rounding. prompt_ids: ``[B]`` whole numbers >= 0; None: 0 to B-1.
-        eos_token_id: tokens that end a continuation; the model's own if None. Each keeps the one that ended it.
-        pad_token_id: what stands after that; the first of `eos_token_id` if None.
+        max_new_tokens: L is at most this number. It is smaller if every continuation stops earlier.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: draw from the smallest set of most likely tokens whose probability reaches this value.
+        seed, prompt_ids: sample s of particle k for prompt b depends on (seed, k, prompt_ids[b], s) and, up to
+            rounding, on nothing else in the batch. prompt_ids: ``[B]`` whole numbers from 0 on; None means 0 to B - 1.
+        eos_token_id: the tokens that end a continuation; the model's own if None. The token that ends it is kept.
+        pad_token_id: fills the rest of a continuation that has ended; the first of `eos_token_id` if None.
 
     Raises:
-        ValueError: an argument is out of range, a prompt is padded on the right, nothing says where to stop, or
-            sequences would grow to where the model's positions depend on the others in the batch.
+        ValueError: an argument is out of range; a prompt is padded on the right; no token is known that ends a
+            continuation; or a sequence may become so long that its positions depend on the rest of the batch.
     """
     stops = _stop_tokens(ensemble, eos_token_id)
     prompt_ids = range(len(input_ids)) if prompt_ids is None else prompt_ids
@@ -59,7 +61,7 @@ def generate(
     device = ensemble.model.get_input_embeddings().weight.device
     names = [(seed, k, p, s) for k in range(K) for p in prompt_ids for s in range(n)]
     uniform = uniforms(names, max_new_tokens).to(device).view(K, B, n, -1)
-    # without a stop token nothing is padded
+    # if no token ends a continuation, there is no padding
     padding = next(iter(stops), 0) if pad_token_id is None else pad_token_id
     tokens = torch.full((K, B, n, max_new_tokens), padding, dtype=torch.int64, device=device)
     longest = 0
@@ -76,20 +78,20 @@ def generate(
 
 
 def uniforms(names: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
-    """Numbers in [0, 1), ``[S, L]`` fp64: a row is a function of its name, a tuple of whole numbers, alone."""
+    """Numbers in [0, 1), ``[S, L]``, fp64. A row depends on its name alone, which is a tuple of whole numbers."""
     rows = [torch.rand(max_new_tokens, generator=seeding.generator(*n), dtype=torch.float64) for n in names]
     return torch.stack(rows)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token ``[S]`` of each row's ``softmax(logits / temperature)``, by inverting its distribution function.
+    """One token of each row, ``[S]``, drawn from ``softmax(logits / temperature)`` by inverting the distribution.
 
-    logits: [S, V]; uniform: [S] fp64. temperature 0 takes the most likely token. top_p < 1 draws from the smallest
-    set of most likely tokens whose probability reaches it (Holtzman et al. 2020, arXiv 1904.09751).
+    `logits` are [S, V], and `uniform` are [S] in fp64. temperature 0 takes the most likely token. top_p < 1 draws from
+    the smallest set of most likely tokens whose probability reaches it (Holtzman et al. 2020, arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # in fp32 a sum over the vocabulary would end short of 1, and near ties would leave top_p's set by rounding
+    # in fp32 the sum over the vocabulary would not reach 1, and rounding would decide which tokens are in top_p's set
     probability = torch.softmax(logits.double() / temperature, dim=-1)
     order = None
     if top_p < 1:
@@ -97,13 +99,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
         before = probability.cumsum(dim=-1) - probability
         probability = probability.where(before < top_p, 0.0)
     cumulative = probability.cumsum(dim=-1)
-    # the first entry above u times the total: never one of probability zero, as u < 1
+    # the first entry above u times the total; it never has probability zero, because u < 1
     index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
 def _drawer(uniform: Tensor, temperature: float, top_p: float) -> Callable[[Tensor, int], Tensor]:
-    """`decode`'s draw_step by random numbers [S, L]."""
+    """The `draw_step` of `decode` that uses the random numbers [S, L]."""
     return lambda logits, step: draw(logits, uniform[:, step], temperature, top_p)
 
 
@@ -115,11 +117,12 @@ def decode(
     stop_tokens: Sequence[int],
     pad_token_id: int,
 ) -> Tensor:
-    """New tokens ``[S, L]``, L at most `max_new_tokens`; after its stop token, which is kept, a row is padding.
+    """New tokens ``[S, L]``, L at most `max_new_tokens`. After its stop token, which is kept, a row is padding.
 
     Args:
-        logits: [S, V] of the first new token. next_logits: tokens [S] -> logits [S, V] of those after them.
-        draw_step: (logits [S, V], step) -> tokens [S].
+        logits: [S, V] of the first new token.
+        next_logits: takes tokens [S] and gives the logits [S, V] of the tokens after them.
+        draw_step: takes (logits [S, V], step) and gives tokens [S].
     """
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -138,7 +141,7 @@ def _stop_tokens(ensemble: Readable, eos_token_id: int | Sequence[int] | None) -
     for given in (eos_token_id, getattr(ensemble.model.generation_config, "eos_token_id", None)):
         if given is not None:
             return [given] if isinstance(given, int) else list(given)
-    raise ValueError("eos_token_id: needed, as the model's generation_config has none")
+    raise ValueError("eos_token_id: the model's generation_config has none; pass the tokens that end a continuation")
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""What a model does between its final hidden states and its logits: measured, not looked up.
+"""What a model does between its final hidden states and its logits. It is measured, and not looked up in a list.
 
 Layout: B sequences, T tokens, D hidden size, V vocabulary.
 """
@@ -16,7 +16,7 @@ from renyi_engine.ensemble.adapted_maps import is_matrix
 from renyi_kernels import linear_logprob
 
 EXACT = 1e-5
-"""How far the head that was found may be from the model's own, relative to the largest value: both are fp32."""
+"""How far the head that was found may be from the model's own, relative to the largest value. Both are in fp32."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,27 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, decoder: nn.Module, input_ids: Tensor) -> Head:
-        """The model's head. It is found by giving the model known numbers in place of its hidden states, and in place
-        of the product with the head's matrix. So rounding hides nothing, whatever the precision of the model.
+        """The model's head. To find it, the model is given known numbers in place of its hidden states, and in place of
+        the product with the head's matrix. So rounding hides nothing, in whatever precision the model is.
 
         Raises:
-            ValueError: there is something else than a multiplication before the product, or than a multiplication and a
-                soft cap after it.
+            ValueError: before the product the model does something other than a multiplication, or after the product
+                something other than a multiplication and a soft cap.
         """
         output = model.get_output_embeddings()
         if output is None:
-            raise ValueError(f"model: {type(model).__name__} has no head that makes logits of hidden states")
+            raise ValueError(
+                f"model: {type(model).__name__} has no head that turns hidden states into logits; load it as a causal "
+                "language model"
+            )
         if not isinstance(output, nn.Linear) or not is_matrix(output):
             raise ValueError(
-                f"model: {type(model).__name__} has a head of type {type(output).__name__}; a linear map with a plain "
-                "matrix is needed (a head may not be quantised)"
+                f"model: {type(model).__name__} has a head of type {type(output).__name__}; expected a linear map with "
+                "a plain matrix; if the head is quantised, leave it out of the quantisation"
             )
         hidden, product = _known_numbers(input_ids, output)
         read, logits = _ask(model, decoder, output, input_ids, hidden, product)
-        product = product[..., : logits.shape[-1]]  # some models cut off tokens that only fill up their vocabulary
+        product = product[..., : logits.shape[-1]]  # some models cut off tokens that only pad their vocabulary
         if read.shape != hidden.shape or product.shape != logits.shape:
             raise _not_understood(model)
         before = float((read * hidden).sum() / (hidden * hidden).sum())
@@ -74,7 +77,7 @@ class Head:
         return _cap(nn.functional.linear(hidden, self.weight, self.bias) * self.scale, self.softcap)
 
     def logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability, fp32 nats, of the labels; see `linear_logprob`."""
+        """Log-probabilities of the labels, fp32, in nats; see `linear_logprob`."""
         return linear_logprob(
             hidden,
             self.weight.to(hidden.dtype),
@@ -90,14 +93,15 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def _known_numbers(input_ids: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor]:
-    """(hidden states [B, T, D], products [B, T, V]), fp32, for at least two tokens."""
+    """(hidden states [B, T, D], products [B, T, V]) in fp32, for at least two tokens."""
     device = output.weight.device
     place = torch.arange(input_ids.numel() * output.in_features, device=device).view(*input_ids.shape, -1)
-    # powers of two of both signs, which every floating-point type holds exactly
+    # powers of two with both signs: every floating-point type holds them exactly
     hidden = 2.0 ** (place * 7 % 5 - 2) * (1 - place // 3 % 2 * 2)
-    # one near zero shows the multiplication, one far from zero the soft cap, and the others that there is nothing else
+    # a product near zero shows the multiplication, one far from zero shows the soft cap, and the others show that
+    # there is nothing else
     product = torch.linspace(-64.0, 64.0, output.out_features, device=device).repeat(*input_ids.shape, 1).flip(-1)
-    product[..., 0] = 1.0  # so they are not sorted
+    product[..., 0] = 1.0  # now they are not sorted any more
     product[0, 0], product[0, 1] = 2.0**-10, 2.0**20
     return hidden, product
 
@@ -105,7 +109,7 @@ def _known_numbers(input_ids: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor
 def _ask(
     model: PreTrainedModel, decoder: nn.Module, output: nn.Linear, input_ids: Tensor, hidden: Tensor, product: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(what the head is given when the decoder returns `hidden`, the logits when the head returns `product`), fp32."""
+    """(what the head is given if the decoder returns `hidden`, the logits if the head returns `product`), in fp32."""
     given: list[Tensor] = []
 
     def end(decoder: nn.Module, args: tuple, result: dict) -> dict:
@@ -125,7 +129,7 @@ def _ask(
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"model: {type(model).__name__} makes no logits of the hidden states of text alone "
+            f"model: {type(model).__name__} cannot turn the hidden states of text alone into logits "
             f"({type(error).__name__}: {reason(error)})"
         ) from error
     finally:
@@ -139,12 +143,12 @@ def _ask(
 
 
 def _same(theirs: Tensor, ours: Tensor) -> bool:
-    """Whether they agree at every token, up to `EXACT`."""
+    """Whether two tensors agree at every token, up to `EXACT`."""
     return bool(((theirs - ours).abs().amax(-1) <= EXACT * ours.abs().amax(-1)).all())
 
 
 def _not_understood(model: PreTrainedModel) -> ValueError:
     return ValueError(
-        f"model: {type(model).__name__} transforms its logits in a way that is not understood; between its final "
-        "hidden states and its logits there may be the head's matrix, a multiplication and a soft cap, nothing else"
+        f"model: {type(model).__name__} transforms its logits in an unknown way; between its final hidden states and "
+        "its logits there may only be the head's matrix, a multiplication and a soft cap"
     )

@@ -17,11 +17,11 @@ SPREAD_STD = 0.01
 
 
 def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A [K, R, I], B [K, O, R]) of every map, by path, on the device of the map. Particle k draws its numbers from a
-    generator of its own, whose seed is (seed, k).
+    """(A [K, R, I], B [K, O, R]) of every map, by path. Particle k draws its numbers from a generator of its own, whose
+    seed is (seed, k).
 
     Raises:
-        ValueError: the device does not have that much memory.
+        ValueError: the device of a map does not have that much memory.
     """
     K, R = config.num_particles, config.r
     num_bytes = 4 * K * R * sum(sum(targets.features(linear)) for linear in maps.values())
@@ -42,6 +42,5 @@ def initial_adapters(maps: Mapping[str, nn.Module], config: EnsembleConfig) -> d
         if config.init == "spread":
             for k, generator in enumerate(generators):
                 B[k].normal_(0.0, SPREAD_STD, generator=generator)
-        device = next(linear.parameters()).device
-        adapters[path] = (A.to(device), B.to(device))
+        adapters[path] = (A, B)
     return adapters

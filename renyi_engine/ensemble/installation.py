@@ -1,10 +1,11 @@
 """What an ensemble puts on its model so that the model's own forward runs all particles, and how it comes off again.
 
-    every adapted linear map      runs as a part of a `MapGroup`, or as an `OpaqueMap`
-    layers from the first adapted one on, if there is a shared trunk: hooks bring their inputs from B to K*B rows
-    the decoder's forward         one forward at a time, and the base stays in evaluation mode
-    gradient checkpointing        a layer that runs again for its backward gets the rows of its first run
-    parts of every layer          a hook keeps the layer's dropout off while its checkpointing is on
+    embedding and layers below the first adapted one     B rows, no gradient: the shared trunk (`trunk`)
+    hooks on the first adapted layer and those above     B -> K*B rows
+    every adapted linear map (`adapted_maps`)            base output + scaling * (x A_k^T) B_k^T
+    maps that read the same input (q, k, v)              one op; on the input that all particles share, B rows
+
+Some models' layers cannot be brought from B to K*B rows. There all K*B rows run from the start: slower, same values.
 
 Layout: K particles, B sequences.
 """
@@ -55,10 +56,6 @@ class Installation:
         """The number of layers in the shared trunk."""
         return 0 if self.trunk is None else self._first_layer
 
-    @property
-    def num_particles(self) -> int:
-        return next(iter(self._stacks.values())).num_particles
-
     def put_on(self, row_dimensions: Sequence[RowDimensions] | None) -> None:
         """Put everything on the model. Without `row_dimensions` there is no shared trunk."""
         found = self._found
@@ -74,10 +71,8 @@ class Installation:
             for part in layer.children():
                 self._handles.append(part.register_forward_pre_hook(partial(_turn_dropout_off, layer)))
         if row_dimensions is not None:
-            first = self._first_layer
-            self.trunk = SharedTrunk(
-                self.layers[first:], row_dimensions[first:], self.num_particles, self.forwards.rows
-            )
+            first, K = self._first_layer, next(iter(self._stacks.values())).num_particles
+            self.trunk = SharedTrunk(self.layers[first:], row_dimensions[first:], K, self.forwards.rows)
 
     def take_off(self) -> None:
         """Take everything off the model."""
@@ -91,7 +86,7 @@ class Installation:
 
     @contextmanager
     def forward(self, rows: Rows) -> Iterator[None]:
-        """Around one forward of the decoder, or of a layer that runs again for its backward."""
+        """Goes around one forward of the decoder, or of a layer that runs again for its backward."""
         with self.forwards.run(rows) as outermost:
             if not self.maps:
                 raise RuntimeError("this ensemble was detached from its model; attach or load it again")

@@ -1,6 +1,6 @@
-"""What a model can read: the tokens that it has embeddings for, and as many of them as it has positions for.
+"""What a model can read: only tokens that it has embeddings for, and not more of them than it has positions for.
 
-Every command checks this before it runs anything: later it would be no more than an index error on the device.
+Every command checks this before it runs anything. Later there would only be an index error on the device.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from renyi_engine.ensemble import targets
 def check_fits(
     model: PreTrainedModel, sequences: Iterable[tuple[str, Sequence[int]]], argument: str, new_tokens: int = 0
 ) -> None:
-    """Check that `model` can read every sequence, and `new_tokens` more after it.
+    """Check that `model` can read every sequence, and `new_tokens` more tokens after it.
 
     Args:
         model: its weights may be on the meta device.
-        sequences: each with what it is called in errors, such as "row 3".
-        argument: the setting that bounds their length: max_length, or max_new_tokens if there are new ones.
+        sequences: (what errors call it, such as "row 3"; its tokens) for each sequence.
+        argument: the setting that bounds their length: max_length, or max_new_tokens if there are new tokens.
 
     Raises:
         ValueError: a token has no embedding, or there are more tokens than positions.
@@ -31,7 +31,7 @@ def check_fits(
     num_embeddings, positions = model.get_input_embeddings().weight.shape[0], num_positions(model)
     for place, ids in sequences:
         check_tokens(num_embeddings, place, ids)
-        # the last of the new tokens is drawn, and never read
+        # the last of the new tokens is drawn, but nobody reads it
         if positions is not None and len(ids) + max(new_tokens - 1, 0) > positions:
             more = f" and {new_tokens} new ones" if new_tokens else ""
             most = positions - len(ids) + 1 if new_tokens else positions
@@ -42,11 +42,15 @@ def check_fits(
 
 
 def check_batches(model: PreTrainedModel, lengths: Collection[int], argument: str) -> None:
-    """ValueError if log-likelihoods of sequences of these lengths would depend on which of them share a batch, as they
-    do where rotary positions change with the longest sequence. `argument`: the setting that makes them shorter."""
+    """Check that log-likelihoods of sequences of these lengths do not depend on which of them share a batch. `argument`
+    is the setting that makes the sequences shorter.
+
+    Raises:
+        ValueError: they do depend, because the model's rotary positions change with the longest sequence of a batch.
+    """
     kind, limit = changing_positions(model) or ("", sys.maxsize)
     beyond = sum(length > limit for length in lengths)
-    # Phi-3's positions are of one kind up to the limit and of another beyond it, for the whole batch
+    # Phi-3 has one kind of positions up to the limit and another beyond it, always for the whole batch
     if beyond and ("dynamic" in kind or beyond < len(lengths)):
         raise ValueError(
             f"{argument}: {beyond} of {len(lengths)} sequences are longer than {limit} tokens, and from there on the "
@@ -59,15 +63,15 @@ def check_tokens(num_embeddings: int, place: str, ids: Sequence[int]) -> None:
     """ValueError unless there is an embedding for each of these tokens."""
     if max(ids, default=0) >= num_embeddings:
         raise ValueError(
-            f"model_name_or_path: {place}: the tokenizer gives token {max(ids)}, the model has {num_embeddings} "
-            "embeddings; they do not belong together: give the model with its own tokenizer"
+            f"model_name_or_path: {place}: the tokenizer gives token {max(ids)}, but the model has {num_embeddings} "
+            "embeddings, so they do not belong together; give the model with its own tokenizer"
         )
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that a model with a table of positions can read at once; None where positions are computed.
+    """How many tokens a model with a table of positions can read at once. None if the model computes its positions.
 
-    Such tables are the learned positions of GPT-2 and OPT, the rotations of GPT-J, and the biases of MPT.
+    GPT-2 and OPT have tables of learned positions, GPT-J has one of rotations, and MPT one of biases.
     """
     if model.config.model_type == "mpt":  # it makes a new table in every forward
         return model.config.max_seq_len
@@ -83,7 +87,8 @@ def num_positions(model: PreTrainedModel) -> int | None:
 
 
 def changing_positions(model: PreTrainedModel) -> tuple[str, int] | None:
-    """(rope type, tokens up to which it is plain) of rotary positions that change with a batch's longest sequence."""
+    """(rope type, the number of tokens beyond which they change) of rotary positions that change with the longest
+    sequence of a batch. None if a model has no such positions."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for one in (rope, *(by_layer for by_layer in rope.values() if isinstance(by_layer, dict))):
@@ -96,7 +101,7 @@ def changing_positions(model: PreTrainedModel) -> tuple[str, int] | None:
 
 
 def use_a_pad_token_within(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
-    """Replace a pad token without an embedding; padding is masked, so any other token will do."""
+    """Replace a pad token that has no embedding. Padding is masked, so any other token will do."""
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= num_embeddings:
         others = (tokenizer.eos_token_id, *tokenizer.all_special_ids, 0)

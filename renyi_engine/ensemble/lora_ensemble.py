@@ -1,17 +1,9 @@
 """LoraEnsemble: K LoRA adapters on one frozen Hugging Face decoder, run as one batch.
 
-Layout: K particles, B sequences, T tokens, M rows, D hidden size, I/O in/out features, R rank. Rows are particle-major:
-[K, B, ...] flattened to [K*B, ...].
+The model's own forward runs. `installation` says what is put on the model so that it runs all particles.
 
-The model's own forward runs; hooks and the adapted maps' own forwards do the rest, and come off without a trace:
-
-    embedding and layers below the first adapted one      B rows, no gradient: the shared trunk (`trunk`)
-    pre-hook on the first adapted layer                   B -> K*B rows
-    every adapted linear map (`adapted_maps`)             base output + scaling * (x A_k^T) B_k^T
-    maps that read the same input (q, k, v)               one op
-    those of them that read the still-shared input        base product on B rows
-
-Where a model's layers cannot be brought from B to K*B rows, all K*B run from the start: slower, and the same values.
+Layout: K particles, B sequences, T tokens, D hidden size, V vocabulary, I/O in/out features, R rank. Rows are
+particle-major: [K, B, ...] flattened to [K*B, ...].
 """
 
 from __future__ import annotations
@@ -40,14 +32,15 @@ from renyi_kernels import IGNORE_INDEX
 
 
 class LoraEnsemble(nn.Module):
-    """K coupled LoRA adapters on a frozen decoder. `parameters()` is exactly the stacked adapters.
+    """K coupled LoRA adapters on a frozen decoder. `parameters()` gives the stacked adapters and nothing else.
 
-    While attached, the model itself runs the ensemble on particle-major rows; inside `disable_adapters()` it is the
-    bare base. `detach()` gives it back as it was.
+    While the ensemble is attached, the model itself runs all particles, and its rows are particle-major. Inside
+    `disable_adapters()` the model is the bare base. `detach()` gives the model back as it was.
 
-    Threads may share an ensemble. Its forwards, and those of the model itself, run one after the other. Whether the
-    adapters are on is set for each thread, or asyncio task, by itself. Parameters are shared: a forward beside another
-    thread's optimizer step may read some of them before it and some after it. `copy.deepcopy` copies the model too.
+    Threads may share an ensemble. Its forwards, and those of the model itself, run one after the other. Every thread
+    and every asyncio task switches the adapters on and off for itself alone. All of them share the parameters: while
+    one thread makes an optimizer step, a forward of another may read some parameters from before the step and some from
+    after it. `copy.deepcopy` copies the model too.
 
     >>> ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=8))
     >>> logp = ensemble.sequence_logprob(batch)             # [K, B]
@@ -65,17 +58,17 @@ class LoraEnsemble(nn.Module):
         super().__init__()
         self.config = config
         self.alpha: float | None = None
-        """The coupling that a loaded ensemble was trained with, where its folder records it."""
+        """The alpha that a loaded ensemble was trained with; None if its folder does not say it."""
         self.reads_from_cache: bool | None = None
-        """Whether `generate` may trust the model's cache; None before it was tried."""
+        """Whether `generate` may use the model's cache; None until it has been tried."""
         self._loan = Loan(model)
         self._found = found
-        # a ModuleDict key may not hold a dot
-        self.adapters = nn.ModuleDict(
-            {path.replace(".", "/"): StackedAdapter(A, B) for path, (A, B) in adapters.items()}
-        )
+        self.adapters = nn.ModuleDict()
+        for path, (A, B) in adapters.items():
+            stack = StackedAdapter(A, B).to(next(model.get_submodule(path).parameters()).device, torch.float32)
+            self.adapters[path.replace(".", "/")] = stack  # torch allows no dot in a key of a ModuleDict
         self._installation = Installation(model, found, self._stacks(), config.scaling)
-        self._forwards = self._installation.forwards
+        self._forwards, self.layers = self._installation.forwards, self._installation.layers
 
     # ------------------------------------------------------------------ making and unmaking
 
@@ -84,9 +77,9 @@ class LoraEnsemble(nn.Module):
         """Put fresh adapters on `model` and freeze it.
 
         Raises:
-            ValueError: no linear map matches, or not one for every name and layer; the model already carries an
-                ensemble or PEFT adapters, has weights that are not finite, or does something that cannot be run for
-                several particles at once. TypeError: it is no transformers model.
+            ValueError: no linear map matches, or a name or layer matches none; the model already carries an ensemble or
+                PEFT adapters; a weight is not finite; or the model cannot run several particles in one batch.
+            TypeError: it is no transformers model.
         """
         config = config or EnsembleConfig()
         with claimed(model):
@@ -99,17 +92,17 @@ class LoraEnsemble(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: PreTrainedModel, directory: str | Path, *, check_base: bool = True) -> LoraEnsemble:
-        """Put saved adapters on `model`: a folder that `save_pretrained` wrote, a folder of PEFT adapter folders,
-        or one PEFT adapter folder (K = 1).
+        """Put saved adapters on `model`: from a folder that `save_pretrained` wrote, from a folder of PEFT adapter
+        folders, or from one PEFT adapter folder (K = 1).
 
-        `model` must be the base that they were trained on, in whatever floating-point type. Where that cannot be told
-        for certain (PEFT writes only the base's name, and a base may be quantised), a doubt is a warning. `check_base`
-        False: nothing is compared.
+        `model` must be the base that the adapters were trained on, in any floating-point type. This is checked, unless
+        `check_base` is False. Sometimes nobody can tell: PEFT writes only the name of the base, and a base may be
+        quantised. Then a warning says so.
 
         Raises:
-            ValueError: the folder is not such a folder, or not whole (see `adapter_folder`); adapters differ in kind;
-                tensors are missing, extra, misshapen or not finite; a file does not match its checksum; weights are
-                pickled (they are not opened); the model has other weights than the base.
+            ValueError: the folder is none of these, or a part of it is missing (see `adapter_folder`); the adapters
+                differ in kind; a tensor is missing, unexpected, misshapen or not finite; a file does not match its
+                checksum; weights are pickled (nobody opens them); the model has other weights than the base.
         """
         with claimed(model):
             saved = adapter_folder.read(Path(directory))
@@ -123,40 +116,29 @@ class LoraEnsemble(nn.Module):
             adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
             if check_base:
                 origin.check(saved.origins, model)
-            adapters = {}
-            for path, linear in maps.items():
-                A, B = saved.adapters[path]
-                device = next(linear.parameters()).device
-                adapters[path] = (A.to(device, torch.float32), B.to(device, torch.float32))
-            ensemble = cls(model, config, adapters, found)
+            ensemble = cls(model, config, {path: saved.adapters[path] for path in maps}, found)
             ensemble.alpha = saved.alpha
             ensemble._install()
         return ensemble
 
     def save_pretrained(self, directory: str | Path, *, alpha: float | None = None) -> None:
-        """Write `directory`/p000, p001, ...: PEFT adapter folders that PEFT and vLLM load; and ensemble.json, last.
+        """Write `directory`/p000, p001, ..., which PEFT and vLLM load, and then ensemble.json.
 
-        `alpha`, if given, is recorded there: the one that the ensemble was trained with.
+        `alpha` is the alpha that the ensemble was trained with. If it is given, ensemble.json records it.
 
         Raises:
             ValueError: `directory` holds a particle folder that `save_pretrained` did not write; alpha is negative or
                 not finite.
         """
+        name, base = self.model.config._name_or_path or None, self.base_fingerprint
         adapter_folder.write(
-            Path(directory),
-            config=self.config,
-            adapters=self.stacked(),
-            targets=targets.describe(self.model, self.paths),
-            base_model=self.model.config._name_or_path or None,
-            base=self.base_fingerprint,
-            fan_in_fan_out=isinstance(self.model.get_submodule(self.paths[0]), targets.Conv1D),
-            alpha=alpha,
+            Path(directory), self.model, self.config, self.stacked(), base_model=name, base=base, alpha=alpha
         )
 
     def detach(self) -> PreTrainedModel:
-        """Take every hook off and give the model back, bit for bit as it was, its flags too."""
-        with self._forwards.run(self.rows):  # not while another thread's forward runs
-            if self._installation.maps:  # not yet given back
+        """Take everything off the model and give it back, bit for bit as it was, with the flags that it had."""
+        with self._forwards.run(self.rows):  # wait until no other thread runs a forward
+            if self._installation.maps:  # the model was not given back yet
                 self._installation.take_off()
                 self._loan.give_back()
         return self.model
@@ -167,14 +149,9 @@ class LoraEnsemble(nn.Module):
     def model(self) -> PreTrainedModel:
         return self._loan.model
 
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """The decoder's layers."""
-        return self._installation.layers
-
     @cached_property
     def base_fingerprint(self) -> Fingerprint:
-        """What tells the frozen base from another; every weight is read once."""
+        """The fingerprint of the frozen base. To make it, every weight is read once."""
         return fingerprint(self.model)
 
     @property
@@ -184,7 +161,7 @@ class LoraEnsemble(nn.Module):
 
     @property
     def pads_left(self) -> bool:
-        """Whether the model may be given texts padded on the left."""
+        """Whether the model gives right values for texts that are padded on the left."""
         return self._found.pads_left
 
     def stacked(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -195,11 +172,12 @@ class LoraEnsemble(nn.Module):
         return {key.replace("/", "."): cast(StackedAdapter, stack) for key, stack in self.adapters.items()}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Final-norm hidden states ``[K, B, T, D]`` of every particle, in the model's dtype; K = 1 while disabled.
+        """Hidden states ``[K, B, T, D]`` of every particle after the final norm, in the model's dtype. While the
+        adapters are off, K is 1.
 
         Args:
-            input_ids: ``[B, T]``. attention_mask: ``[B, T]``, 0 on padding, left or right; None: no padding. On the
-                model's device or on the CPU.
+            input_ids: ``[B, T]``, on the model's device or on the CPU.
+            attention_mask: ``[B, T]``, 0 on padding, which may be left or right. None means that there is no padding.
         """
         fits = attention_mask is None or attention_mask.shape == input_ids.shape
         if input_ids.dim() != 2 or input_ids.numel() == 0 or not fits:
@@ -208,13 +186,16 @@ class LoraEnsemble(nn.Module):
                 f"{None if attention_mask is None else list(attention_mask.shape)}"
             )
         device = self.model.get_input_embeddings().weight.device
-        with self._installation.forward(self.rows):  # until it is over, no other thread detaches the model
+        with self._installation.forward(self.rows):  # no other thread can detach the model before this is over
             input_ids = input_ids.to(device, non_blocking=True)
             input_ids, positions = self._for_all(input_ids), None
             if attention_mask is not None:
                 attention_mask = attention_mask.to(device, non_blocking=True)
                 if not self.pads_left and not attention_mask[:, 0].all():
-                    raise ValueError(f"attention_mask: {type(self.model).__name__} needs padding on the right")
+                    raise ValueError(
+                        f"attention_mask: {type(self.model).__name__} gives wrong values for texts padded on the left; "
+                        "pad on the right"
+                    )
                 attention_mask = self._for_all(attention_mask)
                 positions = architecture.positions(attention_mask)
             hidden: Tensor = self._found.decoder(
@@ -223,18 +204,18 @@ class LoraEnsemble(nn.Module):
         return hidden.view(self.num_running, -1, *hidden.shape[1:])
 
     def _for_all(self, rows: Tensor) -> Tensor:
-        """Rows of the model's input: B, or K*B where there is no shared trunk."""
+        """The rows that the model is given: B of them, or K*B if there is no shared trunk."""
         if self.rows is Rows.SHARED and self._installation.trunk is None:
             return repeat_rows(rows, self.config.num_particles)
         return rows
 
     def token_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Log-probability in nats, ``[K, B, T]`` fp32, of the labelled tokens; 0.0 elsewhere. With rows of their own,
-        ``[K, B / K, T]``.
+        """Log-probabilities ``[K, B, T]`` of the labelled tokens, fp32, in nats; 0.0 elsewhere. If particles have rows
+        of their own, the B rows of the batch are shared out among them: ``[K, B / K, T]``.
 
-        `batch` holds input_ids, attention_mask (optional) and labels, each ``[B, T]``; labels as Hugging Face has them:
-        aligned with input_ids, -100 where no token counts. Entry t of the result belongs to the label at t + 1. A batch
-        may lie on the CPU, and its labels are best left there: see `linear_logprob`.
+        `batch` holds input_ids, labels and perhaps attention_mask, each ``[B, T]``. As in Hugging Face, labels stand at
+        the places of their tokens, and -100 means that a token does not count. Entry t of the result belongs to the
+        label at t + 1. The batch may lie on the CPU. Its labels had better stay there: see `linear_logprob`.
         """
         labels = batch["labels"]
         if labels.shape != batch["input_ids"].shape:
@@ -245,34 +226,38 @@ class LoraEnsemble(nn.Module):
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).view(-1, *hidden.shape[1:3])
         if self.rows is not Rows.OWN:
             return self.label_logprob(hidden, shifted)
-        # such rows are for derivatives of any order, on the reference path, which skips no position it is given
+        # rows of their own serve derivatives of any order. These need the reference path of `linear_logprob`, which
+        # works on every position that it is given. So it is given those with a label alone.
         labelled = shifted != IGNORE_INDEX
         logp = self.label_logprob(hidden[labelled], shifted[labelled])
         return logp.new_zeros(shifted.shape).masked_scatter(labelled.to(logp.device), logp)
 
     def label_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability, ``[K, ...]`` fp32 nats, by the model's head, of labels ``[...]`` that all particles share,
-        or of labels ``[K, ...]`` of its own for each.
+        """Log-probabilities ``[K, ...]`` of labels by the model's head, fp32, in nats.
 
-        hidden: ``[K, ..., D]`` where each label is predicted; -100: no label, 0.0.
+        Args:
+            hidden: ``[K, ..., D]`` at the positions that predict the labels.
+            labels: ``[...]`` if all particles share them, or ``[K, ...]``. -100 is no label; there the result is 0.0.
         """
         return self._found.head.logprob(hidden, labels.expand(hidden.shape[:-1]))
 
     def sequence_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Supervised log-likelihood ``s[k, i]`` in nats, ``[K, B]`` fp32: summed over labelled tokens (4.1)."""
+        """Supervised log-likelihoods ``s[k, i]``, ``[K, B]``, fp32, in nats: sums over the labelled tokens (4.1)."""
         return sum_tokens(self.token_logprob(batch))
 
     generate = generation.generate
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head; the cache, which
-        `attention_mask` covers too, grows by T."""
+        """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head.
+
+        The T tokens go into the cache. `attention_mask` covers what the cache held before, and these T tokens.
+        """
         with self._installation.forward(self.rows):
             input_ids, attention_mask = self._for_all(input_ids), self._for_all(attention_mask)
             positions = architecture.positions(attention_mask)[:, -input_ids.shape[1] :]
             argument = architecture.cache_argument(self._found.decoder)
             if argument == "cache_params":
-                # Mamba: there is no attention to what was read, and its mask is that of the tokens read now
+                # Mamba has no attention to what it has read: its mask covers the tokens that it reads now
                 attention_mask = attention_mask[:, -input_ids.shape[1] :]
             hidden = self._found.decoder(
                 input_ids=input_ids,
@@ -284,36 +269,36 @@ class LoraEnsemble(nn.Module):
         return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` by the model's own head of hidden states ``[..., D]``."""
-        # rows of a matrix: of a slice of [rows, T, D], torch on a CPU copies the head's weight once a row
+        """Logits ``[..., V]`` of hidden states ``[..., D]`` by the model's own head."""
+        # flattened, because of a slice of [rows, T, D] torch on a CPU would copy the head's weight once for each row
         return self._found.head.logits(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
 
     @property
     def num_shared_layers(self) -> int:
-        """Layers from the first that run on B rows while particles share their input: the trunk."""
+        """The number of layers in the shared trunk: the first layers, which run on B rows for all particles."""
         return self._installation.num_shared_layers
 
     @property
     def rows(self) -> Rows:
-        """The rows of the forwards that this thread or task starts."""
+        """What the rows are in the forwards that this thread or task starts."""
         return self._forwards.asked
 
     def disable_adapters(self) -> AbstractContextManager[None]:
-        """Inside, the model is the bare base, and the ensemble is that one particle: ``[1, B, ...]``. This holds for
-        the thread, or the asyncio task, that is inside, and for no other."""
+        """Inside, the model is the bare base, and the ensemble gives the values of the base as those of one particle:
+        ``[1, B, ...]``. This holds for the thread or asyncio task that is inside, and for no other."""
         return self.running(Rows.BASE)
 
     def running(self, rows: Rows) -> AbstractContextManager[None]:
-        """Inside, the rows of a forward are these, in this thread or task."""
+        """Inside, the forwards of this thread or task have these rows."""
         return self._forwards.asking(rows)
 
     @property
     def num_running(self) -> int:
-        """K; 1 while the adapters are off."""
+        """K, or 1 while the adapters are off."""
         return 1 if self.rows is Rows.BASE else self.config.num_particles
 
     def forget(self) -> None:
-        """Drop what a forward, or a checkpointed backward, left in memory when an error cut it short."""
+        """Drop what a forward or a checkpointed backward left in memory because an error cut it short."""
         self._installation.forget()
 
     # ------------------------------------------------------------------ hooks
@@ -337,7 +322,8 @@ class LoraEnsemble(nn.Module):
 
     @torch.no_grad()
     def _trunk_is_right(self) -> bool:
-        """Whether hidden states are the same as with K*B rows from the start, with and without padding."""
+        """Whether the shared trunk gives the hidden states that K*B rows from the start give, with padding and
+        without."""
         if self._installation.trunk is None:
             return False
         ids, mask = self._few_rows()
@@ -347,17 +333,17 @@ class LoraEnsemble(nn.Module):
         try:
             alike = architecture.close(self(ids, mask), truth)
             return alike and architecture.close(self(ids[-1:]), truth[:, -1:])
-        except Exception as error:  # whatever a model's own layers do with rows that they did not expect
+        except Exception as error:  # layers of a model may raise anything for rows that they did not expect
             if is_out_of_memory(error):
                 raise
             return False
 
     def _few_rows(self) -> tuple[Tensor, Tensor]:
-        """Short texts, padded in the ways that are right for the model."""
+        """Short texts, padded in the ways that the model can read."""
         ids, mask = architecture.batches(self.model)[1]
         return (ids, mask) if self.pads_left else (ids[1:], mask[1:])
 
 
 def sum_tokens(token_logp: Tensor) -> Tensor:
-    """Supervised log-likelihood s[k, i] = sum_t log p_k(y_it | x_i, y_i<t), nats, [K, B, T] -> [K, B] (4.1)."""
+    """Supervised log-likelihoods s[k, i] = sum_t log p_k(y_it | x_i, y_i<t) in nats, [K, B, T] -> [K, B] (4.1)."""
     return token_logp.sum(dim=-1)

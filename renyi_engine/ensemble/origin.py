@@ -1,7 +1,7 @@
-"""On which base adapters were trained: what their folder says of it, compared with the model that they are put on.
+"""The base that adapters were trained on: what their folder says of it, compared with the model that they are put on.
 
-ensemble.json keeps the base's fingerprint, and so does the metadata of every adapter_model.safetensors, which goes with
-a particle wherever it is copied. A folder that PEFT wrote has only the base's name.
+ensemble.json keeps the fingerprint of the base. The metadata of every adapter_model.safetensors keeps it too, so a
+particle takes it along wherever it is copied. A folder that PEFT wrote has only the name of the base.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEY = "base"
 
 @dataclass(frozen=True)
 class Origin:
-    """The base of the adapters in `folder`: its name and its fingerprint, None where they are not recorded."""
+    """The base of the adapters in `folder`: its name and its fingerprint, each None if the folder does not say it."""
 
     folder: Path
     name: str | None
@@ -48,20 +48,20 @@ def of_particle(config_file: Path, tensors_file: Path) -> Origin:
     try:
         base = None if text is None else json.loads(text)
     except (ValueError, RecursionError):
-        base = text  # refused below: it is no fingerprint
+        base = text  # it is no fingerprint, and is refused below
     name = files.read_json(config_file).get("base_model_name_or_path")
     return _origin(config_file.parent, name, base, tensors_file)
 
 
 def _origin(folder: Path, name: Any, base: Any, source: Path) -> Origin:
     if base is not None and not is_fingerprint(base):
-        raise ValueError(f"{source}: {KEY}: expected the fingerprint of a base; it has another form, or is damaged")
+        raise ValueError(f"{source}: {KEY}: expected the fingerprint of a base; this one is damaged; restore the file")
     return Origin(folder, name if isinstance(name, str) and name else None, base)
 
 
 def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
-    """Warn where it cannot be told whether `model` is the base that the adapters were trained on, and where its weights
-    are those of the base but its config is another.
+    """Compare `model` with the base that the adapters were trained on. A warning says if nobody can tell whether they
+    are the same, or if they have the same weights but different configs.
 
     Raises:
         ValueError: the model has other weights.
@@ -79,20 +79,20 @@ def check(origins: Sequence[Origin], model: PreTrainedModel) -> None:
         if found.weights:
             raise ValueError(
                 f"{there}another base than this model{f' ({own_name})' * bool(own_name)}: the weights of "
-                f"{some(found.weights)} differ; {remedy}, or adapters of this model as --ensemble (directory); "
-                "LoraEnsemble.from_pretrained(..., check_base=False) loads them without this check"
+                f"{some(found.weights)} differ; {remedy}, or pass adapters of this model as --ensemble (in Python: "
+                "directory); LoraEnsemble.from_pretrained(..., check_base=False) loads them without this check"
             )
         if found.values:
             _warn(f"{there}this base with another config: {', '.join(found.values)}")
         if found.unknown:
             _warn(
-                f"{there}{origin.name or 'a base'!r}; whether this model is the same cannot be told, as the weights of "
-                f"{some(found.unknown)} are quantised, or missing, in one of the two"
+                f"{there}{origin.name or 'a base'!r}; nobody can tell whether this model is the same: in one of "
+                f"the two, the weights of {some(found.unknown)} are quantised or missing"
             )
 
 
 def _last_name(name: str) -> str:
-    """ "qwen2.5-0.5b" of Qwen/Qwen2.5-0.5B, of a folder of that name, and of the hub's cache."""
+    """ "qwen2.5-0.5b" for Qwen/Qwen2.5-0.5B, for a folder with that name, and for the hub's cache of it."""
     cached = re.search(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", name)
     return (cached[1] if cached else Path(name).name).casefold()
 

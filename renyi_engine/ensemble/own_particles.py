@@ -1,4 +1,4 @@
-"""Which particle folders this program wrote. Only these are replaced or removed when an ensemble is saved."""
+"""Which particle folders this program wrote. When an ensemble is saved, these may be replaced, and no others."""
 
 from __future__ import annotations
 
@@ -28,38 +28,40 @@ def is_particle_name(name: str) -> bool:
 
 
 def adapters_in(directory: Path) -> list[str]:
-    """The folders one below that hold an adapter, or a part of one."""
+    """The names of the folders in `directory` that hold an adapter, or a part of one."""
     return sorted(child.name for child in directory.iterdir() if holds_adapter(child))
 
 
 def to_be_replaced(directory: Path, names: Sequence[str]) -> list[Path]:
-    """The particles in `directory` that a new ensemble of these `names` replaces: those of the ensemble that was saved
-    there before, and those that an interrupted save left.
+    """The particles in `directory` that a new ensemble with these `names` replaces. They are those of the ensemble that
+    was saved there before, and those that a killed save left.
 
     Raises:
-        ValueError: one of them was not written by this program, or particles are there that belong to no ensemble.
+        ValueError: this program did not write one of them, or there are particles that belong to no ensemble.
     """
-    way_out = "save to another folder, or move it away first"
+    remedy = "save to another folder, or move this one away"
     listed: list[str] = []
     if os.path.lexists(directory / ENSEMBLE_FILE):
         try:
             listed = [str(name) for name in files.read_json(directory / ENSEMBLE_FILE)["particles"]]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{directory / ENSEMBLE_FILE}: damaged, so it is not replaced; {way_out}") from None
+            raise ValueError(
+                f"{directory / ENSEMBLE_FILE}: the file is damaged, so nothing is replaced; {remedy}"
+            ) from None
         for name in listed:
             files.inside(directory, name)
     stray = [n for n in adapters_in(directory) if is_particle_name(n) and n not in (*listed, *names)]
     if stray:
-        raise ValueError(f"{directory / stray[0]}: a particle that {ENSEMBLE_FILE} does not list; {way_out}")
+        raise ValueError(f"{directory / stray[0]}: {ENSEMBLE_FILE} does not list this particle; {remedy}")
     found = [directory / name for name in dict.fromkeys((*listed, *names)) if os.path.lexists(directory / name)]
     for folder in found:
         if not _is_own(folder):
-            raise ValueError(f"{folder}: not a particle that this program wrote, so it is not replaced; {way_out}")
+            raise ValueError(f"{folder}: this program did not write it as a particle, so it stays; {remedy}")
     return found
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether this folder is a particle that this program wrote, whole or in part, and holds nothing else."""
+    """Whether this program wrote this particle, in whole or in part, and nothing else is in its folder."""
     if folder.is_symlink() or not folder.is_dir() or not is_particle_name(folder.name):
         return False
     unfinished = tuple(f"{files.TEMPORARY}{name}-" for name in (CONFIG_FILE, TENSORS_FILE))
@@ -79,8 +81,8 @@ def _is_own(folder: Path) -> bool:
 
 
 def remove(folders: Iterable[Path]) -> None:
-    """Remove those of the folders that are particles written by this program. The tensors file goes last: it is what
-    shows that this program wrote the folder."""
+    """Remove those of the folders that are particles of this program. Their tensors file goes last, because it shows
+    that this program wrote them."""
     for folder in filter(_is_own, folders):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == TENSORS_FILE):
             path.unlink()
@@ -89,8 +91,8 @@ def remove(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def preparing(directory: Path) -> Iterator[Path]:
-    """Gives an empty folder in `directory` for new particles, which the block moves out of it. What a killed process
-    left in such a folder is removed first."""
+    """Gives an empty folder in `directory`. The block prepares new particles there, and moves them to their places.
+    Such folders that killed processes left are removed first."""
     for leftover in directory.glob(f"{_UNFINISHED}*"):
         _remove_unfinished(leftover)
     unfinished = files.temporary_name(directory / "particles")
@@ -102,7 +104,7 @@ def preparing(directory: Path) -> Iterator[Path]:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove a folder of new particles, unless it holds something else."""
+    """Remove a folder where particles were prepared, unless it holds something else."""
     if not folder.is_symlink() and folder.is_dir():
         remove(list(folder.iterdir()))
         if not any(folder.iterdir()):

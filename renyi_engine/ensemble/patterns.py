@@ -1,7 +1,7 @@
-"""Regular expressions for the paths of linear maps: checked when they are read, and matched in bounded time.
+"""Regular expressions for the paths of linear maps. They are checked when they are read, and matched in bounded time.
 
-An adapter folder that somebody else wrote may hold one that takes years for a single path, and Python's own `re` cannot
-be stopped; the package `regex` can. This needs no torch.
+An adapter folder that somebody else wrote may hold an expression that takes years for one path. Python's own `re`
+cannot be stopped, but the package `regex` can. This file needs no torch.
 """
 
 from __future__ import annotations
@@ -15,36 +15,38 @@ import regex
 
 _MOST_CHARACTERS = 10_000
 _MOST_STATES = 3_000_000
-"""Of a compiled expression, at the most; its compilation cannot be stopped."""
+"""The largest number of states of a compiled expression. It is limited because nobody can stop the compilation."""
 _PATIENCE_S = 2.0
-"""Seconds that one expression may take for all paths of a model."""
+"""The seconds that one expression may take for all paths of a model."""
 
 
 def check(pattern: str) -> None:
-    """ValueError, which names target_modules, unless this is a regular expression; "all-linear" is one too."""
+    """ValueError, which names target_modules, unless this is a regular expression. ("all-linear" is one too.)"""
     if len(pattern) > _MOST_CHARACTERS:
         raise ValueError(
-            f"target_modules: a regular expression of {len(pattern)} characters; expected at most {_MOST_CHARACTERS}"
+            f"target_modules: expected a regular expression of at most {_MOST_CHARACTERS} characters; got "
+            f"{len(pattern)}; write a shorter one, or a list of names"
         )
     if _states(pattern) > _MOST_STATES:
         raise ValueError(
-            f"target_modules: the regular expression {pattern[:80]!r} takes too much memory: groups are nested too "
+            f"target_modules: the regular expression {pattern[:80]!r} takes too much memory: its groups are nested too "
             "deep, or repeated too often; write a simpler one, or a list of names"
         )
     try:
-        re.compile(pattern)  # PEFT, which has to load the adapters, uses this one
+        re.compile(pattern)  # PEFT uses `re`, and it has to load the adapters
         regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"target_modules: {pattern[:80]!r} is not a regular expression ({error}); to name linear maps, write their "
+            f"target_modules: {pattern[:80]!r} is no regular expression ({error}); to name linear maps, write their "
             "names alone, such as q_proj v_proj"
         ) from None
 
 
 def _states(pattern: str) -> float:
-    """No fewer than `regex` makes of it: a repeated group is copied, as often as is counted, and in it those inside."""
+    """At least as many states as `regex` makes of the expression. It copies a group that is to be repeated, once for
+    each repetition, together with the groups inside."""
     depth = deepest = 0
-    closing = 0 if "#" in pattern else 1  # a parenthesis in a comment closes nothing
+    closing = 0 if "#" in pattern else 1  # a parenthesis in a comment closes no group
     for token in re.findall(r"(?s)\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()]", pattern):
         depth += (token == "(") - closing * (token == ")")
         deepest = max(deepest, depth)
@@ -57,7 +59,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     """A function that says whether `pattern` matches a whole path.
 
     Raises:
-        ValueError: see `check`. The function raises it too, once all of its calls together take too long.
+        ValueError: see `check`. The function raises it too, as soon as all of its calls together take too long.
     """
     check(pattern)
     compiled, end = regex.compile(pattern), time.monotonic() + _PATIENCE_S

@@ -11,23 +11,24 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from renyi_engine.core import files, some
+from renyi_engine.ensemble import targets
 from renyi_engine.ensemble.config import EnsembleConfig
-from renyi_engine.ensemble.targets import AdapterTargets
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
-# what PEFT can do to an adapter that a stacked plain LoRA cannot represent
+# what a PEFT adapter may have and a plain LoRA has not
 _UNSUPPORTED = (
     "alora_invocation_tokens", "alpha_pattern", "exclude_modules", "layer_replication", "layers_pattern", "lora_bias",
     "megatron_config", "modules_to_save", "rank_pattern", "trainable_token_indices", "use_dora",
@@ -47,10 +48,11 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def settings(
-    config: EnsembleConfig, targets: AdapterTargets, base_model: str | None, fan_in_fan_out: bool
+    model: PreTrainedModel, paths: Sequence[str], config: EnsembleConfig, base_model: str | None
 ) -> dict[str, Any]:
-    """What adapter_config.json says of every particle of an ensemble."""
-    found: dict[str, Any] = {
+    """What adapter_config.json says of each particle. `paths` are those of the adapted maps of `model`."""
+    found = targets.describe(model, paths)
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -60,19 +62,17 @@ def settings(
         "use_rslora": config.use_rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": targets.target_modules,
-        "layers_to_transform": targets.layers_to_transform,
-        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": found.target_modules,
+        "layers_to_transform": found.layers_to_transform,
+        "fan_in_fan_out": isinstance(model.get_submodule(paths[0]), targets.Conv1D),
         "inference_mode": True,
         "modules_to_save": None,
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
         "peft_version": _peft_version(),
+        **({"target_parameters": found.target_parameters} if found.target_parameters else {}),
     }
-    if targets.target_parameters:
-        found["target_parameters"] = targets.target_parameters
-    return found
 
 
 def _peft_version() -> str | None:
@@ -83,19 +83,19 @@ def _peft_version() -> str | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Arguments of EnsembleConfig from a folder's adapter_config.json.
+    """The arguments of EnsembleConfig that a folder's adapter_config.json gives.
 
     Raises:
-        ValueError: the file is missing or damaged, or its adapter is no plain LoRA of linear maps.
+        ValueError: the file is missing or damaged, or the adapter is more than a plain LoRA of linear maps.
     """
     path = files.inside(folder, CONFIG_FILE)
     config = files.read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a mapping; got {type(config).__name__}")
+        raise ValueError(f"{path}: expected a JSON object; got {type(config).__name__}")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be stacked")
+        raise ValueError(f"{path}: peft_type: expected 'LORA'; got {config.get('peft_type')!r}; give LoRA adapters")
     if "r" not in config or not (config.get("target_modules") or config.get("target_parameters")):
-        raise ValueError(f"{path}: r and target_modules must be given")
+        raise ValueError(f"{path}: r and target_modules: both are needed, but one is missing; restore the file")
     unsupported = [key for key in _UNSUPPORTED if config.get(key)]
     parameters = config.get("target_parameters") or []
     if parameters and not _are_weights_of_maps(parameters, config.get("target_modules")):
@@ -103,11 +103,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if config.get("init_lora_weights") not in _PLAIN_INITS:
-        # PEFT changes the base's weights again whenever it loads such an adapter
+        # PEFT changes the weights of the base whenever it loads such an adapter
         unsupported.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if unsupported:
-        raise ValueError(f"{path}: {', '.join(unsupported)} cannot be represented by a plain stacked LoRA")
-    layers, targets = config.get("layers_to_transform"), config.get("target_modules") or []
+        raise ValueError(
+            f"{path}: {', '.join(unsupported)}: an ensemble holds plain LoRA adapters, which have no such part; give "
+            "adapters that were trained without it"
+        )
+    layers, names = config.get("layers_to_transform"), config.get("target_modules") or []
     lora_alpha, use_rslora = config.get("lora_alpha", 8), config.get("use_rslora", False)
     if type(config["r"]) is not int or config["r"] < 1:
         raise ValueError(f"{path}: r: expected a whole number of at least 1; got {config['r']!r}")
@@ -115,24 +118,24 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: lora_alpha: expected a number above 0; got {lora_alpha!r}")
     if not isinstance(use_rslora, bool):
         raise ValueError(f"{path}: use_rslora: expected true or false; got {use_rslora!r}")
-    if not isinstance(targets, (str, list)) or not all(isinstance(name, str) for name in targets):
-        raise ValueError(f"{path}: target_modules: expected names or one regular expression; got {targets!r}")
+    if not isinstance(names, (str, list)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: target_modules: expected names or one regular expression; got {names!r}")
     layers = [layers] if type(layers) is int else layers
     if layers is not None and not (isinstance(layers, list) and all(type(number) is int for number in layers)):
         raise ValueError(f"{path}: layers_to_transform: expected numbers of layers, or null; got {layers!r}")
     if parameters:
-        targets = [*targets, *(name.removesuffix(".weight") for name in parameters)]
+        names = [*names, *(name.removesuffix(".weight") for name in parameters)]
     return {
         "r": config["r"],
         "lora_alpha": lora_alpha,
         "use_rslora": use_rslora,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": names if isinstance(names, str) else sorted(names),
         "layers_to_transform": layers,
     }
 
 
 def _are_weights_of_maps(parameters: Any, target_modules: Any) -> bool:
-    """Whether target_parameters name linear maps by their weights, as `targets.describe` does; not fused experts."""
+    """Whether target_parameters name the weights of linear maps, as `targets.describe` does, and no fused experts."""
     return (
         isinstance(parameters, list)
         and isinstance(target_modules, list)
@@ -141,7 +144,7 @@ def _are_weights_of_maps(parameters: Any, target_modules: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number that a float can hold."""
+    """Whether a value from a JSON file is a finite number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
@@ -167,26 +170,28 @@ def read_matrices(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """(A [R, I], B [O, R]) by path.
 
     Raises:
-        ValueError: the file is missing or damaged, or holds something else than pairs of LoRA matrices.
+        ValueError: the file is missing or damaged, or does not hold pairs of LoRA matrices and nothing else.
     """
     path = folder / TENSORS_FILE
     pickled = [file for file in folder.iterdir() if file.suffix in files.PICKLE_SUFFIXES]
     if not path.is_file() and pickled:
-        raise ValueError(f"{pickled[0]}: pickled weights are refused unread; save them as {TENSORS_FILE} first")
+        raise ValueError(
+            f"{pickled[0]}: pickled weights are never opened, because they can run code; save them as {TENSORS_FILE}"
+        )
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in files.read_tensors(files.inside(folder, TENSORS_FILE)).items():
         match = _KEY.fullmatch(key)
         if not match or tensor.dim() != 2:
-            raise ValueError(f"{path}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear map")
+            raise ValueError(f"{path}: {key} {list(tensor.shape)}: expected a LoRA matrix of a linear map")
         if tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"{path}: {key} is of type {_word(tensor.dtype)}; expected one of {', '.join(map(_word, _DTYPES))}: "
-                "save it in one of these first"
+                f"{path}: {key}: expected one of {', '.join(map(_word, _DTYPES))}; got {_word(tensor.dtype)}; save it "
+                "in one of these types"
             )
         sides.setdefault(match["path"], {})[match["side"]] = tensor
     halves = [f"{name}.lora_{side}" for name, pair in sides.items() for side in "AB" if side not in pair]
     if halves:
-        raise ValueError(f"{path}: missing {some(halves)}")
+        raise ValueError(f"{path}: {some(halves)}: missing, although the other matrix of the pair is there")
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
 
 

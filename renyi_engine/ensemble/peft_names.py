@@ -1,8 +1,8 @@
 """What PEFT makes of the names in an adapter folder. PEFT need not be installed for this.
 
-PEFT finds the maps of an adapter by name among all modules of the base, and it rewrites names first: in mixtures of
-experts that transformers 5 fused, it takes every `gate_proj` for a part of the fused parameter, wherever it stands; and
-the keys of the tensors go through the renamings by which transformers reads old checkpoints.
+PEFT finds the maps of an adapter by their names, among all modules of the base. Before that it rewrites names. In
+mixtures of experts that transformers 5 has fused, it takes every `gate_proj` for a part of the fused parameter,
+wherever it stands. And it renames the keys of the tensors as transformers does when it reads old checkpoints.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _OF_EXPERTS = {
     "mixtral": {"gate", "w1", "w2", "w3"},
     "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
 }
-"""Names that PEFT (0.21, `_MOE_TARGET_MODULE_MAPPING`) takes for those of fused experts, by the kind of checkpoint."""
+"""The names that PEFT (0.21, `_MOE_TARGET_MODULE_MAPPING`) takes for fused experts, by the kind of checkpoint."""
 
 _MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""Model types in which PEFT (0.21) adapts no map of the name `out_proj`: their fast kernels do not call it."""
+"""Model types in which PEFT (0.21) adapts no map with the name `out_proj`: their fast kernels do not call it."""
 
 
 def matches(model: nn.Module, names: Collection[str], layers: Collection[int] | None) -> set[str]:
-    """Paths of the modules that PEFT adapts, given these target_modules and layers_to_transform."""
+    """The paths of the modules that PEFT adapts for these target_modules and layers_to_transform."""
     endings = tuple(f".{name}" for name in names)
     matched = set()
     for path, _ in model.named_modules():
@@ -37,15 +37,15 @@ def matches(model: nn.Module, names: Collection[str], layers: Collection[int] | 
 
 
 def named_as_experts(model: PreTrainedModel, path: str) -> bool:
-    """Whether PEFT takes the name of this map for that of fused experts, whatever its path is before that. Such a map
-    can be named by its weight, among the target_parameters, which PEFT does not rewrite."""
+    """Whether PEFT takes the last name of this path for that of fused experts. Such a map can be named by its weight,
+    in target_parameters: PEFT does not rewrite these."""
     model_type = model.config.model_type
     kind = "mixtral" if model_type == "mixtral" else conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(model_type)
     return path.rsplit(".", 1)[-1] in _OF_EXPERTS.get(kind, ())
 
 
 def refused(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
-    """Those of the maps that PEFT refuses to adapt, or whose tensors it does not find when it loads the adapter."""
+    """The paths of maps that PEFT refuses to adapt, or whose tensors it does not find when it loads the adapter."""
     model_type = model.config.model_type
     renamings = []
     if conversion_mapping.get_checkpoint_conversion_mapping(model_type) is not None:
@@ -54,7 +54,7 @@ def refused(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
 
     def is_refused(path: str) -> bool:
         key = f"{path}.lora_A.weight"
-        # PEFT undoes a renaming that changes only the beginning of a name
+        # if a renaming changes only the beginning of a name, PEFT undoes it
         found = f"base_model.model.{key}".endswith(rename_source_key(key, renamings, [])[0])
         return not found or (model_type in _MAMBA and path.endswith(".out_proj"))
 

@@ -1,8 +1,8 @@
-"""How a model reads what it continues: from a cache, or all of it again for every token.
+"""How a model reads the text that it continues: from a cache, or all of it again for every token.
 
-A reader gives the logits of the first new token and a function that takes the tokens drawn and gives the logits of
-those after them. A cache is used only if it gave, in a trial, the same values as reading all again: a model may ignore
-the cache that it is given, need one of a class of its own, or let padding into it.
+A reader gives the logits of the first new token, and a function that takes the tokens that were drawn and gives the
+logits of the tokens after them. A cache is used only if a trial has shown that it gives the same values as reading all
+again. A model may ignore the cache that it is given, need a cache of its own class, or take padding into it.
 
 Layout: K particles, B prompts, T tokens, n samples, S = K*B*n rows, particle-major, V vocabulary.
 """
@@ -24,7 +24,7 @@ from renyi_engine.ensemble.limits import changing_positions
 
 
 class Readable(Protocol):
-    """What a reader needs of an ensemble. `LoraEnsemble` is the one class that has it, and is documented there."""
+    """What a reader needs of an ensemble. `LoraEnsemble` is the only such class, and it says what these mean."""
 
     reads_from_cache: bool | None
 
@@ -43,31 +43,33 @@ class Readable(Protocol):
 
 
 Reader = Callable[[Readable, Tensor, Tensor, int], tuple[Tensor, Callable[[Tensor], Tensor]]]
-"""(ensemble, input_ids [B, T], attention_mask [B, T], n) -> logits [S, V], and tokens [S] -> logits [S, V]."""
+"""It takes (ensemble, input_ids [B, T], attention_mask [B, T], n), and gives logits [S, V] and a function that takes
+tokens [S] and gives logits [S, V]."""
 
 AGREE = {torch.float32: 1e-3, torch.float64: 1e-3}
 AGREE_LOW = 0.2
-"""How far readings may be apart in log-probability, by the base's dtype: nats, averaged by probability over the
-vocabulary. Right caches differ by 1e-5 in fp32 and by less than 0.1 in bf16, wrong ones by 0.3 and more."""
+"""How far the log-probabilities of two readings may be apart, by the dtype of the base: in nats, the mean over the
+vocabulary by probability. Right caches differ by 1e-5 in fp32 and by less than 0.1 in bf16, wrong ones by 0.3 or more.
+"""
 
 
 def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> list[tuple[list[int], Reader]]:
-    """Which prompts are read together, and how; lengths: tokens of each of the B prompts.
+    """Which prompts are read together, and how. `lengths` are the numbers of tokens of the B prompts.
 
     Raises:
-        ValueError: a sequence would grow to where the model's positions depend on the others in its batch.
+        ValueError: a sequence may become so long that its positions depend on the rest of the batch.
     """
-    # the last token is drawn, never read
+    # the last token is drawn, but nobody reads it
     ends = [length + max_new_tokens - 1 for length in lengths]
     kind, limit = changing_positions(ensemble.model) or ("", max(ends))
     if "dynamic" in kind and max(ends) > limit:
         raise ValueError(
-            f"max_new_tokens: a prompt of {max(lengths)} tokens may grow to {max(ends)}, but beyond {limit} the rotary "
-            f"positions of {type(ensemble.model).__name__} (rope_type {kind!r}) depend on what else it has read; "
-            "ask for fewer tokens or shorten the prompts"
+            f"max_new_tokens: a prompt of {max(lengths)} tokens may grow to {max(ends)}, but beyond {limit} tokens the "
+            f"rotary positions of {type(ensemble.model).__name__} (rope_type {kind!r}) depend on the whole batch; "
+            "ask for fewer tokens, or shorten the prompts"
         )
     cached = from_cache if _cache_agrees(ensemble) else again
-    # Phi-3 has positions of one kind up to the limit and of another beyond it; one kind holds for all tokens of a batch
+    # Phi-3 has one kind of positions up to the limit and another beyond it, always for all tokens of a batch
     short = [i for i, end in enumerate(ends) if end <= limit]
     long = [i for i, length in enumerate(lengths) if length > limit]
     crossing = [i for i in range(len(lengths)) if i not in short and i not in long]
@@ -77,8 +79,8 @@ def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> 
 def from_cache(
     ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The prompt is read once for each particle, layers below the first adapter once for all; what the cache holds is
-    then shared out among the samples."""
+    """Each particle reads the prompts once, and all of its samples start from what the cache holds then. Layers below
+    the first adapted one read the prompts once for all particles."""
     (B, _), n, device = input_ids.shape, num_samples, input_ids.device
     cache = DynamicCache(config=ensemble.model.config)
     logits = ensemble.next_logits(input_ids, attention_mask, cache)
@@ -100,8 +102,8 @@ def from_cache(
 def again(
     ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Every sequence is read from its first token, without padding and without a cache, one prompt after the other:
-    right whatever the model does with either, but slower by a factor of the number of tokens in a sequence."""
+    """Every sequence is read from its first token, without padding and without a cache, one prompt after the other. So
+    it does not matter what the model does with these. The work grows by the number of tokens in a sequence."""
     K, n = ensemble.num_running, num_samples
     prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
     logits = [ensemble.logits(ensemble(prompt[None])[:, :, -1]) for prompt in prompts]
@@ -117,36 +119,37 @@ def again(
 
 
 def _own_rows(ensemble: Readable) -> AbstractContextManager[None]:
-    """Inside, every sample has tokens of its own."""
+    """Inside, every row has tokens of its own."""
     return ensemble.running(Rows.OWN if ensemble.rows is Rows.SHARED else ensemble.rows)
 
 
 def _cache_agrees(ensemble: Readable) -> bool:
-    """Whether a cache may be trusted: tried once on two short prompts of all particles, one of them padded."""
+    """Whether the cache gives right values. It is tried once, on two short prompts of all particles, one of them
+    padded."""
     if ensemble.reads_from_cache is None:
         with ensemble.running(Rows.SHARED):
             whole = _try(ensemble, again)
             try:
                 apart = (whole.exp() * (_try(ensemble, from_cache) - whole).abs()).sum(-1).max().item()
                 agrees = apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW)
-                problem = f"it would be {apart:.2g} nats off"
+                problem = f"log-probabilities would be wrong by {apart:.2g} nats"
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
                 if is_out_of_memory(error):
                     raise
-                # a model may take no cache at all, or one of a class of its own; models raise different errors then
+                # some models take no cache, or only a cache of their own class; what they raise then differs
                 agrees, problem = False, reason(error)
         ensemble.reads_from_cache = agrees
         if not agrees:
             warnings.warn(
-                f"{type(ensemble.model).__name__} cannot be continued from a cache ({problem}): for every new "
-                "token the whole sequence is read again, which is right but slow",
+                f"{type(ensemble.model).__name__} cannot continue from a cache ({problem}): it reads the whole "
+                "sequence again for every new token, which is slow",
                 stacklevel=2,
             )
     return ensemble.reads_from_cache
 
 
 def _try(ensemble: Readable, read: Reader) -> Tensor:
-    """Log-probabilities ``[steps, S, V]`` of several tokens after a prompt: some caches go wrong at the second."""
+    """Log-probabilities ``[steps, S, V]`` of several tokens after a prompt. Some caches go wrong at the second one."""
     device = ensemble.model.get_input_embeddings().weight.device
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 10, 11, 12, 13]], device=device)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)

@@ -1,7 +1,7 @@
-"""Which linear maps of a Hugging Face decoder are adapted, and where its layers, backbone and head are.
+"""Which linear maps of a Hugging Face decoder are adapted, and where its layers are.
 
-`target_modules` and `layers_to_transform` mean what they mean to PEFT; one deliberate difference: PEFT ignores
-`layers_to_transform` beside "all-linear", here it holds.
+`target_modules` and `layers_to_transform` mean what they mean in PEFT, with one difference: beside "all-linear", PEFT
+ignores `layers_to_transform`, and here it holds.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from renyi_engine.ensemble.config import ALL_LINEAR
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that makes final hidden states of text: the innermost model that holds the input embeddings."""
+    """The part that turns text into final hidden states: the innermost model that holds the input embeddings."""
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # transformers does not know where this class has them: no part holds them
+    except NotImplementedError:  # transformers does not know where this class has its embeddings
         embeddings = None
     holding = [
         module
@@ -30,37 +30,36 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     ]
     if len(holding) < 2:
         raise ValueError(
-            f"model: {type(model).__name__} has no decoder below its head; a decoder-only language model is needed"
+            f"model: {type(model).__name__} has no decoder below its head; give a decoder-only language model"
         )
     return holding[-1]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """(path, layers) of the decoder's stack, e.g. ("model.layers", ...)."""
+    """(path, layers) of the decoder's list of layers, such as ("model.layers", ...)."""
     part = decoder(model)
     prefix = next(f"{path}." for path, module in model.named_modules() if module is part)
     lists = {prefix + path: module for path, module in part.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     num_layers = part.config.get_text_config().num_hidden_layers
     for path in outermost:
-        # a layer of two attentions may count twice
+        # some models count a layer with two attentions twice
         if len(lists[path]) == num_layers or (len(outermost) == 1 and num_layers % len(lists[path]) == 0):
             return path, lists[path]
     raise ValueError(
-        f"model: {type(model).__name__} has no list of {num_layers} decoder layers; "
-        "a decoder-only language model is needed"
+        f"model: {type(model).__name__} has no list of {num_layers} decoder layers; give a decoder-only language model"
     )
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a linear map: `nn.Linear`, a quantised one of the same attributes, or GPT-2's `Conv1D`."""
+    """(in, out) features of a linear map: `nn.Linear`, a quantised map with its attributes, or GPT-2's `Conv1D`."""
     if isinstance(linear, Conv1D):
         return linear.weight.shape[0], linear.weight.shape[1]
     return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
 
 
 def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear map of the decoder's layers by path."""
+    """Every linear map in the decoder's layers, by path."""
     layers_path, layers = decoder_layers(model)
     return {
         f"{layers_path}.{path}": module
@@ -78,14 +77,15 @@ def match_targets(
 ) -> dict[str, nn.Module]:
     """The linear maps to adapt, by path, in the model's order.
 
-    `target_modules`: "all-linear" (those that PEFT can load), a regular expression that matches the whole path, or a
-    list of names, each a path or its ending. `layers_to_transform`: decoder layers by number from 0, or None for all.
-    `each` False: as in PEFT, names and layers that match nothing are ignored, as long as others match.
+    Args:
+        target_modules: "all-linear" (all that PEFT can load), a regular expression that matches whole paths, or a list
+            of names, each a path or its ending.
+        layers_to_transform: numbers of decoder layers, from 0 on, or None for all.
+        each: every name and every layer has to match something. If False, it is enough that some match, as in PEFT.
 
     Raises:
-        ValueError: nothing matches (the message lists what could have), or one of several names matches no map of the
-            model; a layer number does not exist, or nothing in that layer matches; a regular expression takes too long;
-            or PEFT could not load an adapter of a map that is named.
+        ValueError: nothing matches (the message lists what would), or a name or layer matches nothing; there is no such
+            layer; a regular expression takes too long; or PEFT could not load an adapter of a map that is named.
     """
     layers_path, layers = decoder_layers(model)
     if layers_to_transform is not None:
@@ -96,7 +96,7 @@ def match_targets(
     matches = _matcher(target_modules)
     matched = {}
     for path, module in candidates.items():
-        # as in PEFT, a map named by its whole path is taken whatever layers_to_transform says
+        # as in PEFT, a map that is named by its whole path is taken even if its layer is not among layers_to_transform
         by_path = not isinstance(target_modules, str) and path in target_modules
         in_layers = layers_to_transform is None or layer_index(path, layers_path) in layers_to_transform
         if by_path or (in_layers and matches(path)):
@@ -108,9 +108,9 @@ def match_targets(
         endings = sorted({ending(path) for path in candidates})
         where = "" if useless or layers_to_transform is None else f" in layers {sorted(set(layers_to_transform))}"
         raise ValueError(
-            f"target_modules: {wrong} matches no linear map of {type(model).__name__}{where}; "
-            f"it could be {ALL_LINEAR!r} alone, one regular expression alone for whole paths such as "
-            f"{next(iter(candidates), layers_path)!r}, or a list out of {endings}"
+            f"target_modules: {wrong} matches no linear map of {type(model).__name__}{where}; give {ALL_LINEAR!r} "
+            "alone, one regular expression alone for whole paths such as "
+            f"{next(iter(candidates), layers_path)!r}, or names from {endings}"
         )
     empty = set(layers_to_transform or ()) - {layer_index(path, layers_path) for path in matched}
     if each and empty:
@@ -128,7 +128,7 @@ def match_targets(
 
 
 class AdapterTargets(NamedTuple):
-    """The entries of an adapter_config.json that make PEFT adapt certain maps and no others."""
+    """The entries of an adapter_config.json by which PEFT adapts certain maps and no others."""
 
     target_modules: list[str]
     layers_to_transform: list[int] | None
@@ -136,8 +136,8 @@ class AdapterTargets(NamedTuple):
 
 
 def describe(model: PreTrainedModel, paths: Sequence[str]) -> AdapterTargets:
-    """Entries that match exactly `paths`: by name and layer if possible, else by path. A map whose name PEFT takes for
-    that of fused experts is named by the path of its weight."""
+    """The entries that match `paths` and nothing else: names and layers if they suffice, and else whole paths. A map
+    whose name PEFT takes for that of fused experts is named by the path of its weight."""
     layers_path, layers = decoder_layers(model)
     parameters = sorted(f"{path}.weight" for path in paths if peft_names.named_as_experts(model, path))
     modules = {path for path in paths if f"{path}.weight" not in parameters}
@@ -154,17 +154,17 @@ def is_all_linear(target_modules: str | Sequence[str]) -> bool:
 
 
 def layer_index(path: str, layers_path: str) -> int:
-    """Number of the decoder layer that the map at `path` belongs to."""
+    """The number of the decoder layer that the map at `path` belongs to."""
     return int(path[len(layers_path) + 1 :].split(".", 1)[0])
 
 
 def ending(path: str) -> str:
-    """Last name of a path: "q_proj" of "model.layers.0.self_attn.q_proj"."""
+    """The last name of a path: "q_proj" of "model.layers.0.self_attn.q_proj"."""
     return path.rsplit(".", 1)[-1]
 
 
 def _matcher(target_modules: str | Sequence[str]) -> Callable[[str], bool]:
-    """Whether target_modules match a path."""
+    """A function that says whether target_modules match a path."""
     if is_all_linear(target_modules):
         return lambda path: True
     if not isinstance(target_modules, str):

@@ -1,8 +1,10 @@
 """The shared trunk: layers below the first adapted one run once for all particles.
 
-At the first adapted layer B rows become K*B, particle-major. A layer is given more than hidden states: masks,
-positions, whatever its model invented. Which of its arguments hold rows, and in which dimension, is found by two runs,
-with 2 rows and with 3: an argument that grew with the rows holds rows. Layout: K particles, B sequences, T tokens.
+At the first adapted layer, B rows become K*B, particle-major. A layer is given more than hidden states: masks,
+positions and other things that differ from model to model. Two runs, with 2 rows and with 3, show which of the
+arguments hold rows, and in which dimension: those that grew from the first run to the second.
+
+Layout: K particles, B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -18,19 +20,17 @@ from torch.utils.hooks import RemovableHandle
 from renyi_engine.ensemble.adapted_maps import Rows
 
 Key = tuple[int | str, ...]
-"""Which of a layer's arguments: its place or name, then places inside tuples; the number of its dimensions last."""
-
+"""One of a layer's arguments: its place or name, then places inside tuples, and last how many dimensions it has."""
 
 HIDDEN = (0, "hidden_states")
-"""A layer is given its hidden states first, or by their name."""
-
+"""A layer is given its hidden states as the first argument, or by this name."""
 
 RowDimensions = Mapping[Key, tuple[int, int]]
-"""Of one layer, the arguments that hold rows: (which dimension, its size for one row)."""
+"""The arguments of one layer that hold rows: (in which dimension, the size of that dimension for one row)."""
 
 
 class LayerArguments:
-    """Shapes of what layers are given in one run; `calls` says how often each ran."""
+    """The shapes of what layers are given in one run, and in `calls` how often each layer runs."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.shapes: list[dict[Key, torch.Size]] = [{} for _ in layers]
@@ -53,8 +53,8 @@ class LayerArguments:
 
 
 def row_dimensions(two: LayerArguments, three: LayerArguments) -> list[RowDimensions] | None:
-    """Layer by layer, from a run with 2 rows and one with 3; None where that cannot be told, or where a layer runs more
-    than once."""
+    """The row dimensions of every layer, from a run with 2 rows and a run with 3. None if they do not show it, or if a
+    layer runs more than once."""
     if any(calls > 1 for calls in (*two.calls, *three.calls)):
         return None
     layers: list[RowDimensions] = []
@@ -73,7 +73,7 @@ def row_dimensions(two: LayerArguments, three: LayerArguments) -> list[RowDimens
 
 
 class SharedTrunk:
-    """Hooks that bring what the adapted layers are given from B to K*B rows."""
+    """Hooks that bring the arguments of layers from B to K*B rows."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class SharedTrunk:
         num_particles: int,
         running: Callable[[], Rows],
     ) -> None:
-        """layers: from the first adapted one on; rows: `row_dimensions` of them; running: gives the rows of the forward
-        that is running."""
+        """`layers` are those from the first adapted one on, and `rows` are their `row_dimensions`. `running()` gives
+        the rows of the forward that is running."""
         self._num_particles, self._running = num_particles, running
         self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles = [
@@ -92,7 +92,7 @@ class SharedTrunk:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: nothing is running there, and its tensors have other ids."""
+        """What a copy gets. Nothing is running in the copy, and its tensors have other ids."""
         return {**vars(self), "_repeated": {}}
 
     def remove(self) -> None:
@@ -108,10 +108,12 @@ class SharedTrunk:
         if self._running() is not Rows.SHARED or (self._num_particles == 1 and not is_first):
             return None
         if not known:
-            raise RuntimeError(f"a {type(layer).__name__} ran that text alone did not go through when adapters came on")
+            raise RuntimeError(
+                f"a {type(layer).__name__} ran through which text alone does not go; give the model text alone"
+            )
         place, hidden = next((k, tensor) for k, tensor in _tensors(args, kwargs) if k in known and k[0] in HIDDEN)
         dimension, size = known[place]
-        # after the first of these layers, hidden states already have K*B rows
+        # the layers after the first adapted one are given hidden states that already have K*B rows
         num_sequences = hidden.shape[dimension] // size // (1 if is_first else self._num_particles)
         bring = partial(self._bring, known, num_sequences, hidden if is_first else None)
         return (
@@ -120,8 +122,8 @@ class SharedTrunk:
         )
 
     def _bring(self, known: RowDimensions, num_sequences: int, trunk_end: Tensor | None, key: Key, value: Any) -> Any:
-        """One of a layer's arguments, with K*B rows if it holds B. This is a method because a local function that calls
-        itself would keep hidden states, and with them the whole graph, until Python looks for cycles."""
+        """One argument of a layer, with K*B rows if it holds B. It is a method and no local function: a local function
+        that calls itself would keep hidden states, and with them the graph, until Python's garbage collection."""
         if isinstance(value, (tuple, list)):
             return type(value)(
                 self._bring(known, num_sequences, trunk_end, (*key, number), item) for number, item in enumerate(value)
@@ -130,14 +132,14 @@ class SharedTrunk:
         if place not in known:
             return value
         dimension, size = known[place]
-        # one row that all sequences share (a mask without padding), or already rows of every particle
+        # it is one row for all sequences (a mask without padding), or it has the rows of every particle already
         if value.shape[dimension] != size * num_sequences:
             return value
         if value is trunk_end or value.requires_grad:
-            # nothing below has an adapter, so no gradient goes further down
+            # no layer below has an adapter, so the gradient may end here
             rows = repeat_rows(value.detach(), self._num_particles, dimension)
             return rows.requires_grad_(value.requires_grad)
-        # one copy of a mask for all layers: autograd keeps every mask it meets
+        # all layers get one copy of a mask, because autograd keeps every mask that it meets
         if id(value) not in self._repeated:
             self._repeated[id(value)] = (value, repeat_rows(value, self._num_particles, dimension))
         return self._repeated[id(value)][1]

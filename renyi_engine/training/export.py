@@ -1,7 +1,7 @@
-"""From a training checkpoint to the adapter folders that PEFT and vLLM load; the base's weights are not read.
+"""From a training checkpoint to adapter folders that PEFT and vLLM load. The weights of the base are not read.
 
-A run's folder may come from somebody else. What it says is checked against the checkpoint's tensors, and it cannot say
-that code is to be run.
+The folder of a run may come from somebody else. So what its config.yaml says is compared with the checkpoint, and it
+has no say in whether code is run.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from renyi_engine.training.records import kind_of
 
 
 def export_particles(source: Path, output: Path, *, trust_remote_code: bool = False) -> Path:
-    """Write the adapters of `source`, RUN/checkpoint-N or RUN for its newest, to `output`/p000, p001, ...
+    """Write the adapters of `source` to `output`/p000, p001, ...
 
     Args:
-        trust_remote_code: run code that comes with the base; what the run's settings say about it does not count.
+        source: RUN/checkpoint-N, or RUN for its newest checkpoint.
+        trust_remote_code: run code that comes with the base. What the run's settings say about this does not count.
 
     Raises:
-        ValueError: no such checkpoint, or damaged; the run's settings cannot be read, or are not those of the
-            checkpoint; the base's configuration cannot be had; `output` is not free, see `output_folder.claimed`.
+        ValueError: there is no such checkpoint, or it is damaged; the run's settings cannot be read, or are not those
+            of the checkpoint; the base's configuration cannot be loaded; or `output` is not free, see
+            `output_folder.claimed`.
     """
     run = source if (source / CONFIG_FILE).is_file() else source.parent
     if not (run / CONFIG_FILE).is_file():
         raise ValueError(
-            f"checkpoint: {source} is neither a run folder nor a checkpoint in one ({CONFIG_FILE} is missing)"
+            f"checkpoint: expected the folder of a run, or a checkpoint in one; {source} has no {CONFIG_FILE}"
         )
     path = checkpoint.newest(run) if source == run else source
     if path is None:
@@ -60,19 +62,18 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
     with output_folder.claimed(output) as folder:
         adapter_folder.write(
             folder,
-            config=config.ensemble_config(),
-            adapters=adapters,
-            targets=targets.describe(skeleton, list(adapters)),
+            skeleton,
+            config.ensemble_config(),
+            adapters,
             base_model=config.model_name_or_path,
             base=base,
-            fan_in_fan_out=isinstance(skeleton.get_submodule(next(iter(adapters))), targets.Conv1D),
             alpha=alpha,
         )
     return output
 
 
 def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
-    """What a run was told: every name known, every value of its type and in its range."""
+    """The settings of a run. Every name has to be known, and every value of the right type and in its range."""
     values = read_yaml(path)
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if name not in values:
@@ -105,7 +106,11 @@ def _check_unseen(config: TrainConfig, trained: Mapping[str, Any], path: Path) -
 def _check(
     config: TrainConfig, model: PreTrainedModel, adapters: Mapping[str, tuple[Tensor, Tensor]], path: Path
 ) -> None:
-    """ValueError unless the settings describe these adapters, and the model has the maps that they adapt."""
+    """Compare the settings with the adapters, and the adapters with the maps of the model.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     A, _ = next(iter(adapters.values()))
     for name, held in (("num_particles", A.shape[0]), ("lora_r", A.shape[1])):
         if getattr(config, name) != held:
@@ -113,7 +118,7 @@ def _check(
     target_modules = config.ensemble_config().target_modules
     maps = targets.match_targets(model, target_modules, config.layers_to_transform)
     different = adapters.keys() - maps.keys()
-    if not targets.is_all_linear(target_modules):  # which leaves out maps that text does not go through
+    if not targets.is_all_linear(target_modules):  # "all-linear" leaves out maps that do not run on text alone
         different |= maps.keys() - adapters.keys()
     if different:
         one = min(different)

@@ -1,4 +1,5 @@
-"""The low-rank products over particles in plain PyTorch, on any device: `triton_ops/grouped_lora.py`, pass by pass.
+"""The low-rank products over particles in plain PyTorch, on any device. The passes are those of
+`triton_ops/grouped_lora.py`.
 
 Layout: K particles, M rows, I/O in/out features, R rank. An input that all particles share is [1, M, I].
 """
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
-    """One batched product down, one up; the scaling and the sum ride on the second. Differentiable to any order."""
+    """One batched product down and one up; the second also scales and adds. It has derivatives of any order."""
     K, R, _ = A.shape
     if x.dim() == 2:
         # a shared input is read once for all particles: [M, I] x [I, K R]
@@ -38,7 +39,7 @@ def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor, out: Tensor) -> N
 
 def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
     """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
-    # zeroed: with beta = alpha = 0 the product in low precision leaves what stood there
+    # zeroed first: for beta = alpha = 0 the product in low precision would leave what stands there
     dS.zero_().baddbmm_(dY, B, alpha=scaling)
     dB.copy_(torch.bmm(dY.mT, S)).mul_(scaling)
 

@@ -1,4 +1,4 @@
-"""What happens between the two matrix products of linear_logprob, in plain PyTorch, on any device.
+"""What linear_logprob does between its two matrix products, in plain PyTorch, on any device.
 
 Layout: N rows, V vocabulary.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# rows are worked a few at a time on CPU: what this many bytes of them hold stays in its cache
+# a CPU works on a few rows at a time: so many bytes of them stay in its cache
 _CACHED_BYTES = 8 * 2**20
 
 
@@ -20,9 +20,9 @@ def logprob_pass(
     logit_scale: float,
     gradient_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability [N] of each row's target, and its gradient [N, V] with respect to the raw products h W^T.
+    """The log-probability [N] of each row's target, and its gradient [N, V] with respect to the raw products h W^T.
 
-    `products` [N, V] is overwritten: the gradient is given in its memory. No gradient for None.
+    The gradient is written into the memory of `products` [N, V]. If `gradient_dtype` is None, there is no gradient.
     """
     N, V = products.shape
     logprob = products.new_empty(N)
@@ -37,7 +37,7 @@ def logprob_pass(
         logits = products[some]
         logprob[some] = _some_rows(logits, target[some], bias, logit_softcap, logit_scale, gradient is not None)
         if gradient is not None and rounded is not None:
-            # rounded beside first: it comes to lie where it is read from
+            # rounded in a buffer first, because the rounded values go to where the values are read from
             gradient[some] = rounded[: len(logits)].copy_(logits)
     return logprob, gradient
 
@@ -50,7 +50,7 @@ def _some_rows(
     logit_scale: float,
     need_grad: bool,
 ) -> Tensor:
-    """Log-probability [n]; its gradient takes the place of z [n, V].
+    """The log-probability [n]. Its gradient takes the place of z [n, V].
 
     With e = exp(z - max z) and S = sum e over the vocabulary, d logp / d z = onehot - e / S = -(e - S onehot) / S.
     """

@@ -1,4 +1,4 @@
-"""What the launchers have to know of a device."""
+"""What the launchers have to know about a device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from functools import cache, wraps
 import torch
 from torch import Tensor
 
-# without a device to ask, as in the interpreter: few, so that sums are split there too
+# for the interpreter, which has no device to ask. It is small, so that sums are split there too
 _PROGRAMS_WITHOUT_DEVICE = 8
 
 
 def on_its_device(launcher: Callable) -> Callable:
-    """Launch where the first argument lies: Triton takes the current device, whatever it is handed."""
+    """Launch on the device of the first argument. Triton alone would take the current device."""
 
     @wraps(launcher)
     def launch(first: Tensor, *others: object) -> object:
@@ -25,7 +25,7 @@ def on_its_device(launcher: Callable) -> Callable:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "none" off the GPU."""
+    """ "sm_90", "gfx942" and the like. "none" if the device is no GPU."""
     if device.type != "cuda":
         return "none"
     properties = torch.cuda.get_device_properties(device)
@@ -36,7 +36,7 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def programs_wanted(device: torch.device) -> int:
-    """Programs that fill the device twice over."""
+    """How many programs fill the device twice."""
     if device.type != "cuda":
         return _PROGRAMS_WITHOUT_DEVICE
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,11 +1,11 @@
 """Triton kernels of the low-rank products over particles, and their launchers.
 
-Four passes make every forward and backward (eqs. beside each kernel); `lora_products.py` puts them together. All sum
-in fp32, in a fixed order: where several programs add to one result, each writes a partial sum of its own and a second
-pass adds those up, so that two runs are bitwise equal.
+Four passes make every forward and backward (each kernel states its equation); `lora_products.py` puts them together.
+All of them sum in fp32 and in a fixed order, so two runs are bitwise equal: where several programs add to one result,
+each writes a partial sum of its own, and another pass adds these up.
 
-Offsets to where a tile starts are in 64 bits. Within a tile they are in 32, which costs fewer registers, unless a
-launcher finds that they could pass 2^31 elements and sets FAR.
+Offsets to the start of a tile have 64 bits. Offsets within a tile have 32, which takes fewer registers. If these could
+pass 2^31 elements, the launcher sets FAR, and they have 64 bits too.
 
 Layout: K particles, M rows, I/O in/out features, R rank. An input that all particles share is [1, M, I].
 """
@@ -23,7 +23,7 @@ from renyi_kernels.triton_ops.tuning import blocks
 
 @triton.jit
 def _wide(index, FAR: tl.constexpr):
-    """The index, in 64 bits if FAR; every offset computed from it is then in 64 bits too"""
+    """The index, in 64 bits if FAR. Then every offset that is computed from it has 64 bits too."""
     return tl.cast(index, tl.int64) if FAR else index
 
 
@@ -145,7 +145,7 @@ def grouped_lora_up_backward_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One reading of dY for both of
+    """Reads dY once for both of
 
     dS[k, m, r] = scaling * sum_o dY[k, m, o] B[k, o, r]      (a partial sum over o of one split)
     dB[k, o, r] = scaling * sum_m dY[k, m, o] S[k, m, r]      (a partial sum over m of one block)
@@ -216,16 +216,16 @@ def grouped_lora_down_backward_kernel(
         in_m = m < num_m - start
         x = tl.load(x_ptrs, mask=in_m[:, None] & in_i[None, :], other=0.0)
         dS = tl.load(dS_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)
-        # transposed, because the wide side has to be the first one for the matrix units
+        # transposed, because matrix units need the wide side first
         dA = tl.dot(tl.trans(x), dS, dA, input_precision="ieee")
-        # step by step: a split can span more than 2^31 elements
+        # in steps, because a split can span more than 2^31 elements
         x_ptrs += _wide(BLOCK_M, FAR) * x_stride_m
         dS_ptrs += _wide(BLOCK_M, FAR) * dS_stride_m
     dA_ptrs = dA_ptr + split * dA_stride_split + k * dA_stride_k + (r[None, :].to(tl.int64) * I + i[:, None])
     tl.store(dA_ptrs, dA.to(dA_ptr.dtype.element_ty), mask=in_i[:, None] & in_r[None, :])
 
 
-# Launchers. Their inputs may have any strides; `S` of `shrink` and `out` of `expand` have to be packed
+# Launchers. Their inputs may have any strides. `S` of `shrink` and `out` of `expand` have to be packed
 
 
 @on_its_device
@@ -240,7 +240,7 @@ def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]), K)
     far = _far(config["BLOCK_M"] * max(x.stride(1), S.stride(1)), R * A.stride(1))
     if far:
-        options["num_warps"] = 8  # offsets of 64 bits are more than the registers of 4 warps hold on an sm_80
+        options["num_warps"] = 8  # on an sm_80 the registers of 4 warps cannot hold offsets of 64 bits
     strides = (*x.stride()[:2], *A.stride()[:2], *S.stride()[:2])
     grouped_lora_shrink_kernel[grid](x, A, S, M, R, I, *strides, FAR=far, **config, **options)
 
@@ -278,7 +278,7 @@ def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB
     num_r_blocks = triton.cdiv(R, config["BLOCK_R"])
     o_per_split = _split(O, config["BLOCK_O"], num_parts * num_r_blocks * K, dY)
     num_splits = triton.cdiv(O, o_per_split)
-    # one part, or one split: no partial sums, the kernel writes the result itself
+    # with one part, or one split, there are no partial sums: the kernel writes the result itself
     sums_dS, sums_dB = num_splits > 1 or not _is_packed(dS), num_parts > 1 or not dB.is_contiguous()
     dS_parts = dS.new_empty((num_splits, K, M, R), dtype=torch.float32) if sums_dS else dS[None]
     dB_parts = dB.new_empty((num_parts, K, O, R), dtype=torch.float32) if sums_dB else dB[None]
@@ -323,17 +323,17 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless `_is_packed`."""
+    """The tensor, or a copy of it that is packed."""
     return tensor if _is_packed(tensor) else tensor.contiguous()
 
 
 def _far(*reaches: int) -> bool:
-    """Whether an offset within a tile could pass 2^31 elements: it is a sum of two, each at most one of these."""
+    """Whether an offset within a tile could pass 2^31 elements. It is a sum of two, each at most one of these."""
     return max(reaches) >= 2**30
 
 
 def _add_up(parts: Tensor, out: Tensor) -> None:
-    """The sum of partial sums, in fp32 whatever `out` is."""
+    """Add up partial sums, in fp32 whatever the dtype of `out` is."""
     if out.dtype == parts.dtype:
         torch.sum(parts, dim=0, out=out)  # one launch instead of two
     else:
@@ -341,7 +341,7 @@ def _add_up(parts: Tensor, out: Tensor) -> None:
 
 
 def _split(size: int, block: int, num_programs: int, like: Tensor) -> int:
-    """Rows of a sum that one program takes, a multiple of `block`: few enough that the device is filled."""
+    """How many terms of a sum one program takes: a multiple of `block`, and few enough to fill the device."""
     num_blocks = triton.cdiv(size, block)
     num_splits = min(num_blocks, max(1, programs_wanted(like.device) // num_programs))
     return triton.cdiv(num_blocks, num_splits) * block

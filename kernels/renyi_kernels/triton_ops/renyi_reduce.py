@@ -1,4 +1,4 @@
-"""Triton kernels of the alpha-Renyi reduction, and their launchers: one launch forward, one backward.
+"""Triton kernels of the alpha-Renyi reduction, and their launchers: one launch for the forward, one for the backward.
 
 Layout: K particles, B sequences, T tokens.
 """
@@ -18,7 +18,7 @@ _TILE = 4096  # elements
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y), right to the last digits for small y too (W. Kahan's correction of the rounding of 1 + y)"""
+    """log(1 + y), right to the last digits for small y too (W. Kahan's correction for the rounding of 1 + y)"""
     u = 1.0 + y
     exact = u == 1.0
     return tl.where(exact, y, tl.log(u) * (y / tl.where(exact, 1.0, u - 1.0)))
@@ -26,7 +26,7 @@ def _log1p(y):
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, likewise"""
+    """exp(x) - 1 for x <= 0, in the same way"""
     u = tl.exp(x)
     log_u = tl.log(tl.where(u == 0.0, 1.0, u))
     corrected = (u - 1.0) * (x / tl.where(log_u == 0.0, 1.0, log_u))
@@ -55,7 +55,7 @@ def renyi_reduce_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Of one sequence i: s_k = sum_t token_logp[k, i, t], in fp32; then, in fp64, with m = max_k s_k,
+    """For one sequence i: s_k = sum_t token_logp[k, i, t], in fp32; then, in fp64, with m = max_k s_k,
 
     loss = -m - (1/alpha) log1p( (1/K) sum_k expm1(alpha (s_k - m)) ),  r = softmax_k(alpha s),  ess = 1 / sum_k r_k^2
     """
@@ -72,7 +72,7 @@ def renyi_reduce_forward_kernel(
         if HAS_MASK:
             counts = in_t & (tl.load(mask_ptr + b * mask_stride_b + token * mask_stride_t, mask=in_t, other=0) != 0)
         inside = in_k[:, None] & counts[None, :]
-        # what stands at a masked position is never read: it may be -inf or NaN
+        # masked values are never read, because they may be -inf or NaN
         sums += tl.load(row_ptrs + token[None, :] * stride_t, mask=inside, other=0.0).to(sums.dtype)
     logp = tl.sum(sums, axis=1)
     k_b = k.to(tl.int64) * B + b
@@ -85,14 +85,14 @@ def renyi_reduce_forward_kernel(
     below = tl.where(in_k, s, m) - m
     if ALPHA_IS_ZERO:
         loss = -tl.sum(tl.where(in_k, s, 0.0), axis=0) / K
-        weight = tl.where(in_k, 1.0, 0.0).to(tl.float64)
+        mass = tl.where(in_k, 1.0, 0.0).to(tl.float64)
     else:
         scores = alpha * tl.where(impossible, 0.0, below)
         excess = tl.sum(tl.where(in_k, _expm1(scores), 0.0), axis=0) / K
         loss = -m - _log1p(excess) / alpha
-        weight = tl.where(in_k, tl.exp(scores), 0.0)
+        mass = tl.where(in_k, tl.exp(scores), 0.0)
     loss = tl.where(impossible, float("inf"), loss)
-    r = weight / tl.sum(weight, axis=0)
+    r = mass / tl.sum(mass, axis=0)
     tl.store(loss_ptr + b, loss.to(loss_ptr.dtype.element_ty))
     tl.store(responsibilities_ptr + k_b, r.to(responsibilities_ptr.dtype.element_ty), mask=in_k)
     tl.store(ess_ptr + b, (1.0 / tl.sum(r * r, axis=0)).to(ess_ptr.dtype.element_ty))
@@ -125,11 +125,11 @@ def renyi_reduce_backward_kernel(
     s = tl.load(logp_ptr + k_b, mask=in_k, other=float("-inf"))
     possible = tl.sum(tl.where(s != float("-inf"), 1, 0), axis=0) > 0
     r = tl.load(responsibilities_ptr + k_b, mask=in_k, other=0.0)
-    weight = tl.where(possible, -tl.load(upstream_ptr + b * upstream_stride) * r, 0.0)
+    slope = tl.where(possible, -tl.load(upstream_ptr + b * upstream_stride) * r, 0.0)
     counts = in_t
     if HAS_MASK:
         counts = in_t & (tl.load(mask_ptr + b * mask_stride_b + t * mask_stride_t, mask=in_t, other=0) != 0)
-    gradient = tl.where(counts[None, :], weight[:, None], 0.0)
+    gradient = tl.where(counts[None, :], slope[:, None], 0.0)
     gradient_ptrs = gradient_ptr + k_b[:, None] * T + t[None, :]
     tl.store(gradient_ptrs, gradient.to(gradient_ptr.dtype.element_ty), mask=in_k[:, None] & in_t[None, :])
 
@@ -155,7 +155,7 @@ def forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tens
 def backward(
     upstream: Tensor, responsibilities: Tensor, logp: Tensor, mask: Tensor | None, num_tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient [K, B, num_tokens] with respect to the token log-likelihoods, for upstream [B]."""
+    """The gradient [K, B, num_tokens] of the log-likelihoods of tokens, for the upstream gradient [B]."""
     K, B = responsibilities.shape
     gradient = upstream.new_empty((K, B, num_tokens), dtype=dtype)
     if gradient.numel():
@@ -169,10 +169,10 @@ def backward(
 
 
 def _mask(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The mask as bytes and their strides; without one, a pointer that is not followed."""
+    """(the mask as bytes, its strides). Without a mask, a tensor whose pointer the kernel does not follow."""
     if mask is None:
         return stand_in, (0, 0)
-    as_bytes = mask.bool().view(torch.uint8)  # not where the mask was, if it was not boolean
+    as_bytes = mask.bool().view(torch.uint8)  # elsewhere in memory if the mask was not boolean
     return as_bytes, as_bytes.stride()
 
 

@@ -1,6 +1,6 @@
-"""Block sizes of the kernels: a table by device and shape class. Nothing is tried out at run time.
+"""Block sizes of the kernels, in a table by device and class of shape. Nothing is tried out at run time.
 
-A device that is not in the table takes the row "any", whose tiles fit the smallest shared memory of them all (64 KiB).
+A device that is not in the table takes the row "any". Its tiles fit into 64 KiB, the smallest shared memory of all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
     ("up_backward", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 2),
     ("up_backward", 2, "sm_80", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
     ("up_backward", 2, "sm_80", 64): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 3),
-    # taller tiles: fewer partial sums of dB to write and read again
+    # taller tiles make fewer partial sums of dB, which have to be written and read again
     ("up_backward", 2, "sm_90", 16): ({"BLOCK_M": 256, "BLOCK_O": 64}, 8, 3),
     ("up_backward", 2, "sm_90", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
     ("up_backward", 2, "sm_100", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
-    # a mask over 32 ranks costs more scalar registers than there are
+    # a mask over 32 ranks would take more scalar registers than there are
     ("up_backward", 2, "gfx942", 32): ({"BLOCK_M": 64, "BLOCK_O": 64, "BLOCK_R": 16}, 4, 2),
     ("up_backward", 4, "gfx942", 32): ({"BLOCK_M": 32, "BLOCK_O": 32, "BLOCK_R": 16}, 4, 1),
     ("up_backward", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
@@ -37,21 +37,21 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
     ("down_backward", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 1),
 }
 LARGEST_BLOCK_R = 64
-SMALLEST_BLOCK_R = 16  # the narrowest side of a matrix product
+SMALLEST_BLOCK_R = 16  # matrix units take no narrower side
 
 
 def blocks(kernel: str, like: Tensor, rank: int) -> tuple[dict[str, int], dict[str, int]]:
-    """(block sizes, launch options) of a pass of grouped_lora for inputs like this tensor."""
+    """(block sizes, launch options) for a pass of grouped_lora on inputs like this tensor."""
     return row(kernel, like.dtype.itemsize, architecture(like.device), block_r(rank))
 
 
 def row(kernel: str, itemsize: int, arch: str, block_r: int) -> tuple[dict[str, int], dict[str, int]]:
-    """As `blocks`, of a named device: "sm_90", "gfx942" and the like."""
+    """What `blocks` gives, for a device by its name: "sm_90", "gfx942" and the like."""
     keys = [(kernel, itemsize, arch, block_r), (kernel, itemsize, arch, 0), (kernel, itemsize, "any", 0)]
     sizes, num_warps, num_stages = next(_ROWS[key] for key in keys if key in _ROWS)
     return {"BLOCK_R": block_r, **sizes}, {"num_warps": num_warps, "num_stages": num_stages}
 
 
 def block_r(rank: int) -> int:
-    """The shape class of a rank: the block that covers it, up to a limit."""
+    """The class of a rank: the block that covers it, up to a limit."""
     return min(LARGEST_BLOCK_R, max(SMALLEST_BLOCK_R, 1 << (rank - 1).bit_length()))

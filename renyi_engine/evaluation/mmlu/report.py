@@ -134,9 +134,12 @@ def _quality(questions: Sequence[Question], labels: Tensor, answers: Named, memb
     note = f"The standard error of an accuracy is at most {100 * error:.1f} points."
     text = (
         "Each of the four letters is scored as the continuation of the question; the most likely one is the answer. "
-        "Good: the mixture is more often right than the base and than the mean of the particles, and its NLL is lower. "
-        "Bad: it is near 25 %, which guessing gives."
+        "An accuracy near 25 % is bad: guessing gives that."
     )
+    if members:
+        text += (
+            " Good: the mixture is more often right than the base and the mean of the particles, and has a lower NLL."
+        )
     group_of = {subject: group.replace("_", " ") for group, subjects in GROUPS.items() for subject in subjects}
     groups = [group_of[question.subject] for question in questions]
     tables = [

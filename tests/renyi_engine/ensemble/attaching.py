@@ -24,7 +24,7 @@ def attach(model, K=3, *, apart=True, **config):
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for parameter in ensemble.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return ensemble
 
 

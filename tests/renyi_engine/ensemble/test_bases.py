@@ -60,7 +60,7 @@ def with_maps(model, kind):
 
 @pytest.mark.parametrize("kind", [PackedLinear, SilentLinear])
 def test_maps_whose_gradient_is_wrong_are_refused(tiny_model, kind):
-    with pytest.raises(ValueError, match=f"is a {kind.__name__} that gives no gradient of its input, or a wrong one"):
+    with pytest.raises(ValueError, match=f"is a {kind.__name__}, which gives no gradient of its input, or a wrong one"):
         LoraEnsemble.attach(with_maps(tiny_model("llama"), kind), EnsembleConfig(2, 2))
 
 

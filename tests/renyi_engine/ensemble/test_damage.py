@@ -37,7 +37,7 @@ def test_an_extra_pair_is_named(saved, llama, which):
     extra = "base_model.model.model.layers.3.self_attn.q_proj.lora_{}.weight"
     for name in which:
         edit_tensors(saved / name, **{extra.format("A"): torch.zeros(3, 32), extra.format("B"): torch.zeros(32, 3)})
-    refused(llama, saved, "extra", "model.layers.3.self_attn.q_proj")
+    refused(llama, saved, "unexpected", "model.layers.3.self_attn.q_proj")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_what_is_no_multiplication_is_refused(change, dtype):
     torch.manual_seed(0)
     model = Odd(config, **change).to(dtype).eval()
     with pytest.raises(
-        ValueError, match=r"Odd (transforms its logits in a way that is not understood|makes no logits)"
+        ValueError, match=r"Odd (transforms its logits in an unknown way|cannot turn the hidden states)"
     ):
         LoraEnsemble.attach(model)
 

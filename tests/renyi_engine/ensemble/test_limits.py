@@ -182,7 +182,7 @@ def run(tmp_path, jsonl, capsys, monkeypatch):
 def test_a_token_without_an_embedding_is_told(run, foreign_model, command):
     said = run(command, foreign_model, 20)
     assert said.startswith("model_name_or_path: ")
-    assert "the model has 20 embeddings; they do not belong together" in said
+    assert "the model has 20 embeddings, so they do not belong together" in said
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo", "sft --dry_run", "dpo --dry_run", "eval nll", "alpha-star"])

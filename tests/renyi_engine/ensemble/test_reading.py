@@ -55,7 +55,7 @@ def test_hybrid_models_continue_from_their_cache(name, layers):
 def test_what_cannot_continue_from_a_cache_reads_all_again_and_says_so_once(name):
     ensemble = attach(tiny_models.tiny_model(name))
     prompts = left_padded(LENGTHS)
-    with pytest.warns(UserWarning, match="cannot be continued from a cache"):
+    with pytest.warns(UserWarning, match="cannot continue from a cache"):
         assert_says_what_it_says_one_by_one(ensemble, *prompts)
     assert not ensemble.reads_from_cache
     with warnings.catch_warnings(), ensemble.disable_adapters():
@@ -99,7 +99,7 @@ def test_a_cache_that_goes_wrong_at_the_second_token_is_not_trusted(tiny_model, 
         return logits
 
     monkeypatch.setattr(LoraEnsemble, "next_logits", forgetful)
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM cannot be continued .*it would be .* nats off"):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM cannot continue .*would be wrong by .* nats"):
         assert_says_what_it_says_one_by_one(ensemble, *left_padded(LENGTHS))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_kernels import renyi_reduce, use_backend
+
+from .attaching import attach
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,13 +32,8 @@ def step(ensemble, batch, backend):
 def test_logprobs_and_gradients_on_the_kernels_equal_those_of_the_reference(
     tiny_model, make_batch, architecture, layers
 ):
-    model = tiny_model(architecture).to(DEVICE)
-    config = EnsembleConfig(num_particles=2, rank=3, layers_to_transform=layers, init="spread")
-    ensemble = LoraEnsemble.attach(model, config)
+    ensemble = attach(tiny_model(architecture).to(DEVICE), 2, layers_to_transform=layers)
     batch = {name: tensor.to(DEVICE) for name, tensor in make_batch([6, 4]).items()}
-    with torch.no_grad():  # B starts at zero: no gradient would reach A
-        for parameter in ensemble.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE))
     ours, theirs = step(ensemble, batch, "triton"), step(ensemble, batch, "reference")
     assert (theirs[0][0] - theirs[0][1]).abs().max() > 0.01, "the particles are too alike to test anything"
     for x, truth in zip(ours, theirs, strict=True):
@@ -59,7 +55,6 @@ def test_the_kernels_of_every_op_ran(monkeypatch, tiny_model, make_batch):
             spied = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, name=name, spied=spied: ran.add(name) or spied(*a))
     model = tiny_model("llama").to(DEVICE)
-    config = EnsembleConfig(num_particles=2, rank=2, layers_to_transform=[2], target_modules=["q_proj", "o_proj"])
-    ensemble = LoraEnsemble.attach(model, config)
+    ensemble = attach(model, 2, apart=False, layers_to_transform=[2], target_modules=["q_proj", "o_proj"])
     step(ensemble, {name: tensor.to(DEVICE) for name, tensor in make_batch([4]).items()}, "triton")
     assert ran == {"shrink", "expand", "up_backward", "down_backward", "logprob_pass", "forward", "backward"}

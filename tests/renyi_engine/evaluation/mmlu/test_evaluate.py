@@ -74,7 +74,7 @@ def evaluated(configure, particles, tmp_path_factory) -> Path:
     with pytest.warns(UserWarning, match="2 prompts are longer than the model's context of 128 tokens"):
         table = evaluate_mmlu(configure(output, ensemble=str(particles)))
     first, *rows, last = table.splitlines()
-    assert first.split() == ["accuracy", "(%)", "NLL", "(nats)", "ECE", "Brier"]
+    assert first.split() == ["who", "accuracy", "(%)", "NLL", "(nats)", "ECE", "Brier"]
     assert [row.split("  ")[0] for row in rows[:3]] == ["base", "mixture", "mean of particles"]
     assert last == f"report: {output / 'report.html'}"
     return output
@@ -156,6 +156,24 @@ def test_the_report_shows_every_member_and_its_own_numbers(evaluated):
     each = [float(shown[f"particle {k}"]) for k in range(K)]
     assert float(shown["mean of particles"]) == pytest.approx(np.mean(each), abs=0.1)
     assert "2 prompts lost their beginning" in page
+    assert f"<title>{evaluated.name}: eval mmlu of tiny</title>" in page
+    assert (
+        f"(the mixture) answer {shown['mixture']} % of the questions right, the base without them {shown['base']} %"
+        in page
+    )
+
+
+def test_the_heat_maps_name_their_questions(evaluated):
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    [everything, *_] = [re.findall("<title>(.*?)</title>", svg) for svg in re.findall("<svg.*?</svg>", page, re.S)[2:]]
+    samples = {f"{one['doc']['subject']} {one['doc_id']}": one for one in samples_of(evaluated)}
+    assert len(everything) == len(samples)
+    for title in everything:
+        name, leader, part, text = re.fullmatch(r"(.*): particle (\d) leads, (\S+)\. (.*) \[\[.*\]\]", title).groups()
+        one = samples[name]
+        assert text == one["doc"]["question"]
+        assert int(leader) == np.argmax(one["responsibilities"])
+        assert float(part) == pytest.approx(max(one["responsibilities"]), abs=0.005)
 
 
 def test_without_an_ensemble_the_base_stands_alone(configure, tmp_path):

@@ -444,6 +444,7 @@ def test_the_table_and_the_page_show_everybody_on_every_split_and_escape_what_da
     assert "\x1b" not in table
     page = (tmp_path / "report.html").read_text()
     assert "0.312 ± 0.062" in page
+    assert "the base refuses 0.0 % and the ensemble refuses 31.2 % of the prompts; in the split odd" in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "AUROC of side = b" in page
@@ -462,3 +463,19 @@ def test_it_reads_csv_as_people_publish_it_and_the_real_phrase_list_runs(config,
     rows = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ['"0",\nreally?', '"1",\nreally?']
     assert {json.loads(line)["judge"] for line in (tmp_path / "run" / "responses.jsonl").open()} == {"keyword"}
+
+
+def test_a_page_without_a_prompt_to_show_or_a_rate_to_draw_says_why(tmp_path):
+    facts = {"judge": "j", "settings": {"model_name_or_path": "org/tiny"}, "versions": {}}
+    prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2)
+    write_refusal_report(tmp_path / "alike" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    page = (tmp_path / "alike" / "report.html").read_text()
+    assert "<title>alike: eval refusal of tiny</title>" in page
+    assert "There is none: on no prompt do the particles differ by more than chance alone would make them." in page
+    other = [(key, FAILED) for key in responses]
+    prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2, other=other)
+    write_refusal_report(tmp_path / "failed" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    page = (tmp_path / "failed" / "report.html").read_text()
+    assert "There is none: on no prompt has the judge labelled a response of every particle." in page
+    assert "There is no picture: on no split has everybody a rate." in page
+    assert "the base refuses an unknown part" in page
