@@ -73,7 +73,7 @@ def make_preference_run(make_run: MakeRun) -> MakeRun:
     """A run on preference pairs, in which the particles' accuracies and margins are 0, 1/K, 2/K, ..."""
 
     def make(name: str, K: int = 3, **settings: Any) -> Path:
-        folder = make_run(name, K, **settings)
+        folder = make_run(name, K, kind="dpo", **settings)
         shares = [k / K for k in range(K)]
         lines = []
         for line in read_metrics(folder):
