@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_yaml, track, versions
+from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_dict, to_yaml, track, versions
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, longest_first, pad_token_id, stop_tokens
 from renyi_engine.ensemble import adapter_folder, check_tokens
 from renyi_engine.evaluation.choices import context_length
@@ -92,8 +92,8 @@ def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> No
     if not isinstance(before, dict) or not fingerprint.keys() <= before.keys():
         output_folder.require_free(folder)  # no evaluation of refusals was run in it
     elif (folder / RESPONSES_FILE).exists():
-        before |= read_yaml(folder / CONFIG_FILE)
-        if diff := changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE):
+        before |= {"kind": config.kind} | read_yaml(folder / CONFIG_FILE)
+        if diff := changes(to_dict(config) | fingerprint, before, _MAY_CHANGE):
             raise ValueError(
                 f"output_dir: {folder} holds responses made with other settings; choose another folder, or set these "
                 f"back:{diff}"

@@ -65,7 +65,7 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
     assert "<script>alert" not in page
     counts = [results["contested_or_poisoned"], results["out_of_support"]]
     assert "<title>out: eval nll of tiny</title>" in page
-    assert f"the particles dispute {counts[0]} of the examples. {counts[1]} are like nothing" in page
+    assert f"Found: {counts[0]} disputed by the particles, {counts[1]} unlike anything that they learnt, " in page
 
 
 @pytest.fixture
