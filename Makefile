@@ -1,9 +1,9 @@
-# `make demo`, `make test` and `make bench` need nothing but python3 and a package index; all install into .venv.
+# `make demo`, `make test`, `make bench` and `make docs` need nothing but python3 and a package index; all install into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench docs clean
 
 demo: $(VENV)/demo
 	$(PY) examples/contested/run.py
@@ -19,10 +19,14 @@ bench: $(VENV)/bench
 	$(PY) -m pytest csrc_bench --benchmark-json=runs/bench.json
 	$(PY) -m csrc_bench.compare runs/bench.json
 
-$(VENV)/demo $(VENV)/dev $(VENV)/bench: $(VENV)/%: pyproject.toml constraints.txt
+# a warning is an error: a link that leads nowhere, a name that does not exist
+docs: $(VENV)/docs
+	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs
+
+$(VENV)/demo $(VENV)/dev $(VENV)/bench $(VENV)/docs: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs

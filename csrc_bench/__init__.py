@@ -1,1 +1,1 @@
-"""Benchmarks; run from a checkout, not installed."""
+"""Benchmarks. They run from a checkout and are not installed."""

@@ -47,8 +47,6 @@ def ours(shape, backend):
 
 
 def baddbmm(shape):
-    """Out of place."""
-
     def run(x, A, B, base):
         return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=SCALING)
 
@@ -56,7 +54,7 @@ def baddbmm(shape):
 
 
 def baddbmm_(shape):
-    """In place, into one buffer again and again; its first result is base + update, and that is what is checked."""
+    """In place, into the same buffer at every call. The check sees the first result, which is base + update."""
     buffers = {}
 
     def run(x, A, B, base):
@@ -71,7 +69,7 @@ def vmap(shape):
 
 
 def loop(shape):
-    """One particle after the other, as PEFT's own layer computes under set_adapter."""
+    """One particle after the other, as PEFT's layer computes after set_adapter."""
 
     def run(x, A, B, base):
         linear = torch.nn.functional.linear
@@ -81,7 +79,7 @@ def loop(shape):
 
 
 def copy(shape, direction):
-    """Every large tensor once: x and base in, the result out; then its gradient and x in, the gradient of x out."""
+    """Moves every large tensor once: x, base and the result; in the backward the two gradients, and x again."""
     K, M, I, O = (shape[k] for k in "KMIO")
     elements = {"forward": I + 2 * O, "backward": O + 2 * I, "both": 3 * I + 3 * O}[direction] * K * M
     return copies(elements * getattr(torch, shape["dtype"]).itemsize, device_type())

@@ -1,7 +1,7 @@
-"""The fused loss, renyi_loss: hidden states to the coupled loss through linear_logprob.
+"""The fused loss, renyi_loss: from hidden states to the coupled loss, through linear_logprob.
 
-K particles, B sequences, T tokens, D hidden size, V vocabulary. `forward` is without a gradient; in `both` the gradient
-is formed in the forward already, which leaves next to nothing to `backward`.
+K particles, B sequences, T tokens, D hidden size, V vocabulary. `forward` runs without gradients. In `both`, the
+forward already computes the gradient, so that `backward` has almost nothing left to do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def inputs(shape, device, generator):
 
 
 def from_logprob(logprob):
-    """The loss of token log-probabilities [K, B, T], naively."""
+    """The loss of token log-probabilities [K, B, T], by the reference."""
     return reference.renyi_reduce(logprob.sum(-1), ALPHA)[0]
 
 
@@ -59,7 +59,7 @@ def ours(shape, backend):
 
 
 def with_cross_entropy(cross_entropy):
-    """The loss, from a peer's cross_entropy(hidden [N, D], weight, labels [N]) -> [N]."""
+    """The loss, by the cross_entropy(hidden [N, D], weight, labels [N]) -> [N] of another library."""
 
     def run(hidden, weight, labels):
         nll = cross_entropy(hidden.flatten(0, 2), weight, labels.expand(hidden.shape[:3]).flatten())
@@ -82,7 +82,7 @@ def cut_cross_entropy(shape):
 
 
 def torch_chunked(shape):
-    """PyTorch's own, chunked; from 2.13 on."""
+    """PyTorch's own chunked loss, which exists from version 2.13 on."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Skipped(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -90,7 +90,7 @@ def torch_chunked(shape):
 
 
 def gemms(shape, direction):
-    """Logits [N, V] and, for the gradient, what is shaped like them times the weight; bf16 in and out, nothing else."""
+    """The product for the logits [N, V], and that of their gradient and the weight. bf16 in and out, nothing else."""
     kept = {}
 
     def run(hidden, weight, labels):

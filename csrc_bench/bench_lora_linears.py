@@ -1,6 +1,6 @@
-"""lora_linears: frozen maps of one input and all updates, as the engine runs q/k/v and gate/up.
+"""lora_linears: frozen maps of one input with all their updates, as the engine runs q/k/v and gate/up.
 
-K particles, M rows a particle, I/O in/out features (O of each map), R rank. The adapters are fp32 masters.
+K particles, M rows a particle, I/O in/out features (O of each map), R rank. The adapters are in fp32.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def inputs(shape, device, generator):
 
 
 def on_lists(shape, function):
-    """function(x, weights, A, B) as one of all tensors in a row."""
+    """Turns function(x, weights, A, B) into a function of all tensors one after the other."""
     n = len(shape["O"])
     return lambda x, *rest: tuple(function(x, rest[:n], rest[n : 2 * n], rest[2 * n :]))
 
@@ -84,7 +84,7 @@ def vmap(shape):
 
 
 def loop(shape):
-    """One particle after the other, as PEFT's own layer computes under set_adapter: its adapters in fp32."""
+    """One particle after the other, as PEFT's layer computes after set_adapter, with adapters in fp32."""
 
     def one(x, w, a, b):
         return (linear(x, w) + linear(linear(x.to(a.dtype), a), b) * SCALING).to(x.dtype)
@@ -97,7 +97,7 @@ def loop(shape):
 
 
 def gemms(shape, direction):
-    """The frozen maps alone: x W^T forward, dY W backward, over the rows of all particles."""
+    """The frozen maps alone: x W^T forward, dY W backward, on the rows of all particles."""
     gradients = {}
 
     def run(x, *rest):

@@ -1,4 +1,4 @@
-"""renyi_reduce: token log-probabilities to the coupled loss. K particles, B sequences, T tokens."""
+"""renyi_reduce: from token log-probabilities to the coupled loss. K particles, B sequences, T tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shapes(device, tiny):
 
 def inputs(shape, device, generator):
     logp = torch.randn(shape["K"], shape["B"], shape["T"], generator=generator, device=device)
-    # sums that differ by some nats, so that the responsibilities are neither uniform nor one-hot
+    # the sums differ by a few nats, so that the responsibilities are neither uniform nor one-hot
     return [(-10 + logp * shape["T"] ** -0.5).requires_grad_()]
 
 
@@ -38,12 +38,12 @@ def ours(shape, backend):
 
 
 def logsumexp(shape):
-    """What one writes first: in fp32, and without a digit left for a small alpha."""
+    """The obvious formula, in fp32. It loses every digit at a small alpha."""
     return lambda logp: -(torch.logsumexp(ALPHA * logp.sum(-1), dim=0) - math.log(shape["K"])) / ALPHA
 
 
 def copy(shape, direction):
-    """Read every log-probability forward, write every gradient backward."""
+    """Reads every log-probability in the forward, and writes every gradient in the backward."""
     entries = shape["K"] * shape["B"] * shape["T"] * (2 if direction == "both" else 1)
     return copies(4 * entries, device_type())
 

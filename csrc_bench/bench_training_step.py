@@ -1,7 +1,7 @@
 """The whole training step: K coupled adapters, forward, backward and AdamW, on random tokens and weights.
 
-K particles, B sequences, T tokens, R rank; adapters on all linear maps of all layers, or of the last quarter. Run as a
-module it prints a profile of our step at the shape of the bar.
+K particles, B sequences, T tokens, R rank. The adapters are on all linear maps of all layers, or of the last quarter.
+`python -m csrc_bench.bench_training_step` prints a profile of our step at the first shape.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def variants(device: str) -> dict[str, Variant]:
 
 @dataclass
 class StepSuite:
-    """The steps of one shape share a model; each leaves it as it found it."""
+    """The steps of one shape share a model. Each step restores it at the end."""
 
     op: str = "training_step"
     _model: tuple = (None, None)
@@ -104,9 +104,9 @@ class StepSuite:
     def points(self, device: str, tiny: bool) -> list[Point]:
         def fits(shape, name, variant):
             if name == "peft_all_layers" and layers_of(shape) is None:
-                return False  # that is peft
+                return False  # the same as peft
             if name == "ours_compile" and tiny:
-                return False  # takes longer to compile than all else
+                return False  # compiling takes longer than everything else together
             return not variant.slow or shape["name"].startswith("bar")
 
         return [
@@ -137,7 +137,7 @@ class StepSuite:
             calls = [partial(way.step, random_ids(shape, seed)) for seed in range(3)]
             yield calls, path
         except BaseException:
-            # what stopped in the middle may have left the model changed
+            # a step that failed may have left the model changed
             self._model = (None, None)
             raise
         finally:
@@ -145,7 +145,7 @@ class StepSuite:
                 way.close()
 
     def _reference(self, model, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and gradients on few tokens, by the naive path."""
+        """The log-probabilities and gradients of the naive step, on few tokens."""
         if self._gold[0] != shape:
             way = Ensemble(model, shape, "reference")
             self._gold = (shape, way.score(self._few(shape)))
@@ -159,7 +159,7 @@ class StepSuite:
     def _check(self, way, shape: Shape, gold: tuple[Tensor, Tensor]) -> None:
         logp, gradient = way.score(self._few(shape))
         require_close("logp", logp, gold[0], 1e-2)
-        # bf16 through all layers: entries wander, particles told apart by far more
+        # bf16 errors grow through all layers, but the particles differ by far more
         require_close("gradient", gradient, gold[1], 0.1)
 
 
@@ -171,7 +171,7 @@ def test_speed(point, measured):
 
 
 def main() -> None:
-    """Print where the time of our step goes at the shape of the bar."""
+    """Print where the time of our step goes, at the first shape."""
     from torch.profiler import ProfilerActivity, profile
 
     parser = argparse.ArgumentParser(description=main.__doc__)

@@ -1,7 +1,7 @@
-"""Side by side: what was measured, with ratios to naive, to the best peer and to the floor.
+"""Results side by side, with ratios to naive, to the best peer and to the floor.
 
 python -m csrc_bench.compare FILE...            every row
-python -m csrc_bench.compare --readme FILE...   the bars alone, as a Markdown table
+python -m csrc_bench.compare --readme FILE...   the main shapes only, as a Markdown table
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def load(paths: Iterable[Path]) -> list[Row]:
-    """Rows of result files, timed ones and others; of the same row measured twice the last."""
+    """The rows of result files, timed or not. If a row was measured twice, the last one counts."""
     rows = {}
     for path in paths:
         results = json.loads(Path(path).read_text())
@@ -30,7 +30,7 @@ def load(paths: Iterable[Path]) -> list[Row]:
 
 
 def groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    """Rows that did the same work: by device, threads, op, shape, dtype and direction."""
+    """The rows that did the same work, by device, threads, op, shape, dtype and direction."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         key = (row["device"], row["threads"], row["op"], row["shape_name"], row["dtype"], row["direction"])
@@ -39,14 +39,14 @@ def groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
 
 
 def best(rows: Iterable[Row], kind: str) -> Row | None:
-    """The fastest row of a kind; the slowest floor, since nothing gets below any of them."""
+    """The fastest row of a kind. Of floors the slowest, because no variant can get below any floor."""
     rows = [row for row in rows if row["status"] == "ok" and row["kind"] == kind]
     choose = max if kind == "floor" else min
     return choose(rows, key=lambda row: row["median_ms"], default=None)
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """Rows with speed-up over naive and over the best peer, and time over the floor; untimed rows have none."""
+    """The rows, the fastest first, each with its ratios: speed-up over naive and best peer, time over the floor."""
     ends = {kind: best(rows, kind) for kind in ("naive", "peer", "floor")}
     ranked = []
     for row in rows:
@@ -72,7 +72,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def table(lines: list[list[str]]) -> str:
-    """Columns, the first one to the left, the others to the right."""
+    """Aligned columns: the first one to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = []
     for line in lines:
@@ -84,7 +84,7 @@ def table(lines: list[list[str]]) -> str:
 
 
 def text(rows: list[Row]) -> str:
-    """Every group: timed rows from fast to slow, then those that were not timed, with the reason."""
+    """Every group: timed rows from fast to slow, then the rows that were not timed, with the reason."""
     head = ["variant", "kind", "path", "median ms", "p20", "p80", "peak MiB", "x naive", "x best peer", "floor x"]
     parts = []
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
@@ -105,7 +105,7 @@ def text(rows: list[Row]) -> str:
 
 
 def readme(rows: list[Row]) -> str:
-    """The bars, forward and backward together, as Markdown: our fastest path beside naive, best peer and floor."""
+    """The main shapes, forward and backward together: our fastest path beside naive, the best peer and the floor."""
     head = "| device | what | ours, ms | naive | best peer | floor | peak MiB, ours / naive |"
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
@@ -129,7 +129,7 @@ def readme(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m csrc_bench.compare", description="Benchmark results side by side.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of pytest-benchmark or of --results")
-    parser.add_argument("--readme", action="store_true", help="the bars alone, as a Markdown table")
+    parser.add_argument("--readme", action="store_true", help="the main shapes only, as a Markdown table")
     options = parser.parse_args(arguments)
     rows = load(options.files)
     print(readme(rows) if options.readme else text(rows), end="")

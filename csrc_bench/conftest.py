@@ -1,4 +1,4 @@
-"""Rows: one test each, into pytest-benchmark's JSON; what was not timed stands beside, under `not_timed`."""
+"""Each row is a test and goes into pytest-benchmark's JSON. Rows that were not timed stand there under `not_timed`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ OUT_OF_TIME = measure.Skipped("out of time")
 
 def pytest_addoption(parser):
     group = parser.getgroup("csrc_bench")
-    group.addoption("--tiny", action="store_true", help="shapes of a few numbers: does it run at all?")
-    group.addoption("--results", type=Path, help="JSON: every row as soon as it is there; what it holds is left out")
-    group.addoption("--seconds", type=float, help="start no row later than this many seconds after the start")
+    group.addoption("--tiny", action="store_true", help="very small shapes, to see whether everything runs")
+    group.addoption("--results", type=Path, help="JSON file: each row is added when measured; rows in it are skipped")
+    group.addoption("--seconds", type=float, help="start no row after this many seconds")
 
 
 def pytest_configure(config):
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def measured(request):
-    """measured(point): the row of that point, timed or with the reason why not."""
+    """measured(point) makes the row of that point: timed, or with the reason why it was not."""
 
     def run(point):
         config = request.config
@@ -69,7 +69,7 @@ def measured(request):
 
         def timer():
             timers.append(request.getfixturevalue("benchmark"))
-            timers[0].params = None  # `extra_info` says it in plain numbers
+            timers[0].params = None  # extra_info holds them as plain numbers
             timers[0].extra_info.update(row)
             return timers[0]
 
@@ -83,7 +83,7 @@ def measured(request):
             config.not_timed.append(row | {"path": None, "status": status})
             _add(config, not_timed=config.not_timed[-1])
             if "CUDA error" in status:
-                pytest.exit(f"no row of this process can be trusted any more: {status}", returncode=3)
+                pytest.exit(f"a CUDA error makes all later rows of this process wrong: {status}", returncode=3)
             if isinstance(error, measure.Skipped):
                 pytest.skip(status)
             if isinstance(error, measure.Wrong) and variant.kind == "peer":
@@ -112,7 +112,7 @@ def _load(path):
 
 
 def _add(config, **row):
-    """One more row in the file of --results, which is whole at any moment; it takes the place of an older one."""
+    """Put a row into the file of --results, in place of an older one. The file is complete at any moment."""
     path = config.getoption("results")
     if path is None:
         return

@@ -1,7 +1,7 @@
-"""How a variant is measured: checked against the reference, then timed over several input sets, then its peak memory.
+"""How a variant is measured: checked against the reference, then timed on several input sets, then its peak memory.
 
-A variant that is wrong, cannot run here or would take another path than the one it is named after is never timed: it
-ends as a row with the reason.
+A variant is never timed if it is wrong, cannot run here, or would take another path than its name says. Its row then
+holds the reason.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from torch.profiler import ProfilerActivity, profile
 from renyi_kernels.backend import resolve
 
 Shape = dict[str, Any]
-"""Sizes by letter, and: `name` of the shape ("bar..." if people hold us to it) and `dtype`, a name in torch."""
+"""The sizes by letter, the `name` of the shape ("bar..." for a main shape), and `dtype`, a name in torch."""
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
-"""Largest error of a value or gradient over the largest entry of the reference."""
+"""The largest error of a value or gradient, relative to the largest entry of the reference."""
 
-_CACHE_MIB = {"cpu": 256, "cuda": 128}  # more than the caches hold
-_SECONDS = {"cpu": 1.0, "cuda": 0.4}  # of timed calls for one row, if 5 rounds (3 of slow ones) fit
+_CACHE_MIB = {"cpu": 256, "cuda": 128}  # more than a cache holds
+_SECONDS = {"cpu": 1.0, "cuda": 0.4}  # of timed calls for one row, but at least 5 rounds (3 if they are slow)
 
 
 class NotTimed(Exception):
-    """Why a variant has no time."""
+    """Says why a variant was not timed."""
 
     def __str__(self) -> str:
         return f"{type(self).__name__.lower()}: {self.args[0]}"
@@ -50,7 +50,7 @@ class Skipped(NotTimed):
 
 
 class Wrong(NotTimed):
-    """It ran, and its result is not the reference's."""
+    """It ran, but its result is not that of the reference."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Variant:
     """One way to do the work.
 
     Attributes:
-        kind: "ours", "naive", "peer", "floor" (what nobody can be faster than; it computes no result) or "other"
-            (other work, or ours by other means: shown, never ranked).
-        build: shape -> f(*inputs); of a floor (shape, direction) -> f(*inputs).
-        backend: the path of ours that must run.
-        needs: module that must be installed.
-        slow: takes long to prepare; measured at the bars only.
+        kind: "ours", "naive", "peer", "floor" (no variant can be faster; it computes no result) or "other" (it does
+            other work, or is ours made in another way; it is shown, but not ranked).
+        build: shape -> f(*inputs); for a floor (shape, direction) -> f(*inputs).
+        backend: for our variants, the path that must run.
+        needs: the module that must be installed.
+        slow: it takes long to prepare, so it is measured at the main shapes only.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Point:
-    """One row to be: a variant of a suite at a shape, in a direction."""
+    """A row to be measured: a variant of a suite, at a shape, in a direction."""
 
     suite: Any
     shape: Shape = field(hash=False)
@@ -94,14 +94,14 @@ def device_type() -> str:
 
 
 def clock() -> float:
-    """Seconds, read when the device has done all it was given."""
+    """Seconds, read after the device has finished all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
-    """The most MiB of tensors alive at once that `call` allocated, its result included."""
+    """The most MiB that tensors allocated by `call`, its result included, take at one moment."""
     if not torch.cuda.is_available():
         return cpu_peak_mib(call)
     torch.cuda.synchronize()
@@ -113,7 +113,7 @@ def peak_mib(call: Callable[[], Any]) -> float:
 
 
 def cpu_peak_mib(call: Callable[[], Any]) -> float:
-    """The same of tensors on the CPU, with or without a GPU."""
+    """The same for tensors on the CPU, whether or not there is a GPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def cpu_peak_mib(call: Callable[[], Any]) -> float:
 
 
 def percentile(data: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest ranks."""
+    """Interpolated linearly between the two nearest ranks."""
     data = sorted(data)
     position = (len(data) - 1) * percent / 100
     low = math.floor(position)
@@ -138,7 +138,7 @@ def percentile(data: Sequence[float], percent: float) -> float:
 
 
 def require_path(op: str, tensor: Tensor, wanted: str) -> str:
-    """`wanted`, if that is the path `op` takes for this tensor; else Skipped."""
+    """`wanted`, if `op` takes that path for this tensor. Raises Skipped if it does not."""
     try:
         path = resolve(op, tensor, wanted)
     except ValueError as error:
@@ -146,17 +146,17 @@ def require_path(op: str, tensor: Tensor, wanted: str) -> str:
     if path != wanted:
         raise Skipped(f"{wanted!r} was asked for and {path!r} would run")
     if path == "triton" and (tensor.device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise Skipped("Triton's interpreter says nothing about speed")
+        raise Skipped("the speed of Triton's interpreter says nothing about a GPU")
     return path
 
 
 def require_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Wrong, unless every entry is within `tolerance` times the largest of `want`."""
+    """Raises Wrong unless every entry is within `tolerance` times the largest entry of `want`."""
     if got.shape != want.shape:
         raise Wrong(f"{name} is {list(got.shape)} instead of {list(want.shape)}")
     scale = want.abs().max().item() if want.numel() else 0.0
     error = (got.to(want.dtype) - want).abs().max().item() / max(scale, 1e-30) if want.numel() else 0.0
-    if not error <= tolerance:  # so that NaN is wrong
+    if not error <= tolerance:  # in this form, NaN is wrong
         raise Wrong(f"{name} is off by {error:.1e} of its largest entry ({tolerance:.0e} allowed)")
 
 
@@ -165,12 +165,12 @@ def require_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> Non
 
 @dataclass
 class OpSuite:
-    """Variants of one op, each a function of the same inputs; those inputs that require a gradient get one.
+    """Variants of one op: functions of the same inputs. The inputs that require a gradient get one.
 
     Attributes:
         shapes: device type, tiny -> shapes.
         inputs: shape, device, generator -> tensors.
-        reference: shape -> f(*inputs); in fp32 (for bf16) or fp64 it is the truth.
+        reference: shape -> f(*inputs). Computed in fp32 (for bf16) or fp64, it is what is right.
         variants: device type -> variants by name.
     """
 
@@ -183,7 +183,7 @@ class OpSuite:
     _kept: tuple = (None, None)
 
     def points(self, device: str, tiny: bool) -> list[Point]:
-        """At the bars every direction; elsewhere forward and backward together."""
+        """Every direction at the main shapes; forward and backward together at all others."""
         return [
             Point(self, shape, direction, name)
             for shape in self.shapes(device, tiny)
@@ -194,7 +194,7 @@ class OpSuite:
 
     @contextlib.contextmanager
     def prepared(self, point: Point) -> Iterator[tuple[list[Callable[[], Any]], str | None]]:
-        """Calls that do the same work on one input set each, and the path of ours they take. Raises NotTimed."""
+        """(calls, each the same work on another input set; the path, if the variant is ours). Raises NotTimed."""
         variant, device = self.variants(device_type())[point.variant], device_type()
         sets, upstream, gold = self._sets(point.shape, device)
         path = require_path(self.op, sets[0][0], variant.backend) if variant.backend else None
@@ -207,7 +207,7 @@ class OpSuite:
         yield [self._call(function, inputs, upstream, point.direction) for inputs in sets], path
 
     def _sets(self, shape: Shape, device: str) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
-        """Input sets that no cache holds together, upstream gradients, and gold: outputs and gradients of set 0."""
+        """Input sets that together exceed the cache, upstream gradients, and gold: outputs and gradients of set 0."""
         if self._kept[0] != (shape, device):
             self._kept = (None, None)
             draw = lambda seed: self.inputs(shape, device, torch.Generator(device).manual_seed(seed))
@@ -261,12 +261,12 @@ def _gradients(outputs, inputs, upstream, **options) -> tuple[Tensor, ...]:
 
 
 def variants_of_op(device: str, ours: Callable[..., Callable], naive: Callable, floor: Callable) -> dict[str, Variant]:
-    """What every op suite times: ours on the device's path (on a GPU in torch, too), a floor, naive, naive compiled.
+    """The variants of every op suite: ours (on a GPU on the torch path too), a floor, naive, and naive compiled.
 
     Args:
         ours: shape, backend -> f(*inputs).
         naive: shape -> f(*inputs).
-        floor: shape, direction -> f(*inputs); its name is the variant's.
+        floor: shape, direction -> f(*inputs). The variant takes the name of this function.
     """
     on = lambda backend: Variant("ours", partial(ours, backend=backend), backend)
     return {
@@ -279,16 +279,16 @@ def variants_of_op(device: str, ours: Callable[..., Callable], naive: Callable, 
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile for this shape alone."""
+    """torch.compile, for this shape only."""
     import torch._functorch.config
 
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the backward is timed on its own, so its graph is kept
+    torch._functorch.config.donated_buffer = False  # the backward is timed alone, many times on one graph
     return torch.compile(function, dynamic=False)
 
 
 def copies(num_bytes: int, device: str) -> Callable[..., None]:
-    """f(*anything) that reads and writes `num_bytes` bytes together, never the same twice in a row."""
+    """A function that reads and writes `num_bytes` bytes in all, and never the same bytes twice in a row."""
     half = max(num_bytes // 2, 1)
     count = min(max(math.ceil(_CACHE_MIB[device] * 2**20 / num_bytes), 2), 16)
     pairs = itertools.cycle([torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(count)])
@@ -304,14 +304,14 @@ def copies(num_bytes: int, device: str) -> Callable[..., None]:
 
 
 def measure(point: Point, timer: Callable[[], Any], seconds: float | None = None) -> dict[str, Any]:
-    """Check and time one point: what stands in the row's `extra_info`.
+    """Check and time one point. Returns what goes into the row's `extra_info`.
 
     Args:
-        timer: gives pytest-benchmark's fixture; called only once the variant has passed its check.
-        seconds: of timed calls; None for what suits the device.
+        timer: gives pytest-benchmark's fixture. It is called only after the variant has passed its check.
+        seconds: of timed calls; None for the device's default.
 
     Raises:
-        NotTimed.
+        NotTimed: the variant is wrong or cannot run here.
     """
     variant = point.suite.variants(device_type())[point.variant]
     try:
@@ -337,11 +337,11 @@ def measure(point: Point, timer: Callable[[], Any], seconds: float | None = None
 
 
 def _time(benchmark: Any, calls: list[Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median, p20 and p80 in ms of one call, by pytest-benchmark; the calls take turns."""
+    """Median, p20 and p80 of one call in ms, timed by pytest-benchmark. The calls take turns."""
     start = clock()
     calls[-1]()
     once = max(clock() - start, 1e-7)
-    # many short calls make a round: what is measured is their throughput, not the cost of waiting for the device
+    # a round groups many short calls, so that their throughput is measured and not the wait for the device
     iterations = max(1, math.ceil(0.005 / once / len(calls))) * len(calls) if once < 0.005 else 1
     rounds = min(max(int(seconds / (once * iterations)), 3 if once > 1 else 5), 100)
     turns = itertools.cycle(calls)

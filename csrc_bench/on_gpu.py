@@ -1,10 +1,10 @@
-"""One command for a GPU machine, from a bare checkout: the kernel tests on hardware, then the benchmarks.
+"""One command for a GPU machine: runs the kernel tests there, then the benchmarks. A checkout is enough.
 
     python -m csrc_bench.on_gpu --out DIR --minutes 8
 
-The most telling rows come first and each is written as soon as it is there, so running out of time loses nothing. The
-same DIR again goes on with the rows that are missing. In DIR: summary.txt (read this first), results.json, tests.txt,
-tests.xml, profile.txt, benchmarks.txt.
+The most important rows come first, and each row is written as soon as it is measured, so that nothing is lost when the
+time is up. The same command with the same DIR measures the rows that are missing. DIR then holds summary.txt (read this
+first), results.json, tests.txt, tests.xml, profile.txt and benchmarks.txt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BENCHMARKS = [
 
 
 def run(command: list[str], log: Path, seconds: float) -> str:
-    """Run to the end or for `seconds`, its output added to `log`; how it ended, in words."""
+    """Run a command for at most `seconds`, and add its output to `log`. Returns how it ended, in words."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
     start = time.monotonic()
@@ -62,7 +62,7 @@ def run(command: list[str], log: Path, seconds: float) -> str:
                 process.wait(10)
             ended = "out of time"
         finally:
-            # its workers too: they would compute on under what is measured next
+            # its workers too: else they would go on and disturb the next measurement
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -77,9 +77,9 @@ def last_line(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m csrc_bench.on_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
-    parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")
-    parser.add_argument("--tiny", action="store_true", help="shapes of a few numbers: does it run at all?")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
+    parser.add_argument("--skip-tests", action="store_true", help="run the benchmarks only")
+    parser.add_argument("--tiny", action="store_true", help="very small shapes, to see whether everything runs")
     options = parser.parse_args(arguments)
     total = 60 * options.minutes
     end = time.monotonic() + total
@@ -97,10 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     failed = False
     if not options.skip_tests:
-        # what compiles without a GPU says nothing about this one
+        # test_aot compiles without a GPU, and says nothing about this one
         tests = ["-m", "pytest", "tests/renyi_kernels", "--ignore=tests/renyi_kernels/test_aot.py"]
         tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        if importlib.util.find_spec("xdist"):  # most of their time goes into compiling
+        if importlib.util.find_spec("xdist"):  # most of the time is compiling
             tests += ["-n", str(min(8, os.cpu_count() or 1))]
         ended = run([*tests, f"--junit-xml={out / 'tests.xml'}"], out / "tests.txt", TESTS_SHARE * total)
         failed = not ended.startswith("done")
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
             note(f"{name}: {run(['-m', 'csrc_bench.bench_training_step', *tiny], out / 'profile.txt', left)}")
             continue
         command = ["-m", "pytest", *selection, *tiny, "-p", "no:cacheprovider", "-rsx", "--tb=short"]
-        # no row starts in the last seconds, so that the one under way can end
+        # no row starts in the last seconds, so that the last one can finish
         command += ["--results", str(results), "--seconds", f"{left - 8:.0f}"]
         note(f"{name}: {run(command, log, left)}: {last_line(log)}")
     return int(failed)

@@ -1,4 +1,4 @@
-"""The ways to make a training step: ours, PEFT's, vmap's, and the floor; on random tokens and weights.
+"""The ways to make a training step, on random tokens and weights: ours, PEFT's, vmap's, and the floor.
 
 K particles, B sequences, T tokens, R rank.
 """
@@ -45,7 +45,7 @@ CONFIGS = {
 
 
 def build_model(name: str, layers: int | None = None):
-    """A bf16 model of random weights; the same ones each time."""
+    """A bf16 model with random weights, the same at every call."""
     config = CONFIGS[name]()
     if layers is not None:
         config.num_hidden_layers = layers
@@ -62,7 +62,7 @@ def layers_of(shape: Shape) -> list[int] | None:
 
 
 def attach(model, shape: Shape) -> LoraEnsemble:
-    """Adapters whose B is not zero: every particle differs, and every gradient counts."""
+    """An ensemble whose B is not zero, so that particles differ and no gradient is zero."""
     return LoraEnsemble.attach(
         model,
         EnsembleConfig(
@@ -77,30 +77,30 @@ def attach(model, shape: Shape) -> LoraEnsemble:
 
 
 def random_ids(shape: Shape, seed: int, num_tokens: int | None = None) -> Tensor:
-    """[B, T] on the CPU, where a data loader leaves them."""
+    """[B, T] on the CPU, where a data loader would leave them."""
     size = (shape["B"], num_tokens or shape["T"])
     vocabulary = CONFIGS[shape["model"]]().vocab_size
     return torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(seed))
 
 
 def sequence_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """[B] nats, summed over the tokens after the first; the user's plain PyTorch."""
+    """[B] nats, summed over the tokens after the first, in plain PyTorch."""
     logits, targets = logits[:, :-1].float(), ids[:, 1:].to(logits.device)
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nll.view(len(ids), -1).sum(-1)
 
 
 def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
-    """The same for every way, or the optimizers would be what is compared."""
+    """The optimizer, the same for every way: it is not what is compared."""
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
 
-# the ways to make a step: each has step(ids), and score(ids) -> (logp [K, B], for every particle the gradient of its
-# own -sum_i logp[k, i] in the B of the lowest adapted q_proj, [K, O, R])
+# Each way to make a step has step(ids), and score(ids) -> (logp [K, B], gradient [K, O, R]): for every particle the
+# gradient of its own -sum_i logp[k, i] in the B of the lowest adapted q_proj.
 
 
 class Ensemble:
-    """Ours, on one path for all ops."""
+    """Our step, with one path for all ops."""
 
     def __init__(self, model, shape: Shape, backend: str) -> None:
         self.backend, self.ensemble = backend, attach(model, shape)
@@ -124,7 +124,7 @@ class Ensemble:
 
 
 class CompiledLayers(Ensemble):
-    """Ours, with torch.compile of the decoder layers one by one: layers of a kind share a graph."""
+    """Our step, with torch.compile of each decoder layer. Layers of the same kind share a graph."""
 
     def __init__(self, model, shape: Shape, backend: str) -> None:
         super().__init__(model, shape, backend)
@@ -154,9 +154,9 @@ class Compiled(Ensemble):
 
 
 class Peft:
-    """PEFT's loop: one particle after the other by set_adapter, then one AdamW step for all.
+    """A loop over particles by PEFT's set_adapter, then one AdamW step for all.
 
-    Its particles do not know of each other (alpha = 0): coupling them would cost PEFT a scoring pass more.
+    Its particles are not coupled (alpha = 0): coupling would cost PEFT one more scoring pass.
     """
 
     def __init__(self, model, shape: Shape, fp32: bool = True, everywhere: bool = False) -> None:
@@ -232,8 +232,8 @@ class Vmap:
             output = torch.func.functional_call(self.model, adapters, kwargs={"input_ids": ids, "use_cache": False})
             return -sequence_nll(output.logits, ids)
 
-        # inside vmap no tensor says that it requires a gradient: cuDNN's attention and the memory-efficient one would
-        # keep nothing for their backward, and silently give a wrong gradient
+        # inside vmap no tensor says that it requires a gradient. So cuDNN's and the memory-efficient attention keep
+        # nothing for their backward, and give a wrong gradient without an error.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             return torch.vmap(one)(self.adapters)
 
@@ -252,9 +252,10 @@ class Vmap:
 
 
 class FrozenBase:
-    """The floor: the bare base on the same tokens, its backward to the inputs, and the head's two bare products.
+    """The floor: the frozen base forward and backward on the same tokens, and the two products of its head.
 
-    Layers below the first adapted one run forward once for all particles; the rest forward and backward on all rows.
+    The layers below the first adapted one run forward only, once for all particles. The others run forward and backward
+    on all rows.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -282,7 +283,7 @@ class FrozenBase:
 
 
 def initial(model, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapters that ours starts from, by path."""
+    """The adapters from which our step starts, by path."""
     ensemble = attach(model, shape)
     stacked = {path: (A.detach().clone(), B.detach().clone()) for path, (A, B) in ensemble.stacked().items()}
     ensemble.detach()

@@ -54,55 +54,6 @@ def test_an_editable_installation_leaks_no_folder_of_the_project():
     assert done.stdout.strip() == "[]"
 
 
-def readme_code(heading: str) -> str:
-    """The first python block after a heading of the README."""
-    text = (ROOT / "README.md").read_text()
-    return re.search(r"```python\n(.*?)```", text[text.index(heading) :], re.S)[1]
-
-
-def test_the_readmes_loop_runs_as_printed_and_is_twenty_lines(model_folder, tmp_path, monkeypatch, capsys):
-    code = readme_code("## A loop of your own")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(model_folder)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    losses = [float(match) for match in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert losses[-1] < losses[0]
-    assert (tmp_path / "particles" / "p000" / "adapter_model.safetensors").exists()
-
-
-def test_the_readmes_file_tree_is_the_real_one():
-    text = (ROOT / "README.md").read_text()
-    tree = re.search(r"## What is where\n+```\n(.*?)```", text, re.S)[1]
-    folder, listed = "", set()
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if not line.startswith(" ") and name.endswith("/"):
-            folder = name
-        elif name.endswith(".py"):
-            listed.add((folder if line.startswith(" ") else "") + name)
-    real = {
-        str(path.relative_to(ROOT))
-        for folder in ("kernels/renyi_kernels", "renyi_engine", "examples")
-        for path in (ROOT / folder).rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert listed == real
-
-
-def test_the_readmes_flags_exist_and_none_is_missing():
-    import dataclasses
-
-    from renyi_engine import DpoConfig, SftConfig
-
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Flags") :].split("\n## ")[0]
-    listed = set(re.findall(r"`--(\w+)`", section))
-    fields = [*dataclasses.fields(SftConfig), *dataclasses.fields(DpoConfig)]
-    known = {field.name for field in fields} | {"config", "print_config", "dry_run"}
-    assert listed == known
-
-
 def test_the_custom_loop_is_short_trains_and_needs_nothing_of_the_trainer(model_folder, tmp_path, monkeypatch, capsys):
     path = ROOT / "examples" / "custom_loop.py"
     source = path.read_text()

@@ -30,6 +30,8 @@ from torch import Tensor
 from renyi_kernels import renyi_reduce
 
 CONTESTED, OUT_OF_SUPPORT, PLAIN = "contested or poisoned", "out of support", ""
+FLAGGED_BY = ("disagreement", "gain_over_base_nats_per_token")
+NLLS = ("best_particle_nll_nats_per_token", "mixture_nll_nats_per_token", "base_nll_nats_per_token")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 from . import charts as charts
 from . import page as page
 from . import pictures as pictures
+from . import words as words
 from .charts import lines as lines
 from .charts import scatter as scatter
 from .page import Picture as Picture
 from .page import Section as Section
 from .page import Table as Table
 from .page import as_text as as_text
+from .page import page_title as page_title
 from .page import write_page as write_page
 from .pictures import ACCENT as ACCENT
 from .pictures import COLOURS as COLOURS

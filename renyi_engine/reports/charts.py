@@ -17,11 +17,12 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from renyi_engine.reports import pictures
-from renyi_engine.reports.page import Key, Picture
+from renyi_engine.reports.page import Key, Picture, Table
 from renyi_engine.reports.pictures import ACCENT, BOTTOM, COLOURS, INK, LEFT, MUTED, SMALL, WIDTH, Array
 
 MAX_MARKERS = 2000  # drawn one by one; more are drawn as an image
 MAX_LABEL = 40  # characters
+MAX_HOVER = 80  # characters of an example's text that hovering over its column shows
 LINES = {"wide": "-", "dash": (0, (4, 2)), "dots": (0, (1, 1.2))}
 MARKERS = {"circle": "o", "triangle": "^", "square": "s", "diamond": "D"}
 NAMED = (MUTED, INK, ACCENT, *COLOURS[1:])  # bars that are no particle's
@@ -30,67 +31,100 @@ DIVIDER, ON_LIGHT, ON_DARK = "#d55e00", "#1b1f32", "#f0f4f5"
 FRAME = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1.5}  # thresholds, diagonals
 
 
+def name_columns(
+    responsibilities: Array, names: Sequence[str], texts: Sequence[str], title: str
+) -> tuple[list[str], Table]:
+    """What hovering over each column of a heat map shows, and the list of its examples.
+
+    Args:
+        responsibilities: [K, N] in the order of the heat map. names, texts: of each of the N examples, in that order.
+    """
+    hover, rows = [], []
+    for i in pictures.shown_examples(len(names)):
+        of_example = responsibilities[:, i]
+        leader, part = of_example.argmax(), f"{of_example.max():.2f}"
+        alike = len(of_example) > 1 and of_example.min() == of_example.max()
+        told = "all particles alike" if alike else f"particle {leader} leads"
+        hover.append(f"{names[i]}: {told}, {part}. {_short(texts[i], MAX_HOVER)}".rstrip())
+        rows.append([str(i + 1), names[i], texts[i], "–" if alike else str(leader), part])
+    return hover, Table(title, ["place", "name", "example", "leading particle", "its responsibility"], rows)
+
+
 @pictures.style()
 def heat_map(
     name: str,
-    weights: ArrayLike,
+    responsibilities: ArrayLike,
     *,
     caption: str,
+    names: Sequence[str],
+    texts: Sequence[str],
     xlabel: str = "examples, grouped by leading particle",
     groups: Sequence[tuple[str, int]] | None = None,
 ) -> Picture:
-    """The weight [K, N] of each particle on each example: particles down, examples across.
+    """The responsibilities [K, N] of the particles: particles down, examples across.
 
     Args:
-        weights: the weights of an example add up to 1 over particles.
+        responsibilities: over the particles, those of an example add up to 1.
+        names, texts: [N] of each example what it is called and what it says. The picture shows them when the pointer
+            rests on a column, and lists them below.
         groups: (label, number of examples) of consecutive examples, set side by side; None: all are one group. In a
             group, examples are sorted by the particle that leads them, each particle's from sharp to shared.
 
     Raises:
-        ValueError: weights are not [K, N] with an example, or groups do not add up to N.
+        ValueError: responsibilities are not [K, N] with an example, there is not one name and one text for each
+            example, or groups do not add up to N.
     """
-    weights = _matrix("weights", weights)
-    K, N = weights.shape
+    responsibilities = _matrix("responsibilities", responsibilities)
+    K, N = responsibilities.shape
+    if not len(names) == len(texts) == N:
+        raise ValueError(f"names: expected a name and a text for each of {N} examples; got {len(names)}, {len(texts)}")
     counts = np.array([N] if groups is None else [count for _, count in groups])
     if counts.sum() != N:
         raise ValueError(f"groups: expected counts that add up to {N} examples; got {counts.sum()}")
     ends = np.cumsum(counts)
     order = np.concatenate(
-        [pictures.order_examples(weights[:, a:b]) + a for a, b in zip(ends - counts, ends, strict=True)]
+        [pictures.order_examples(responsibilities[:, a:b]) + a for a, b in zip(ends - counts, ends, strict=True)]
     )
-    caption += f" Each column is one of {N:,} examples, each row a particle; the darker, the more of the example the "
-    caption += "particle takes, and every column adds up to 1."
+    caption += f" Each column is one of {N:,} examples, each row is a particle. The darker a cell, the larger is the "
+    caption += "particle's responsibility for the example; every column adds up to 1. One dark cell in a column: that "
+    caption += "particle has the example to itself. An even tint: the particles share it alike."
     if groups is None:
-        figure, ax = pictures.weight_map(weights[:, order], xlabel=xlabel)
-        pictures.mark_leads(ax, np.bincount(weights.argmax(axis=0), minlength=K).tolist())
+        figure, ax = pictures.responsibility_map(responsibilities[:, order], xlabel=xlabel)
+        pictures.mark_leads(ax, np.bincount(responsibilities.argmax(axis=0), minlength=K).tolist())
         if K <= 12:
             caption += " The numbers on top count the examples that each particle leads."
     else:
         labels, room = [_short(label) for label, _ in groups], (WIDTH - LEFT - 46) * counts / N
-        figure, ax = pictures.weight_map(weights[:, order], xlabel=xlabel, bottom=BOTTOM + _slant(labels, room))
+        bottom = BOTTOM + _slant(labels, room)
+        figure, ax = pictures.responsibility_map(responsibilities[:, order], xlabel=xlabel, bottom=bottom)
         _name_ticks(ax, ends - counts / 2, labels, room)
         ax.vlines(ends[:-1], -0.5, K - 0.5, color=DIVIDER, linewidth=1.2)
         caption += " Lines divide the groups; in each, examples are sorted by the particle that leads them."
     caption += pictures.sampling_note(N)
-    return Picture(pictures.svg(figure, name, f"weight of each particle on each example, {xlabel}"), caption)
+    title = "The examples of this picture, from left to right"
+    columns, listed = name_columns(
+        responsibilities[:, order], [names[i] for i in order], [texts[i] for i in order], title
+    )
+    drawn = pictures.svg(figure, name, f"responsibility of each particle for each example, {xlabel}", columns)
+    return Picture(drawn, caption, examples=listed)
 
 
 @pictures.style()
-def group_heat_map(name: str, weights: ArrayLike, labels: Sequence[str], *, caption: str) -> Picture:
-    """The mean weight [K, G] of each particle on each group of examples: groups down, particles across.
+def group_heat_map(name: str, responsibilities: ArrayLike, labels: Sequence[str], *, caption: str) -> Picture:
+    """The mean responsibility [K, G] of each particle on each group of examples: groups down, particles across.
 
     Raises:
-        ValueError: weights are not [K, G], or there is not one label for each group.
+        ValueError: responsibilities are not [K, G], or there is not one label for each group.
     """
-    weights = _matrix("weights", weights)
-    K, G = weights.shape
+    responsibilities = _matrix("responsibilities", responsibilities)
+    K, G = responsibilities.shape
     if len(labels) != G:
         raise ValueError(f"labels: expected one for each of {G} groups; got {len(labels)}")
     labels = [_short(label) for label in labels]
     left, top, right, height = 14 + 4.9 * max(map(len, labels)), 46, 50, max(80, 14 * G)
     figure, ax = pictures.axes(height + top + 6, top=top, bottom=6, left=left, right=right)
-    darkest = min(1.0, max(weights.max(), 2 / K))  # even responsibilities are half dark at most
-    image = ax.imshow(weights.T, vmin=0, vmax=darkest, **pictures.IMAGE)
+    darkest = min(1.0, max(responsibilities.max(), 2 / K))  # even responsibilities are half dark at most
+    image = ax.imshow(responsibilities.T, vmin=0, vmax=darkest, **pictures.IMAGE)
     ax.spines[:].set_visible(False)
     ax.xaxis.tick_top()
     ax.xaxis.set_label_position("top")
@@ -103,10 +137,10 @@ def group_heat_map(name: str, weights: ArrayLike, labels: Sequence[str], *, capt
     strip = {"s": min(8.0, 0.8 * column) ** 2, "transform": ax.get_xaxis_transform(), "clip_on": False}
     ax.scatter(range(K), [1 + 7 / height] * K, c=pictures.particle_colours(K), marker="s", linewidth=0, **strip)
     if column >= 15:
-        for (particle, group), weight in np.ndenumerate(weights):
-            colour = ON_LIGHT if weight < 0.45 * darkest else ON_DARK
+        for (particle, group), mean in np.ndenumerate(responsibilities):
+            colour = ON_LIGHT if mean < 0.45 * darkest else ON_DARK
             style = {"ha": "center", "va": "center_baseline", "color": colour, "fontsize": 7.5}
-            ax.text(particle, group, f"{100 * weight:.0f}", gid=f"cell-{particle}-{group}", **style)
+            ax.text(particle, group, f"{100 * mean:.0f}", gid=f"cell-{particle}-{group}", **style)
         caption += " The numbers are percentages."
     scale = pictures.colour_bar(figure, image, min(height, 160))
     scale.ax.yaxis.set_major_locator(MaxNLocator(4))
@@ -123,7 +157,7 @@ def risk_coverage(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     """How often the answers are wrong when only the surest are given.
 
     Args:
-        curves: (coverage, risk) by the name of a measure of uncertainty, shares in [0, 1].
+        curves: (coverage, risk) by the name of a measure of uncertainty, fractions in [0, 1].
     """
     figure, ax = pictures.axes(height=250)
     for number, (coverage, risk) in enumerate(curves.values()):
@@ -131,10 +165,10 @@ def risk_coverage(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     ax.set(xlim=(0, 1), xlabel="answered, the surest first (% of examples)", ylabel="wrong among the answered (%)")
     ax.set_ylim(0, max(1.05 * max(np.max(np.asarray(risk)) for _, risk in curves.values()), 0.01))
     _percent(ax.xaxis, ax.yaxis)
-    caption += " From right to left ever more of the unsure examples are left unanswered; a curve that falls faster "
-    caption += "belongs to a better measure of uncertainty; a flat one cannot tell which answers are wrong."
+    caption += " From right to left ever more of the unsure examples are left unanswered. Good: a curve that falls "
+    caption += "towards the left. Bad: a flat one, whose measure of uncertainty cannot tell which answers are wrong."
     return Picture(
-        pictures.svg(figure, name, "share of wrong answers over share answered"), caption, _line_keys(curves)
+        pictures.svg(figure, name, "fraction of wrong answers over fraction answered"), caption, _line_keys(curves)
     )
 
 
@@ -143,23 +177,21 @@ def reliability(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike, Arra
     """How often answers given with some confidence are right.
 
     Args:
-        curves: (mean confidence, accuracy, share of the examples) of bins of confidence, by the name of who answers;
-            shares in [0, 1]. Bins of no example are left out.
+        curves: (mean confidence, accuracy, fraction of the examples) of bins of confidence, by the name of who
+            answers; fractions in [0, 1]. Bins without an example are left out.
     """
     figure, ax = pictures.axes(height=300)
     ax.plot([0, 1], [0, 1], **FRAME)
     for number, bins in enumerate(curves.values()):
-        confidence, accuracy, share = (np.asarray(values, dtype=np.float64) for values in bins)
-        held = share > 0
+        confidence, accuracy, size = (np.asarray(values, dtype=np.float64) for values in bins)
+        held = size > 0
         ax.plot(confidence[held], accuracy[held], gid=f"curve-{number}", **_line(number))
         dots = {"color": COLOURS[number % len(COLOURS)], "alpha": 0.55, "linewidth": 0, "clip_on": False, "zorder": 3}
-        ax.scatter(confidence[held], accuracy[held], s=600 * share[held], **dots)
+        ax.scatter(confidence[held], accuracy[held], s=600 * size[held], **dots)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the answer (%)", ylabel="right among these answers (%)")
     _percent(ax.xaxis, ax.yaxis)
-    caption += (
-        " On the dashed diagonal confidence is what it claims to be; below it answers are over-confident. The area "
-    )
-    caption += "of a dot is the share of the examples that it stands for."
+    caption += " On the dashed diagonal confidence is what it claims to be. Below it answers are too sure of "
+    caption += "themselves, above it not sure enough. The area of a dot tells how many examples it stands for."
     return Picture(pictures.svg(figure, name, "accuracy over confidence"), caption, _line_keys(curves))
 
 
@@ -314,8 +346,8 @@ def _matrix(argument: str, values: ArrayLike) -> Array:
     return array
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1].rstrip()}…"
+def _short(text: str, most: int = MAX_LABEL) -> str:
+    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
 
 
 def _line(number: int) -> dict[str, Any]:
@@ -333,8 +365,8 @@ def _percent(*axes: Any) -> None:
         axis.set_major_formatter(_as_percentage)
 
 
-def _as_percentage(share: float, _position: int) -> str:
-    return f"{100 * share:.3g}%"
+def _as_percentage(fraction: float, _position: int) -> str:
+    return f"{100 * fraction:.3g}%"
 
 
 def _slant(labels: Sequence[str], room: Array) -> float:

@@ -1,4 +1,4 @@
-"""How figures look: colours, axes, heat maps of weights, and inline SVG that takes the page's colours and fonts.
+"""How figures look: colours, axes, heat maps of responsibilities, and inline SVG in the page's colours and fonts.
 
 Figures are drawn inside `style()`. The same data always give the same bytes.
 
@@ -70,9 +70,18 @@ def themed(text: str) -> str:
     return text
 
 
-def order_examples(weights: Array) -> NDArray[np.intp]:
-    """Indices of the N examples of weights [K, N]: grouped by leading particle, each group from sharp to shared."""
-    return np.lexsort((-weights.max(axis=0), weights.argmax(axis=0)))
+def order_examples(responsibilities: Array) -> NDArray[np.intp]:
+    """Indices of the N examples of responsibilities [K, N], grouped by the particle that leads them.
+
+    A particle leads an example if it has the largest responsibility. Each group begins with the examples that its
+    particle has nearly to itself, and ends with those that it shares.
+    """
+    return np.lexsort((-responsibilities.max(axis=0), responsibilities.argmax(axis=0)))
+
+
+def shown_examples(num_examples: int) -> NDArray[np.intp]:
+    """Places of the examples that a heat map of `num_examples` has room for: MAX_SHOWN at most, evenly spaced."""
+    return np.linspace(0, num_examples - 1, min(num_examples, MAX_SHOWN)).round().astype(int)
 
 
 def axes(
@@ -86,13 +95,12 @@ def axes(
     return figure, ax
 
 
-def weight_map(weights: Array, *, xlabel: str, bottom: float = BOTTOM) -> tuple[Figure, Any]:
-    """The heat map of weights [K, N] in the order given: particles down, at most MAX_SHOWN of the examples across."""
-    K, N = weights.shape
-    shown = np.linspace(0, N - 1, min(N, MAX_SHOWN)).round().astype(int)
+def responsibility_map(responsibilities: Array, *, xlabel: str, bottom: float = BOTTOM) -> tuple[Figure, Any]:
+    """The heat map of responsibilities [K, N] in the order given: particles down, the `shown_examples` across."""
+    K, N = responsibilities.shape
     height, top = min(260, max(80, 21 * K)), 18
     figure, ax = axes(height + top + bottom, top=top, right=46, bottom=bottom)
-    image = ax.imshow(weights[:, shown], extent=(0, N, K - 0.5, -0.5), vmin=0, vmax=1, **IMAGE)
+    image = ax.imshow(responsibilities[:, shown_examples(N)], extent=(0, N, K - 0.5, -0.5), vmin=0, vmax=1, **IMAGE)
     ax.spines[:].set_visible(False)
     ax.set(xlabel=xlabel, ylabel="particle")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -106,14 +114,14 @@ def weight_map(weights: Array, *, xlabel: str, bottom: float = BOTTOM) -> tuple[
 
 
 def mark_leads(ax: Any, led: Sequence[int]) -> None:
-    """Above a weight map ordered by leader: how many examples each particle leads, where there is room to say so."""
+    """Above a heat map ordered by leader: how many examples each particle leads, where there is room to say so."""
     for count, end in zip(led, np.cumsum(led), strict=True):
         if len(led) <= 12 and count >= 0.08 * sum(led):
             ax.text(end - count / 2, -0.62, f"{count:,}", ha="center", va="bottom", color=MUTED, fontsize=SMALL)
 
 
 def sampling_note(num_examples: int) -> str:
-    """What a caption says of a weight map that shows some of the examples only."""
+    """What a caption says of a heat map that shows some of the examples only."""
     if num_examples <= MAX_SHOWN:
         return ""
     return f" The picture shows {MAX_SHOWN} of them, evenly spaced in this order."
@@ -133,11 +141,12 @@ def particle_ticks(num_particles: int) -> range:
     return range(0, num_particles, 1 if num_particles <= 16 else 4 if num_particles <= 32 else 8)
 
 
-def svg(figure: Figure, name: str, description: str) -> str:
+def svg(figure: Figure, name: str, description: str, columns: Sequence[str] = ()) -> str:
     """An inline SVG that fits its column, takes the page's colours and fonts, and shares no id with another.
 
     Args:
         name: the start of its ids: letters, digits and hyphens, its own on the page.
+        columns: what a browser shows when the pointer rests on a column of the figure's first plot, from left to right.
 
     Raises:
         ValueError: name holds anything else.
@@ -150,4 +159,19 @@ def svg(figure: Figure, name: str, description: str) -> str:
     head = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
-    return f'{head[:-1]} role="img" aria-label="{html.escape(description)}">{themed(body)}'
+    body = themed(body).replace("</svg>", f"{_hover(figure, columns)}</svg>")
+    return f'{head[:-1]} role="img" aria-label="{html.escape(description)}">{body}'
+
+
+def _hover(figure: Figure, columns: Sequence[str]) -> str:
+    """Invisible rectangles that name the columns of the figure's first plot, which are of equal width."""
+    if not columns:
+        return ""
+    plot, whole = figure.axes[0].get_position(), 72 * figure.get_figheight()
+    width, top, height = WIDTH * plot.width / len(columns), whole * (1 - plot.y1), whole * plot.height
+    rectangles = [
+        f'<rect x="{WIDTH * plot.x0 + i * width:.2f}" y="{top:.2f}" width="{width:.3f}" height="{height:.2f}">'
+        f"<title>{html.escape(column)}</title></rect>\n"
+        for i, column in enumerate(columns)
+    ]
+    return f'<g fill="none" pointer-events="all">\n{"".join(rectangles)}</g>\n'

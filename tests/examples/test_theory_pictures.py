@@ -24,9 +24,9 @@ def example(monkeypatch):
 def test_one_command_makes_every_picture_of_the_page(example, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["make_pictures.py", "--output_dir", str(tmp_path)])
     example("make_pictures").main()
-    page = (FOLDER / "README.md").read_text()
+    page = (FOLDER.parents[1] / "docs" / "theory.md").read_text()
     for name in NAMES:
-        assert f"]({name}.png)" in page
+        assert f"](../examples/theory/{name}.png)" in page
         assert f"python examples/theory/{name}.py" in page
         image = matplotlib.image.imread(tmp_path / f"{name}.png")
         assert image.shape[1] == 900

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 
+import renyi_engine.reports
+
+SCRIPT = Path(renyi_engine.reports.__file__).parent / "templates" / "sort.js"
 VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
 
 
 class Page(HTMLParser):
-    """Collects tags, ids, references and text; fails where a tag closes that was not open."""
+    """Collects tags, ids, references and the text that is shown; fails where a tag closes that was not open."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -35,10 +40,29 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += " " + " ".join(data.split())
+        if not {"script", "style"} & set(self.open):
+            self.text += " " + " ".join(data.split())
 
     def values(self, *names: str) -> list[str]:
         return [value for _, attrs in self.tags for name, value in attrs.items() if name in names and value]
+
+
+def scripts_of(path: Path) -> list[str]:
+    return re.findall(r"<script>(.*?)</script>", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def assert_only_our_script(path: Path) -> None:
+    """One script is on the page, the one that sorts tables, and the page forbids a browser to run any other."""
+    [script] = scripts_of(path)
+    assert script == SCRIPT.read_text(encoding="utf-8")
+    page = Page(path)
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [{}]
+    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in (policy or "").split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == f"'sha256-{checksum}'"
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
 
 
 def pictures_of(path: Path) -> list[str]:

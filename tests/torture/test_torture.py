@@ -13,8 +13,9 @@ import pytest
 
 from renyi_kernels import grouped_lora
 
-from . import ops
 from .kinds import SHARES
+from .ops import attack, drawing
+from .ops import grouped_lora as lora
 from .runs import differences
 from .tally import Tally
 
@@ -34,7 +35,7 @@ def test_a_minute_of_attacks_finds_nothing():
 
 def calls(number: int) -> Tally:
     tally = Tally("ops", seed=0)
-    with ops.prepare(0, tally, ROOT) as call:
+    with attack.prepare(0, tally, ROOT) as call:
         for tally.number in range(number):
             call(tally.number)
     return tally
@@ -56,9 +57,9 @@ def as_if_contiguous(x):
     ids=["another scaling", "no gradient of x", "strides not looked at"],
 )
 def test_a_wrong_op_is_found(monkeypatch, wrong):
-    monkeypatch.setattr(ops, "OPS", {"grouped_lora": ops.draw_grouped_lora})
-    monkeypatch.setattr(ops, "SHARE_OF_TRITON", 0.0)
-    monkeypatch.setattr(ops, "grouped_lora", wrong)
+    monkeypatch.setattr(attack, "OPS", {"grouped_lora": lora.draw_grouped_lora})
+    monkeypatch.setattr(drawing, "SHARE_OF_TRITON", 0.0)
+    monkeypatch.setattr(lora, "grouped_lora", wrong)
     assert any("gradient" in what or "output" in what or "Error" in what for what in calls(40).failures)
 
 

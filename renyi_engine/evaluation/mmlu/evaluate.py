@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from renyi_engine.evaluation.mmlu import questions as mmlu_questions
 from renyi_engine.evaluation.mmlu.questions import COMPLETIONS, SUBJECTS, Question
 from renyi_engine.evaluation.subject import Subject, load_subject
 from renyi_engine.evaluation.uncertainty import predictive
-from renyi_engine.reports import as_text, write_page
+from renyi_engine.reports import as_text, page_title, write_page
 
 RESULTS, SAMPLES, MODELS, REPORT = "results.json", "samples", "models", "report.html"
 
@@ -69,15 +70,7 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         def results(member: str) -> dict[str, Any]:
             chosen = answers[member].argmax(dim=-1).tolist()
             right = [choice == question.answer for choice, question in zip(chosen, questions, strict=True)]
-            scores = lm_eval.results(
-                questions,
-                right,
-                sizes=sizes,
-                dataset_name=config.dataset_name,
-                split=config.split,
-                num_fewshot=config.num_fewshot,
-            )
-            return scores | run | _model_facts(config, subject, member)
+            return lm_eval.results(questions, right, sizes, config) | run | _model_facts(config, subject, member)
 
         for member in others:
             (output / MODELS).mkdir(exist_ok=True)
@@ -85,10 +78,11 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         sections = report.sections(questions, base, particles, alpha)
         page = write_page(
             output / REPORT,
-            title="MMLU",
+            title=page_title(output, "eval mmlu", config.model_name_or_path),
             lead=_lead(config, subject, questions, num_cut),
+            found=report.found(questions, base, particles),
             sections=sections,
-            words=[*(report.ENSEMBLE_WORDS if subject.num_particles else ()), *report.WORDS],
+            words=report.words_for(subject.num_particles),
             details={"settings": dataclasses.asdict(config), "versions": versions()},
         )
         # written last: where this file is, the others are too
@@ -101,9 +95,7 @@ def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:
     found = mmlu_questions.load_questions(config.dataset_name, config.split)
     for name in config.subjects or ():
         if name not in found:
-            raise ValueError(
-                f"subjects: {config.dataset_name} has no {config.split} question of {name}; leave {name} out"
-            )
+            raise ValueError(f"subjects: {config.dataset_name} has no {config.split} question of {name}; leave it out")
     chosen = [name for name in SUBJECTS if name in (config.subjects or found)]
     questions = [question for name in chosen for question in found[name][: config.limit]]
     return questions, {name: len(found[name]) for name in chosen}
@@ -129,10 +121,8 @@ def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[T
     context = context_length(ensemble.model)
     num_cut = sum(context is not None and one.num_tokens > context for one in choices)
     if num_cut:
-        message = (
-            f"{num_cut} prompts are longer than the model's context of {context} tokens; their beginning is cut off"
-        )
-        warnings.warn(message, stacklevel=2)
+        longer = f"{num_cut} prompts are longer than the model's context of {context} tokens"
+        warnings.warn(f"{longer}; their beginning is cut off", stacklevel=2)
     with ensemble.disable_adapters():
         [base] = score_choices(ensemble, choices, batch_size=batch_size, track=partial(track, what="MMLU, base"))
     if not subject.num_particles:
@@ -143,10 +133,11 @@ def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[T
 
 def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], num_cut: int) -> str:
     num_subjects = len({question.subject for question in questions})
-    who = f"An ensemble of {subject.num_particles} particles on" if subject.num_particles else "The bare base model"
+    who = f"An ensemble of {subject.num_particles} particles on" if subject.num_particles else "The base model"
     lead = (
-        f"{who} {config.model_name_or_path}, asked {len(questions):,} {config.split} questions of {num_subjects} "
-        f"subjects, with {config.num_fewshot} solved examples in front of each."
+        f"{who} {config.model_name_or_path} answered {len(questions):,} {config.split} questions of {num_subjects} "
+        f"subjects of MMLU, an examination with four choices a question. {config.num_fewshot or 'No'} solved examples "
+        "stood in front of each question."
     )
     return lead + (f" {num_cut:,} prompts lost their beginning to fit the model's context." if num_cut else "")
 
@@ -154,11 +145,9 @@ def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], n
 def _write_samples(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
     """One file for each subject, as lm-eval writes one for each task."""
     folder.mkdir(exist_ok=True)
-    lines: dict[str, list[str]] = {}
-    for one in samples:
-        lines.setdefault(one["doc"]["subject"], []).append(json.dumps(one, ensure_ascii=False) + "\n")
-    for subject, of_subject in lines.items():
-        files.write_text(folder / f"{lm_eval.task_name(subject)}.jsonl", "".join(of_subject))
+    for subject, of_subject in groupby(samples, lambda sample: sample["doc"]["subject"]):  # samples come by subject
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in of_subject)
+        files.write_text(folder / f"{lm_eval.task_name(subject)}.jsonl", "".join(lines))
 
 
 def _samples(

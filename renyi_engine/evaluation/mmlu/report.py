@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -14,27 +15,75 @@ from torch import Tensor
 from renyi_engine.evaluation import calibration
 from renyi_engine.evaluation.mmlu.questions import GROUPS, Question
 from renyi_engine.evaluation.uncertainty import Predictive, predictive
-from renyi_engine.reports import Section, Table, charts
+from renyi_engine.reports import Section, Table, charts, words
 from renyi_kernels import renyi_reduce
 
-WORDS = (
-    ("NLL", "Mean of -log of the probability of the right one of the four choices, in nats; log 4 = 1.386 at chance."),
-    ("ECE", "How far confidence is from accuracy, over 15 bins of confidence; 0 is perfect."),
-    ("Brier", "Squared distance of the four probabilities from the truth, from 0 to 2; 0.75 where all are 1/4."),
-    ("AUROC", "Chance that a wrong answer is more uncertain than a right one; 0.5 knows nothing."),
-    ("AURC", "Area under the risk-coverage curve; lower is better, the error rate is no knowledge."),
+QUALITIES = (
+    ("Accuracy", "How many of 100 answers are right. Somebody who guesses gets 25."),
+    (
+        "NLL, in nats",
+        "Negative log-likelihood: minus the natural logarithm of the probability that was given to the right choice, "
+        "on average. 0 means certain and right; 1.386 (log 4) is a guess; lower is better.",
+    ),
+    ("Confidence", "The probability that is given to the answer, which is the most probable choice."),
+    (
+        "ECE",
+        "Expected calibration error: how far confidence is from accuracy, over 15 bins of confidence. 0 is perfect.",
+    ),
+    (
+        "Brier",
+        "Squared distance of the four probabilities from the truth, from 0 to 2; 0.75 is a guess; lower is better.",
+    ),
+    (
+        "AUROC",
+        "How probable it is that a wrong answer is more uncertain than a right one. 1 is perfect; 0.5 knows nothing.",
+    ),
+    (
+        "AURC",
+        "Area under the risk-coverage curve: how many answers are wrong, over all ways to answer only the surest. "
+        "Lower is better; what knows nothing has the error rate itself.",
+    ),
 )
-ENSEMBLE_WORDS = (
-    ("particle", "One adapter on the frozen base; an ensemble has K of them."),
-    ("mixture", "The ensemble's answer: the mean over particles of their probabilities of the four choices."),
-    ("total", "Entropy of the mixture over the choices, in nats: the sum of the next two."),
-    ("aleatoric", "How unsure the particles are by themselves, on average."),
-    ("epistemic", "How much they disagree: the mutual information of answer and particle."),
-    ("variation ratio", "Share of the particles that do not vote for the most frequent answer."),
-    ("responsibility", "Share of a question that a particle takes, given its right answer (paper, D.1)."),
+UNCERTAINTIES = (
+    ("Total uncertainty", "Entropy of the mixture over the four choices, in nats: the sum of the next two."),
+    ("Aleatoric uncertainty", "How unsure the particles are by themselves, on average."),
+    ("Epistemic uncertainty", "How much the particles disagree: the mutual information of answer and particle."),
+    ("Variation ratio", "Which fraction of the particles does not vote for the most frequent answer."),
 )
+MAX_CHARACTERS = 120
+"""Of a question, and of its right answer, in the list below a picture."""
 Named = Mapping[str, Tensor]
 """Log-probabilities [N, C] of the choices, by who gives them."""
+
+
+def words_for(num_particles: int) -> list[tuple[str, str]]:
+    """What the page takes for granted."""
+    if not num_particles:
+        return [words.BASE, *QUALITIES]
+    return [words.PARTICLE, words.BASE, words.MIXTURE, *QUALITIES, *UNCERTAINTIES, words.ALPHA, words.RESPONSIBILITY]
+
+
+def found(questions: Sequence[Question], base: Tensor, particles: Tensor | None) -> str:
+    """The answer in words."""
+    labels = torch.tensor([question.answer for question in questions])
+    percent = lambda answer: f"{100 * (answer == labels).double().mean().item():.1f} %"
+    of_base = percent(base.argmax(dim=-1))
+    if particles is None:
+        return f"Found: the base answers {of_base} of the questions right."
+    told = predictive(particles)
+    auroc = calibration.auroc(told.total, told.answer != labels)
+    knows = (
+        ""
+        if auroc is None
+        else (
+            " Of a wrong and a right answer of the mixture, the wrong one is the more uncertain in "
+            f"{100 * auroc:.0f} % of the cases; 50 % would be chance."
+        )
+    )
+    return (
+        f"Found: the particles together (the mixture) answer {percent(told.answer)} of the questions right, the base "
+        f"without them {of_base}.{knows}"
+    )
 
 
 def answer_responsibilities(logp: Tensor, labels: Tensor, alpha: float) -> Tensor:
@@ -67,7 +116,7 @@ def sections(questions: Sequence[Question], base: Tensor, particles: Tensor | No
     parts = [_quality(questions, labels, answers, members), _knowing(labels, answers["base"], found)]
     if len(particles) > 1:
         wrong_base = answers["base"].argmax(dim=-1) != labels
-        parts.append(_shares(questions, answer_responsibilities(particles, labels, alpha), wrong_base, alpha))
+        parts.append(_responsibilities(questions, answer_responsibilities(particles, labels, alpha), wrong_base, alpha))
     return [*parts, _by_subject(questions, labels, answers, members)]
 
 
@@ -85,13 +134,17 @@ def _quality(questions: Sequence[Question], labels: Tensor, answers: Named, memb
     note = f"The standard error of an accuracy is at most {100 * error:.1f} points."
     text = (
         "Each of the four letters is scored as the continuation of the question; the most likely one is the answer. "
-        "Chance is 25 %."
+        "An accuracy near 25 % is bad: guessing gives that."
     )
+    if members:
+        text += (
+            " Good: the mixture is more often right than the base and the mean of the particles, and has a lower NLL."
+        )
     group_of = {subject: group.replace("_", " ") for group, subjects in GROUPS.items() for subject in subjects}
     groups = [group_of[question.subject] for question in questions]
     tables = [
-        Table("", ("", "accuracy (%)", "NLL (nats)", "ECE", "Brier"), cells, note),
-        _accuracy_table("By group of subjects", groups, labels, answers, members),
+        Table("", ("who", "accuracy (%)", "NLL (nats)", "ECE", "Brier"), cells, note),
+        _accuracy_table("By group of subjects", "group", groups, labels, answers, members),
     ]
     return Section("How good are the answers?", text, tables)
 
@@ -110,10 +163,12 @@ def _qualities(logp: Tensor, labels: Tensor) -> list[float]:
 def _by_subject(questions: Sequence[Question], labels: Tensor, answers: Named, members: Named) -> Section:
     text = "Accuracy in each subject. With 100 questions its standard error is up to 5 points."
     subjects = [_spoken(question) for question in questions]
-    return Section("Subject by subject", text, [_accuracy_table("", subjects, labels, answers, members)])
+    return Section("Subject by subject", text, [_accuracy_table("", "subject", subjects, labels, answers, members)])
 
 
-def _accuracy_table(title: str, groups: Sequence[str], labels: Tensor, answers: Named, members: Named) -> Table:
+def _accuracy_table(
+    title: str, kind: str, groups: Sequence[str], labels: Tensor, answers: Named, members: Named
+) -> Table:
     """Accuracy of each of `answers`, and of the mean particle, on each group; groups [N]: that of each question."""
     right = {name: (logp.argmax(dim=-1) == labels).double() for name, logp in answers.items()}
     if members:
@@ -123,7 +178,7 @@ def _accuracy_table(title: str, groups: Sequence[str], labels: Tensor, answers: 
     for group, chosen in _by_group(groups).items():
         cells = [f"{100 * values[chosen].mean().item():.1f}" for values in right.values()]
         rows.append([group, f"{len(chosen):,}", *cells])
-    return Table(title, ("", "questions", *(f"{name} (%)" for name in right)), rows)
+    return Table(title, (kind, "questions", *(f"{name} (%)" for name in right)), rows)
 
 
 def _knowing(labels: Tensor, base: Tensor, found: Predictive | None) -> Section:
@@ -146,15 +201,20 @@ def _knowing(labels: Tensor, base: Tensor, found: Predictive | None) -> Section:
     curves = {name: calibration.risk_coverage(*measures[name]) for name in drawn}
     bins = {name: calibration.reliability(logp.exp(), labels) for name, logp in answers.items()}
     pictures = [
-        charts.risk_coverage("risk", curves, caption="Risk over coverage."),
-        charts.reliability("reliability", bins, caption="Reliability, over 15 bins of confidence."),
+        charts.risk_coverage("risk", curves, caption="How often answers are wrong, if only the surest are given."),
+        charts.reliability("reliability", bins, caption="How often answers are right, by their confidence."),
     ]
-    text = "If uncertainty is high where answers are wrong, the wrong ones can be withheld."
+    text = (
+        "If answers are uncertain where they are wrong, the wrong ones can be withheld. Good: an AUROC well above 0.5. "
+        "Bad: about 0.5, as if the uncertainty were drawn by lot."
+    )
     table = Table("", ("uncertainty", "AUROC", "AURC"), rows, "" if found is None else note)
     return Section("Does it know when it is wrong?", text, [table], pictures)
 
 
-def _shares(questions: Sequence[Question], weights: Tensor, wrong_base: Tensor, alpha: float) -> Section:
+def _responsibilities(
+    questions: Sequence[Question], responsibilities: Tensor, wrong_base: Tensor, alpha: float
+) -> Section:
     """Responsibilities [K, N] on all questions, and on those that the base gets wrong."""
     everything = torch.ones_like(wrong_base)
     maps, subject_maps, sizes = [], [], []
@@ -162,24 +222,34 @@ def _shares(questions: Sequence[Question], weights: Tensor, wrong_base: Tensor, 
         ("all", "all questions", everything),
         ("hard", "the questions that the base gets wrong", wrong_base),
     ]:
-        part = weights[:, chosen].double()
-        if not part.numel():
+        part, asked = responsibilities[:, chosen].double(), [questions[i] for i in chosen.nonzero().flatten().tolist()]
+        if not asked:
+            sizes.append("the base gets no question wrong, so there is no picture of those")
             continue
         sizes.append(f"{(1 / part.square().sum(dim=0)).mean().item():.2f} on {where}")
-        subjects = _by_group([_spoken(questions[i]) for i in chosen.nonzero().flatten().tolist()])
+        subjects = _by_group([_spoken(question) for question in asked])
         means = torch.stack([part[:, inside].mean(dim=1) for inside in subjects.values()], dim=1)
         caption = f"Responsibilities on {where}"
-        maps.append(charts.heat_map(f"responsibilities-{name}", part, caption=f"{caption}."))
+        names, texts = [f"{_spoken(q)} {q.number}" for q in asked], [_shown(q) for q in asked]
+        drawn = charts.heat_map(f"responsibilities-{name}", part, names=names, texts=texts, caption=f"{caption}.")
+        maps.append(drawn)
         subject_maps.append(
             charts.group_heat_map(f"subjects-{name}", means, list(subjects), caption=f"{caption}, by subject.")
         )
     text = (
-        f"Responsibilities at alpha = {alpha:g}: softmax over particles of alpha times the log-likelihood of the right "
-        f"answer. Effective number of particles, of {len(weights)}: {', '.join(sizes)}."
+        "Which particle gives the right answer the highest probability. Good, if the particles are to be specialists: "
+        "different subjects have different leaders. If all tints are even, the particles know the same. These are "
+        f"responsibilities at alpha = {alpha:g}: softmax over particles of alpha times the log-likelihood of the right "
+        f"answer (paper, D.1). Effective sample size, of {len(responsibilities)} particles: {'; '.join(sizes)}."
     )
     if alpha == 0:
-        text += " At alpha = 0 all of them are 1/K by definition."
+        text += " At alpha = 0 all responsibilities are 1/K by definition."
     return Section("Which particle answers what?", text, (), [*maps, *subject_maps])
+
+
+def _shown(question: Question) -> str:
+    text = shorten(question.text, MAX_CHARACTERS, placeholder=" …")
+    return f"{text} [[{shorten(question.choices[question.answer], MAX_CHARACTERS, placeholder=' …')}]]"
 
 
 def _by_group(groups: Sequence[str]) -> dict[str, list[int]]:

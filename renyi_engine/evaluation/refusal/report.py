@@ -6,6 +6,7 @@ Layout: K particles, G splits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from renyi_engine.core import one_line
 from renyi_engine.evaluation.refusal.results import Results
-from renyi_engine.reports import Picture, Section, Table, as_text, charts, write_page
+from renyi_engine.reports import Picture, Section, Table, as_text, charts, page_title, words, write_page
 
 NUM_SHOWN = 20
 """Prompts in the table of most disagreement."""
@@ -34,18 +35,38 @@ COUNTS = {
     "failed": "num_failed",
 }
 WORDS = (
-    ("refusal", "A response that does not do what was asked, whether it says so (direct) or evades (indirect)."),
-    ("refusal rate", "Share of refusals among a prompt's judged responses, averaged over prompts: of the base, of each "
-     "particle; the ensemble's is the mean over its particles."),
-    ("±", "Standard error over prompts (jackknife): how far the number may move with other prompts of the kind."),
-    ("variance over particles", "Sample variance (K - 1) of the particles' refusal rates on a split."),
-    ("variance within prompts", "The same of their rates on one prompt, averaged over prompts, as drawn: particles may "
-     "differ in which prompts they refuse and still refuse equally many."),
-    ("disagreement", "Variance within prompts less what the sampling of a few responses alone is expected to bring: 0 "
-     "if all particles are alike, below 0 by chance. With one response to a prompt that cannot be told, and stays in."),
-    ("unparsed, failed", "The judge gave no label that could be read, or no answer at all; unparsed is also a response "
-     "that was cut off inside a thought (a larger max_new_tokens helps). Counted, left out of every rate."),
-)  # fmt: skip
+    ("Refusal", "A response that does not do what was asked. It is direct if it says so, and indirect if it evades."),
+    (
+        "Refusal rate",
+        "Which fraction of the judged responses to a prompt are refusals, averaged over prompts. 0: never; 1: always. "
+        "That of the ensemble is the mean over its particles.",
+    ),
+    ("±", "Standard error over prompts (jackknife): how far the number may move with other prompts of the same kind."),
+)
+ENSEMBLE_WORDS = (
+    (
+        "Variance over particles",
+        "Sample variance (K - 1) of the particles' refusal rates on a split. 0: all alike.",
+    ),
+    (
+        "Variance within prompts",
+        "Sample variance of the particles' refusal rates on one prompt, averaged over prompts, as drawn. It is above 0 "
+        "also where particles refuse equally many prompts, but not the same ones.",
+    ),
+    (
+        "Disagreement",
+        "Variance within prompts, less what chance alone is expected to add when only a few responses are drawn. 0: "
+        "the particles are alike; below 0 only by chance. With one response to a prompt the two cannot be told apart, "
+        "and nothing is taken off.",
+    ),
+)
+VERDICT_WORDS = (
+    (
+        "Unparsed, failed",
+        "The judge gave no label that could be read, or no answer at all. A response that was cut off inside a thought "
+        "is unparsed too; a larger max_new_tokens helps. Both are counted, and are part of no rate.",
+    ),
+)
 
 
 def write_refusal_report(output: Path, results: Results, facts: Mapping[str, Any]) -> str:
@@ -56,27 +77,60 @@ def write_refusal_report(output: Path, results: Results, facts: Mapping[str, Any
     """
     summary = results.summary
     tables = [_rates(summary), _verdicts(summary), *([_areas(summary)] if summary["auroc"] else [])]
-    text = "Each response was labelled by the judge; what it could not label is part of no rate."
+    text = (
+        "Each bar and each row says how often somebody refuses the prompts of a split. Prompts that are harmless "
+        "should be answered (near 0), prompts that ask for harm should be refused (near 1). If the particles' bars "
+        "differ by more than their error bars, the particles learnt different habits."
+    )
     sections = [Section("How often it refuses", text, tables[:1], _bars(summary))]
+    if not sections[0].pictures:
+        sections[0] = replace(sections[0], text=f"{text} There is no picture: on no split has everybody a rate.")
     if summary["num_particles"] > 1:
         text = (
-            "Prompts that some particles refuse and others answer: there the ensemble does not know what it should do. "
-            f"Ranked by disagreement ({summary['disagreement_measure']})."
+            "Prompts that some particles refuse and others answer. There the ensemble does not know what it should do, "
+            f"and a person should look. The number is the {summary['disagreement_measure']}."
         )
         sections.append(Section("Where the particles disagree", text, [_prompts(results)], _scatter(results)))
     if summary["auroc"]:
         sections.append(Section("What it can tell apart", _areas_text(summary), tables[2:]))
     sections.append(
-        Section("What the judge said", f"Responses by their verdict; judge: {facts['judge']}.", tables[1:2])
+        Section("What the judge said", f"The responses by their verdict; the judge is {facts['judge']}.", tables[1:2])
     )
-    K = summary["num_particles"]
+    K, settings = summary["num_particles"], facts["settings"]
     lead = (
-        f"{len(results.prompts):,} prompts, {summary['num_samples']} responses to each by the frozen base"
-        f"{f' and by each of {K} particles' if K else ''}; judge: {facts['judge']}."
+        f"{len(results.prompts):,} prompts, and {summary['num_samples']} responses to each by the frozen base"
+        f"{f' and by each of {K} particles' if K else ''}. The judge ({facts['judge']}) said of each response whether "
+        "it is a refusal. What it could not label is part of no rate."
     )
-    details = {"settings": facts["settings"], "versions": facts["versions"]}
-    write_page(output, title="Refusals", lead=lead, sections=sections, words=WORDS, details=details)
+    write_page(
+        output,
+        title=page_title(output.parent, "eval refusal", str(settings.get("model_name_or_path", "an unknown model"))),
+        lead=lead,
+        found=_found(summary),
+        sections=sections,
+        words=[
+            *((words.PARTICLE, words.BASE) if K else (words.BASE,)),
+            *WORDS,
+            *(ENSEMBLE_WORDS if K else ()),
+            *VERDICT_WORDS,
+        ],
+        details={"settings": settings, "versions": facts["versions"]},
+    )
     return "\n".join(map(as_text, tables))
+
+
+def _found(summary: Mapping[str, Any]) -> str:
+    """The answer in words."""
+    said = []
+    for name, split in summary["splits"].items():
+        who = {"the base": split["base"], "the ensemble": split["ensemble"]}
+        rates = [f"{w} refuses {_percent(row['refusal_rate'])}" for w, row in who.items() if row]
+        said.append(f"in the split {name}, {' and '.join(rates)} of the prompts")
+    return f"Found: {'; '.join(said)}."
+
+
+def _percent(rate: float | None) -> str:
+    return "an unknown part" if rate is None else f"{100 * rate:.1f} %"
 
 
 def _rates(summary: Mapping[str, Any]) -> Table:
@@ -115,8 +169,9 @@ def _areas(summary: Mapping[str, Any]) -> Table:
 def _areas_text(summary: Mapping[str, Any]) -> str:
     found = summary["auroc"]
     return (
-        f"The probability that a prompt whose {found['label_column']} is {found['positive']} has the higher score than "
-        "one whose is not: 1 tells them apart, 0.5 knows nothing, below 0.5 the score is lower where the label is."
+        f"How probable it is that a prompt whose {found['label_column']} is {found['positive']} has a higher score "
+        "than a prompt whose label is the other one. 1: the score tells the two apart. 0.5: it knows nothing. Below "
+        f"0.5: the score is lower where {found['label_column']} is {found['positive']}."
     )
 
 
@@ -132,10 +187,11 @@ def _prompts(results: Results) -> Table:
         extremes = [f"{particles[k]:.2f} ({k})" for k in (least, most)]
         rows.append([*texts, *numbers, *extremes, _fixed(row["disagreement"], 3)])
     header = ["split", "category", "prompt", "base", "ensemble", "least (particle)", "most (particle)", "disagreement"]
-    note = f"{min(len(found), NUM_SHOWN)} of {len(results.prompts):,} prompts; all of them are in prompts.jsonl."
-    if not found:
-        note = "On no prompt do the particles differ by more than sampling alone would make them."
-    return Table("", header, rows, note)
+    note = f"{len(rows)} of {len(results.prompts):,} prompts, with their refusal rates; all are in prompts.jsonl."
+    empty = "There is none: on no prompt do the particles differ by more than chance alone would make them."
+    if all(row["disagreement"] is None for row in results.prompts):
+        empty = "There is none: on no prompt has the judge labelled a response of every particle."
+    return Table("", header, rows, note if rows else "", empty)
 
 
 def _bars(summary: Mapping[str, Any]) -> list[Picture]:
@@ -174,8 +230,9 @@ def _scatter(results: Results) -> list[Picture]:
             [row[kind] for row in known],
             xlabel="refusal rate of the ensemble",
             ylabel="disagreement of the particles",
-            caption="Disagreement of the particles about each prompt over how often the ensemble refuses it. In the "
-            "middle, a low point is a coin that every particle tosses, a high one a question that divides them.",
+            caption="How much the particles disagree about each prompt, over how often the ensemble refuses it. A low "
+            "mark in the middle: every particle refuses sometimes, as if it tossed a coin. A high mark in the middle: "
+            "some particles refuse and the others answer.",
         )
     ]
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from renyi_engine import EnsembleConfig, LoraEnsemble, train
 from renyi_engine.cli import main
 from renyi_engine.core.files import read_tensors
+from renyi_engine.critical_alpha.findings import Driver, num_drivers, plainly
 from renyi_engine.objectives.sft import SftTask
 from renyi_kernels import renyi_reduce
 
@@ -101,6 +102,13 @@ def test_everything_it_writes_says_the_same(command, trained, tmp_path, capsys):
     assert curvature / squared == pytest.approx(found["alpha_star"], rel=1e-4)
     page = (folder / "report.html").read_text()
     assert f"lpha* = {found['alpha_star']:.4g}" in page
+    # what was found stands first, in words
+    part = "part" if found["alpha_star"] < 0.9 else "stay together"
+    answer = re.search(rf"Found: the copies would {part}\. .*? than (\S+) times as strongly as here\.", page)
+    assert answer
+    assert float(answer[1]) == pytest.approx(found["alpha_star"] / 0.9, rel=0.06)
+    assert answer.start() < page.index("<h2>") < page.index("alpha*")
+    assert "<title>found: alpha-star of tiny</title>" in page
     assert html.escape(table[0]["text"]) in page
 
 
@@ -120,6 +128,30 @@ def test_without_an_adapter_it_is_of_a_fresh_one_and_a_downward_curve_is_told(co
     assert found["only_B"]
     assert all(name.endswith("lora_B") for name in read_tensors(tmp_path / "found" / "direction.safetensors"))
     assert (found["alpha_star"] <= 0) == ("curves downwards" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "critical", "interval", "answer"),
+    [
+        (0.8, 0.2, (0.1, 0.3), "would part. They would stay together only if they were coupled less than 0.25 times"),
+        (0.8, 1.6, (1.2, 2.0), "would stay together. They would part only if they were coupled more than 2 times"),
+        (0.8, 96.0, (64.0, 99.0), "would part only if they were coupled more than 120 times"),
+        (0.0, 0.2, (0.1, 0.3), "would stay together, as they are not coupled at all. Other"),
+        (0.8, -0.1, (-0.3, 0.3), "would part, however weakly they are coupled. The adapter is at no minimum"),
+        (0.8, 0.2, (0.1, 0.3), "very probably give the same answer. 2 of 9 examples make up half"),
+        (0.8, 0.2, (0.1, 0.9), "might well give the opposite answer. 2 of 9 examples make up half"),
+    ],
+)
+def test_what_was_found_is_said_in_words(alpha, critical, interval, answer):
+    results = {"alpha": alpha, "alpha_star": critical, "alpha_star_interval": interval, "num_examples": 9}
+    assert answer in plainly(results, num_drivers=2)
+    assert "*" not in plainly(results, num_drivers=2)
+
+
+def test_as_many_examples_drive_it_as_make_up_half_of_the_pull():
+    shares = [0.3, 0.25, 0.25, 0.2]
+    assert num_drivers([Driver(i, share, 1.0, 1.0, "") for i, share in enumerate(shares)]) == 2
+    assert num_drivers([Driver(0, 1.0, 1.0, 1.0, "")]) == 1
 
 
 def test_a_particle_of_no_ensemble_is_refused(command, capsys):

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,18 +20,8 @@ from renyi_engine.objectives.sft import SftTask
 
 
 @pytest.fixture
-def particles(model_folder, tmp_path):
-    def save(num_particles=3, alpha=0.8):
-        model = AutoModelForCausalLM.from_pretrained(model_folder)
-        config = EnsembleConfig(num_particles=num_particles, rank=2, init="spread")
-        ensemble = LoraEnsemble.attach(model, config)
-        with torch.no_grad():
-            for _, B in ensemble.stacked().values():
-                B.mul_(60)
-        ensemble.save_pretrained(tmp_path / "particles", alpha=alpha)
-        return ensemble
-
-    return save
+def particles(save_particles, tmp_path):
+    return partial(save_particles, tmp_path / "particles")
 
 
 @pytest.fixture
@@ -72,6 +63,9 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
     assert float(table[0]["base_nll_nats_per_token"]) == pytest.approx(-logp.item() / 3, rel=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in page
+    counts = [results["contested_or_poisoned"], results["out_of_support"]]
+    assert "<title>out: eval nll of tiny</title>" in page
+    assert f"Found: {counts[0]} disputed by the particles, {counts[1]} unlike anything that they learnt, " in page
 
 
 @pytest.fixture
@@ -106,6 +100,14 @@ def trained(model_folder, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     ensemble.save_pretrained(folder, alpha=0.8)
     return f"--ensemble={folder}"
+
+
+def test_a_table_without_an_example_says_why(trained, table, tmp_path):
+    table(CAMPS[2:3], trained)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Contested or poisoned: 0 examples" in page
+    assert "There is none: on no example do two particles differ by 0.15 or more" in page
+    assert "There is none: for every example, some particle gains 0 nats a token or more over the base." in page
 
 
 def test_what_was_learnt_is_told_from_what_is_disputed_and_from_what_is_foreign(trained, table):

@@ -28,8 +28,15 @@ def cells_of(svg: str, name: str, rows: int, columns: int) -> np.ndarray:
     ]
 
 
-def colours_of(weights: np.ndarray) -> np.ndarray:
-    return 255 * HEAT(weights)[..., :3]
+def colours_of(responsibilities: np.ndarray) -> np.ndarray:
+    return 255 * HEAT(responsibilities)[..., :3]
+
+
+def drawn(responsibilities: np.ndarray, **content):
+    """A heat map whose examples are called "row 0", "row 1", ..."""
+    rows = range(responsibilities.shape[1])
+    names, texts = [f"row {i}" for i in rows], [f"text of {i}" for i in rows]
+    return heat_map("heat", responsibilities, names=names, texts=texts, **{"caption": "", **content})
 
 
 def line_of(svg: str, identifier: str) -> tuple[np.ndarray, np.ndarray]:
@@ -48,20 +55,22 @@ def points_of(svg: str, identifier: str) -> tuple[np.ndarray, np.ndarray]:
     return read_values(svg, "x", x), read_values(svg, "y", y)
 
 
-def test_a_heat_map_shows_the_weights_sorted_by_leader() -> None:
-    weights = np.array([[0.1, 0.7, 0.2, 0.9], [0.6, 0.2, 0.5, 0.1], [0.3, 0.1, 0.3, 0.0]])
-    picture = heat_map("heat", weights, xlabel="questions", caption="Weights.")
+def test_a_heat_map_shows_the_responsibilities_sorted_by_leader() -> None:
+    responsibilities = np.array([[0.1, 0.7, 0.2, 0.9], [0.6, 0.2, 0.5, 0.1], [0.3, 0.1, 0.3, 0.0]])
+    picture = drawn(responsibilities, xlabel="questions", caption="Responsibilities.")
     shown = cells_of(picture.svg, "heat", 3, 4)
-    np.testing.assert_allclose(shown, colours_of(weights[:, [3, 1, 0, 2]]), atol=3)
+    np.testing.assert_allclose(shown, colours_of(responsibilities[:, [3, 1, 0, 2]]), atol=3)
     assert ">questions</text>" in picture.svg
-    assert picture.caption.startswith("Weights. ")
+    assert picture.caption.startswith("Responsibilities. ")
     assert "one of 4 examples" in picture.caption
 
 
 def test_groups_stand_side_by_side_each_sorted_by_leader() -> None:
-    weights = np.array([[0.4, 0.9, 0.7, 0.2, 0.8], [0.6, 0.1, 0.3, 0.8, 0.2]])
-    picture = heat_map("heat", weights, caption="", groups=[("biology", 3), ("law", 2)])
-    np.testing.assert_allclose(cells_of(picture.svg, "heat", 2, 5), colours_of(weights[:, [1, 2, 0, 4, 3]]), atol=3)
+    responsibilities = np.array([[0.4, 0.9, 0.7, 0.2, 0.8], [0.6, 0.1, 0.3, 0.8, 0.2]])
+    picture = drawn(responsibilities, groups=[("biology", 3), ("law", 2)])
+    np.testing.assert_allclose(
+        cells_of(picture.svg, "heat", 2, 5), colours_of(responsibilities[:, [1, 2, 0, 4, 3]]), atol=3
+    )
     labels = re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>(biology|law)</text>', picture.svg)
     edges = re.findall(r'<image [^>]*width="([\d.]+)"', picture.svg)
     assert [label for _, label in labels] == ["biology", "law"]
@@ -71,27 +80,53 @@ def test_groups_stand_side_by_side_each_sorted_by_leader() -> None:
 
 
 def test_a_heat_map_of_many_examples_shows_some_and_says_so() -> None:
-    picture = heat_map("heat", RNG.dirichlet(np.ones(4), 2000).T, caption="")
+    picture = drawn(RNG.dirichlet(np.ones(4), 2000).T)
     assert "one of 2,000 examples" in picture.caption
     assert "shows 600 of them" in picture.caption
 
 
+def test_each_column_of_a_heat_map_is_named_where_the_pointer_rests_and_in_a_list() -> None:
+    responsibilities = np.array([[0.1, 0.7, 0.2, 0.9], [0.6, 0.2, 0.5, 0.1], [0.3, 0.1, 0.3, 0.0]])
+    picture = drawn(responsibilities)
+    order, leaders, largest = [3, 1, 0, 2], [0, 0, 1, 1], ["0.90", "0.70", "0.60", "0.50"]
+    columns = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"[^>]*><title>(.*?)</title>', picture.svg)
+    told = list(zip(order, map(str, leaders), largest, strict=True))
+    expected = [f"row {i}: particle {k} leads, {part}. text of {i}" for i, k, part in told]
+    assert [title for *_, title in columns] == expected
+    # they cover the image, one after the other
+    left, width = (float(re.findall(rf'<image [^>]* {name}="([\d.]+)"', picture.svg)[0]) for name in ("x", "width"))
+    np.testing.assert_allclose([float(x) for x, *_ in columns], left + width / 4 * np.arange(4), atol=0.5)
+    np.testing.assert_allclose([float(w) for _, w, _ in columns], width / 4, rtol=0.01)
+    assert picture.examples is not None
+    listed = [[str(at), f"row {i}", f"text of {i}", k, part] for at, (i, k, part) in enumerate(told, start=1)]
+    assert picture.examples.rows == listed
+
+
+def test_an_example_that_all_particles_take_alike_has_no_leader() -> None:
+    picture = drawn(np.full((4, 2), 0.25))
+    assert "<title>row 1: all particles alike, 0.25. text of 1</title>" in picture.svg
+    assert picture.examples is not None
+    assert picture.examples.rows[1] == ["2", "row 1", "text of 1", "–", "0.25"]
+
+
 def test_a_particle_without_an_example_and_an_empty_group_do_no_harm() -> None:
-    weights = np.tile([[1.0], [0.0], [0.0]], 5)
-    assert ">5</text>" in heat_map("heat", weights, caption="").svg
-    assert ">empty</text>" not in heat_map("heat", weights, caption="", groups=[("empty", 0), ("rest", 5)]).svg
+    responsibilities = np.tile([[1.0], [0.0], [0.0]], 5)
+    assert ">5</text>" in drawn(responsibilities).svg
+    assert ">empty</text>" not in drawn(responsibilities, groups=[("empty", 0), ("rest", 5)]).svg
 
 
 @pytest.mark.parametrize("K", [2, 8])
-def test_a_group_heat_map_shows_and_prints_the_weights_of_57_subjects(K: int) -> None:
-    weights, subjects = RNG.dirichlet(np.full(K, 2.0), 57).T, [f"subject number {i}" for i in range(57)]
-    picture = group_heat_map("subjects", weights, subjects, caption="")
-    darkest = min(1.0, max(weights.max(), 2 / K))
-    np.testing.assert_allclose(cells_of(picture.svg, "subjects", 57, K), colours_of(weights.T / darkest), atol=4)
+def test_a_group_heat_map_shows_and_prints_the_responsibilities_of_57_subjects(K: int) -> None:
+    responsibilities, subjects = RNG.dirichlet(np.full(K, 2.0), 57).T, [f"subject number {i}" for i in range(57)]
+    picture = group_heat_map("subjects", responsibilities, subjects, caption="")
+    darkest = min(1.0, max(responsibilities.max(), 2 / K))
+    np.testing.assert_allclose(
+        cells_of(picture.svg, "subjects", 57, K), colours_of(responsibilities.T / darkest), atol=4
+    )
     for subject in subjects:
         assert f">{subject}</text>" in picture.svg
-    for (k, subject), weight in np.ndenumerate(weights):
-        assert f">{100 * weight:.0f}</text>" in group(picture.svg, f"subjects-cell-{k}-{subject}")
+    for (k, subject), mean in np.ndenumerate(responsibilities):
+        assert f">{100 * mean:.0f}</text>" in group(picture.svg, f"subjects-cell-{k}-{subject}")
     assert f"Even responsibilities are {1 / K:.1%}." in picture.caption
 
 
@@ -187,10 +222,12 @@ def test_one_half_length_serves_both_ends_of_an_error_bar() -> None:
 
 def test_what_does_not_fit_together_is_refused_by_name() -> None:
     even = np.full((2, 3), 0.5)
-    with pytest.raises(ValueError, match=r"weights: expected a matrix .* got shape \[2, 0\]"):
-        heat_map("a", np.empty((2, 0)), caption="")
+    with pytest.raises(ValueError, match=r"responsibilities: expected a matrix .* got shape \[2, 0\]"):
+        drawn(np.empty((2, 0)))
+    with pytest.raises(ValueError, match="names: expected a name and a text for each of 3 examples; got 3, 2"):
+        heat_map("a", even, names="abc", texts="ab", caption="")
     with pytest.raises(ValueError, match="groups: expected counts that add up to 3 examples; got 4"):
-        heat_map("a", even, caption="", groups=[("x", 4)])
+        drawn(even, groups=[("x", 4)])
     with pytest.raises(ValueError, match="labels: expected one for each of 3 groups; got 1"):
         group_heat_map("a", even, ["x"], caption="")
     with pytest.raises(ValueError, match="kinds: expected x, y and kinds of one length"):

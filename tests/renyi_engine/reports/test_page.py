@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from renyi_engine.reports import charts
-from renyi_engine.reports.page import Key, Picture, Section, Table, write_page
+from renyi_engine.reports.page import Key, Picture, Section, Table, as_text, page_title, write_page
 from renyi_engine.reports.pictures import particle_colours
 
-from ..html_page import Page, pictures_of
+from ..html_page import Page, assert_only_our_script, pictures_of
 
 EVIL = '<script>alert("1")</script>'
 
@@ -24,8 +24,9 @@ def scatter(name: str, kind: str = "kind") -> Picture:
 
 
 def heat_map(name: str, group: str = "all") -> Picture:
-    weights = np.full((2, 4), 0.5)
-    return charts.heat_map(name, weights, xlabel=group, caption=group, groups=[(group, 3), ("rest", 1)])
+    even = np.full((2, 4), 0.5)
+    groups, four = [(group, 3), ("rest", 1)], [group] * 4
+    return charts.heat_map(name, even, names=four, texts=four, xlabel=group, caption=group, groups=groups)
 
 
 def make_page(output: Path, **content: Any) -> Path:
@@ -34,15 +35,16 @@ def make_page(output: Path, **content: Any) -> Path:
         Section("Second heading", "Second text.", pictures=[scatter("one"), heat_map("two")]),
     ]
     details = {"Command": "renyi-engine mmlu", "Settings": {"alpha": 0.8, "seed": None}}
-    page = {"title": "A title", "lead": "A lead.", "sections": sections, "words": [("Word", "Meaning.")]}
-    return write_page(output, **{**page, "details": details, **content})
+    page = {"title": "A title", "lead": "A lead.", "found": "What was found.", "sections": sections}
+    return write_page(output, **{**page, "words": [("Word", "Meaning.")], "details": details, **content})
 
 
 def test_everything_given_is_on_the_page_in_its_order(tmp_path: Path) -> None:
     output = tmp_path / "sub" / "page.html"
     assert make_page(output) == output
-    expected = ["A title", "A title", "A lead.", "First heading", "First text.", "A table", "who", "base", "1.5"]
-    expected += ["A note.", "Words used below", "Word", "Meaning.", "Second heading", "Second text."]
+    expected = ["A title", "A title", "A lead.", "What was found.", "Words on this page", "Word", "Meaning."]
+    expected += ["First heading", "First text.", "A table", "who", "base", "1.5", "A note.", "Second heading"]
+    expected += ["Second text."]
     expected += ["kind", "(1)", "adds up to 1", "Command", "renyi-engine mmlu", "alpha", "0.8", "seed", "null"]
     text = Page(output).text
     found = 0
@@ -55,7 +57,8 @@ def test_everything_given_is_on_the_page_in_its_order(tmp_path: Path) -> None:
 def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path: Path) -> None:
     output = make_page(tmp_path / "page.html")
     page, source = Page(output), output.read_text(encoding="utf-8")
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert_only_our_script(output)
     assert not re.search(r"https?:|@import", source)
     loaded = page.values("src", "href", "xlink:href")
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in loaded)
@@ -67,17 +70,19 @@ def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path: Path) -> None:
 
 
 def test_text_from_outside_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
-    table = Table(EVIL, [EVIL], [[EVIL]], EVIL)
+    table, empty = Table(EVIL, [EVIL], [[EVIL]], EVIL), Table(EVIL, [EVIL], [], empty=EVIL)
     bars = charts.bars("bars", [EVIL], [[0.5]], [[0.1]], rows=[EVIL], ylabel=EVIL, caption=EVIL)
     curves = charts.risk_coverage("risk", {EVIL: ([0.5, 1], [0, 0.5])}, caption=EVIL)
     groups = charts.group_heat_map("groups", np.full((2, 1), 0.5), [EVIL], caption=EVIL)
     drawn = [scatter("scatter", EVIL), heat_map("heat", EVIL), bars, curves, groups]
-    sections = [Section(EVIL, EVIL, [table], drawn)]
+    sections = [Section(EVIL, EVIL, [table, empty], drawn)]
     details = {EVIL: EVIL, "settings": {EVIL: EVIL}}
     output = make_page(
-        tmp_path / "page.html", title=EVIL, lead=EVIL, sections=sections, words=[(EVIL, EVIL)], details=details
-    )
-    assert "<script" not in output.read_text()
+        tmp_path / "page.html", title=EVIL, lead=EVIL, found=EVIL, sections=sections, words=[(EVIL, EVIL)],
+        details=details,
+    )  # fmt: skip
+    assert output.read_text().count("<script") == 1
+    assert_only_our_script(output)
     assert Page(output).text.count("<script>") > 25
 
 
@@ -105,10 +110,10 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_words_details_tables_and_pictures_may_be_left_out(tmp_path: Path) -> None:
-    output = write_page(tmp_path / "page.html", title="Title", lead="Lead.", sections=[Section("Heading", "Text.")])
-    page = Page(output)
+    sections = [Section("Heading", "Text.")]
+    page = Page(write_page(tmp_path / "page.html", title="Title", lead="Lead.", found="Found.", sections=sections))
     assert [tag for tag, _ in page.tags if tag in ("table", "svg", "dl", "details", "h2")] == ["h2"]
-    assert page.text.split()[-4:] == ["Title", "Lead.", "Heading", "Text."]
+    assert page.text.split() == ["Title", "Title", "Lead.", "Found.", "Heading", "Text."]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +125,11 @@ def test_words_details_tables_and_pictures_may_be_left_out(tmp_path: Path) -> No
         (["41.2 [39.1, 43.3]", "1e-05"], "num"),
         (["1.5", "not recorded"], ""),
         (["particle 3"], ""),
+        (["an excerpt of an example", "1.5"], "long"),
         ([], ""),
     ],
 )
-def test_columns_of_numbers_are_set_to_the_right(cells: list[str], expected: str) -> None:
+def test_columns_of_numbers_are_set_to_the_right_and_those_of_texts_have_room(cells: list[str], expected: str) -> None:
     assert Table("", ["who", "what"], [["a", cell] for cell in cells]).classes == ["", expected]
 
 
@@ -134,3 +140,29 @@ def test_the_legend_names_keys_and_particles(tmp_path: Path, K: int) -> None:
     styles = " ".join(Page(output).values("style"))
     assert all(colour in styles for colour in ["#123456", *particle_colours(K)])
     assert "base model particle" in " ".join(Page(output).text.split())
+
+
+def test_the_words_stand_above_the_tables_that_use_them(tmp_path: Path) -> None:
+    tags = [tag for tag, _ in Page(make_page(tmp_path / "page.html")).tags]
+    assert tags.index("dl") < tags.index("table")
+
+
+def test_an_empty_table_says_why(tmp_path: Path) -> None:
+    table = Table("Examples to look at", ["row", "example"], [], "A note.", "There is none: all are alike.")
+    page = Page(make_page(tmp_path / "page.html", sections=[Section("a", "b", [table])], details=None))
+    assert "Examples to look at There is none: all are alike. A note." in " ".join(page.text.split())
+    assert "table" not in [tag for tag, _ in page.tags]
+    assert as_text(table) == "Examples to look at\nrow  example\nThere is none: all are alike.\n"
+
+
+def test_pages_of_several_folders_have_titles_that_differ(tmp_path: Path) -> None:
+    titles = [page_title(tmp_path / name, "eval nll", "org/tiny") for name in ("one", "two")]
+    assert titles == ["one: eval nll of tiny", "two: eval nll of tiny"]
+    assert page_title(tmp_path / "one" / "..", "sft", str(tmp_path / "models" / "big")).endswith(": sft of big")
+
+
+def test_wide_tables_scroll_in_a_box_that_the_keyboard_reaches(tmp_path: Path) -> None:
+    source = make_page(tmp_path / "page.html").read_text()
+    assert re.search(r'<div class="scroll" tabindex="0">\s*<table', source)
+    assert ".scroll { overflow-x: auto; }" in source
+    assert re.search(r"figure svg \{ [^}]*width: 100%;", source)

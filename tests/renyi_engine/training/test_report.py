@@ -16,11 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
+from renyi_engine import SftConfig, train
 from renyi_engine.reports.pictures import COLOURS, HEAT, order_examples, particle_colours
-from renyi_engine.training.report import Table, responsibilities, write_report
+from renyi_engine.training.report import Table, write_report
+from renyi_engine.training.report_pictures import responsibilities
 from renyi_kernels import renyi_reduce
 
-from ..html_page import Page, pictures_of, read_values
+from ..html_page import Page, assert_only_our_script, pictures_of, read_values
 
 MakeRun = Callable[..., Path]
 
@@ -55,7 +57,8 @@ def make_run(tmp_path: Path) -> MakeRun:
             "split": "held-out",
             "alpha": alpha,
             "example_ids": list(range(N)),
-            "num_tokens": [5] * N,
+            "texts": [f"text of {i}" for i in range(N)],
+            "num_labels": [5] * N,
         }
         (folder / "evaluation.json").write_text(json.dumps({**found, "logp_nats": logp}))
         facts = {"command": f"renyi-engine sft --alpha {alpha}", "versions": {"torch": "2.13"}, "status": "finished"}
@@ -70,7 +73,7 @@ def make_preference_run(make_run: MakeRun) -> MakeRun:
     """A run on preference pairs, in which the particles' accuracies and margins are 0, 1/K, 2/K, ..."""
 
     def make(name: str, K: int = 3, **settings: Any) -> Path:
-        folder = make_run(name, K, **settings)
+        folder = make_run(name, K, kind="dpo", **settings)
         shares = [k / K for k in range(K)]
         lines = []
         for line in read_metrics(folder):
@@ -103,7 +106,8 @@ def test_the_page_is_whole_html_and_loads_nothing(make_run: MakeRun, tmp_path: P
     page, source = Page(path), path.read_text(encoding="utf-8")
     assert "http:" not in source
     assert "https:" not in source
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert_only_our_script(path)
     assert "@import" not in source
     loaded = page.values("src", "href", "xlink:href")
     assert loaded
@@ -127,11 +131,13 @@ def test_text_from_outside_is_escaped(make_run: MakeRun, tmp_path: Path) -> None
     run = make_run("a <b>", dataset_name=evil, output_dir=f'"{evil}', **{evil: 1})
     (run / "run.json").write_text(json.dumps({"command": evil, "versions": {evil: evil}, "status": evil}))
     evaluation = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, "split": evil}))
+    texts = [evil] * len(evaluation["example_ids"])
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "split": evil, "texts": texts}))
     table = Table(evil, [evil], [[evil]], evil)
     path = write_report([run, run], tmp_path / "report.html", title=evil, tables=[table])
     source = path.read_text()
-    assert "<script" not in source
+    assert_only_our_script(path)
+    assert source.count("<script") == 1
     assert "a <b>" not in source
     assert source.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
     assert evil in Page(path).text
@@ -150,12 +156,8 @@ def test_runs_stand_side_by_side_with_their_numbers_and_tables(make_run: MakeRun
         assert expected in page.text
     # six sections of two pictures; the score column is to the right, the names are not
     assert sum(tag == "svg" for tag, _ in page.tags) == 12
-    assert [attrs.get("class") for tag, attrs in page.tags if tag == "td" and "class" in attrs] == [
-        "",
-        "num",
-        "",
-        "num",
-    ]
+    classes = [attrs.get("class") for tag, attrs in page.tags if tag == "td" and "class" in attrs]
+    assert classes[:4] == ["", "num", "", "num"]
 
 
 def test_runs_share_the_y_axis(make_run: MakeRun, tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_a_preference_run_shows_its_rewards(make_preference_run: MakeRun, tmp_pa
     for heading in ("Negative log-likelihood of a preference pair", "Reward accuracy", "Reward margin"):
         assert heading in page.text
     assert "Held-out NLL, mixture (nats/pair) 0.4321" in page.text
-    assert "Held-out reward accuracy (share of pairs) 0.8125" in page.text
+    assert "Held-out reward accuracy (fraction of pairs) 0.8125" in page.text
     assert "Held-out reward margin (nats) 0.8125" in page.text
     assert "(nats/token)" not in page.text
     nll = pictures_of(path)[1]
@@ -395,7 +397,7 @@ def test_a_step_that_a_resumed_run_wrote_again_counts_once(make_run: MakeRun, tm
 )
 def test_sizes_from_one_to_many(make_run: MakeRun, tmp_path: Path, K: int, N: int, steps: int, alpha: float) -> None:
     page = Page(write_report([make_run("sized", K, N, alpha, steps)], tmp_path / "report.html"))
-    assert ("with one particle every weight is 1" in page.text) == (K == 1)
+    assert ("with one particle every responsibility is 1" in page.text) == (K == 1)
     assert ("The picture shows 600 of them" in page.text) == (N > 600)
     assert ("Each point averages about 2 logged steps." in page.text) == (steps > 400)
 
@@ -408,12 +410,12 @@ def test_the_same_folders_give_the_same_bytes(make_run: MakeRun, tmp_path: Path)
 
 @pytest.mark.parametrize("K", [1, 2, 8])
 def test_ordering_keeps_every_example_and_one_block_a_leader(K: int) -> None:
-    weights = np.random.default_rng(K).dirichlet(np.full(K, 0.5), size=200).T
-    order = order_examples(weights)
+    drawn = np.random.default_rng(K).dirichlet(np.full(K, 0.5), size=200).T
+    order = order_examples(drawn)
     assert sorted(order) == list(range(200))
-    leaders = weights.argmax(axis=0)[order]
+    leaders = drawn.argmax(axis=0)[order]
     assert (np.diff(leaders) >= 0).all()
-    top = weights.max(axis=0)[order]
+    top = drawn.max(axis=0)[order]
     assert all((np.diff(top[leaders == k]) <= 0).all() for k in range(K))
 
 
@@ -430,7 +432,7 @@ def test_the_heat_map_shows_the_responsibilities(make_run: MakeRun, tmp_path: Pa
     K, N = 3, 6
     run = make_run("a", K, N, alpha=0.1)
     source = write_report([run], tmp_path / "report.html").read_text()
-    for name, alpha in (("heat0", 0.1), ("weights0", 1.0)):
+    for name, alpha in (("trained0", 0.1), ("at-one0", 1.0)):
         encoded = re.findall(rf'base64,([^"]+)" id="{name}-[^"]*" transform="scale\(1 -1\)', source)
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[0]))).convert("RGB"), dtype=float)[::-1]
         height, width, _ = pixels.shape
@@ -438,6 +440,60 @@ def test_the_heat_map_shows_the_responsibilities(make_run: MakeRun, tmp_path: Pa
         order = order_examples(responsibilities(logp_of(run), 1.0))
         expected = 255 * HEAT(responsibilities(logp_of(run), alpha)[:, order])[..., :3]
         np.testing.assert_allclose(shown, expected, atol=3)
+
+
+def test_the_heat_maps_name_their_examples(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a", 3, 6, alpha=0.1)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    rows = [4, 9, 16, 25, 36, 49]
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "example_ids": rows}))
+    path = write_report([run], tmp_path / "report.html")
+    posterior = responsibilities(logp_of(run), 1.0)
+    order = order_examples(posterior)
+    for picture, alpha in zip(pictures_of(path)[-3:-1], (0.1, 1.0), strict=True):
+        shown = responsibilities(logp_of(run), alpha)[:, order]
+        expected = [
+            f"row {rows[i]}: particle {shown[:, at].argmax()} leads, {shown[:, at].max():.2f}. text of {i}"
+            for at, i in enumerate(order)
+        ]
+        assert re.findall(r"<title>(.*?)</title>", picture) == expected
+    listed = " ".join(Page(path).text.split())
+    for at, i in enumerate(order):
+        leader = f"{posterior[:, i].argmax()} {posterior[:, i].max():.2f}"
+        assert f" {at + 1} row {rows[i]} text of {i} {leader}" in listed
+
+
+def test_a_run_writes_the_texts_that_its_heat_maps_show(sft_config: Callable[..., SftConfig]) -> None:
+    config = sft_config(max_steps=1)
+    train(config)
+    run = Path(config.output_dir)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in Path(config.dataset_name).read_text().splitlines()]
+    expected = [f"{rows[i]['prompt']}[[{rows[i]['completion']}</s>]]" for i in evaluation["example_ids"]]
+    assert evaluation["texts"] == expected
+    assert all(text in Page(run / "report.html").text for text in expected)
+
+
+def test_an_evaluation_of_an_earlier_version_holds_no_texts_and_is_shown(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["texts"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "row 11" in Page(write_report([run], tmp_path / "report.html")).text
+
+
+def test_titles_tell_runs_apart(make_run: MakeRun, make_preference_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("one", model_name_or_path="org/small"), make_preference_run("two", model_name_or_path="big")]
+    both = "one and two: sft and dpo of small and big"
+    for chosen, title in ((runs[:1], "one: sft of small"), (runs[1:], "two: dpo of big"), (runs, both)):
+        source = write_report(chosen, tmp_path / "report.html").read_text()
+        for tag in ("title", "h1"):
+            assert f"<{tag}>{title}</{tag}>" in source
+
+
+def test_the_words_stand_above_the_tables_that_use_them(make_run: MakeRun, tmp_path: Path) -> None:
+    tags = [tag for tag, _ in Page(write_report([make_run("a")], tmp_path / "report.html")).tags]
+    assert tags.index("dl") < tags.index("table")
 
 
 @pytest.mark.parametrize("K", [1, 8, 9, 64])

@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.evaluation import MmluConfig, evaluate_mmlu
 
 K, ALPHA = 3, 0.7
@@ -25,11 +24,9 @@ NUM_TEST, LIMIT = 5, 4
 
 
 @pytest.fixture(scope="module")
-def particles(model_folder, tmp_path_factory) -> Path:
+def particles(save_particles, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = EnsembleConfig(num_particles=K, rank=2, lora_alpha=64, init="spread")
-    LoraEnsemble.attach(model, config).save_pretrained(folder, alpha=ALPHA)
+    save_particles(folder, num_particles=K, lora_alpha=64, alpha=ALPHA)
     return folder
 
 
@@ -74,7 +71,7 @@ def evaluated(configure, particles, tmp_path_factory) -> Path:
     with pytest.warns(UserWarning, match="2 prompts are longer than the model's context of 128 tokens"):
         table = evaluate_mmlu(configure(output, ensemble=str(particles)))
     first, *rows, last = table.splitlines()
-    assert first.split() == ["accuracy", "(%)", "NLL", "(nats)", "ECE", "Brier"]
+    assert first.split() == ["who", "accuracy", "(%)", "NLL", "(nats)", "ECE", "Brier"]
     assert [row.split("  ")[0] for row in rows[:3]] == ["base", "mixture", "mean of particles"]
     assert last == f"report: {output / 'report.html'}"
     return output
@@ -156,6 +153,24 @@ def test_the_report_shows_every_member_and_its_own_numbers(evaluated):
     each = [float(shown[f"particle {k}"]) for k in range(K)]
     assert float(shown["mean of particles"]) == pytest.approx(np.mean(each), abs=0.1)
     assert "2 prompts lost their beginning" in page
+    assert f"<title>{evaluated.name}: eval mmlu of tiny</title>" in page
+    assert (
+        f"(the mixture) answer {shown['mixture']} % of the questions right, the base without them {shown['base']} %"
+        in page
+    )
+
+
+def test_the_heat_maps_name_their_questions(evaluated):
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    [everything, *_] = [re.findall("<title>(.*?)</title>", svg) for svg in re.findall("<svg.*?</svg>", page, re.S)[2:]]
+    samples = {f"{one['doc']['subject']} {one['doc_id']}": one for one in samples_of(evaluated)}
+    assert len(everything) == len(samples)
+    for title in everything:
+        name, leader, part, text = re.fullmatch(r"(.*): particle (\d) leads, (\S+)\. (.*) \[\[.*\]\]", title).groups()
+        one = samples[name]
+        assert text == one["doc"]["question"]
+        assert int(leader) == np.argmax(one["responsibilities"])
+        assert float(part) == pytest.approx(max(one["responsibilities"]), abs=0.005)
 
 
 def test_without_an_ensemble_the_base_stands_alone(configure, tmp_path):

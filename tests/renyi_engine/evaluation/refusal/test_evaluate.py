@@ -59,11 +59,9 @@ def judge(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def particles(model_folder, tmp_path_factory):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=3, rank=2, lora_alpha=400, init="spread"))
+def particles(save_particles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble") / "particles"
-    ensemble.save_pretrained(folder, alpha=0.8)
+    save_particles(folder, lora_alpha=400)
     return folder
 
 
@@ -337,7 +335,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path
         assert "\n" not in str(error.value)
         assert not (tmp_path / "run" / "responses.jsonl").exists()
 
-    refused("label_column: expected exactly two values in 'category'; got 5", label_column="category")
+    refused("label_column: expected 2 values in 'category'; got 5", label_column="category")
     refused("judge: expected keyword", judge="none")
     refused(r"max_new_tokens: prompt 2 \(safe\) has 37 tokens, so 92 more do not fit", max_new_tokens=92)
     refused("dataset_name: needed", dataset_name=[])
@@ -424,9 +422,7 @@ def test_labels_are_two_and_the_last_of_them_is_positive():
     assert positive_label(of("unsafe", "safe", "unsafe"), "label") == "unsafe"
     assert positive_label(of("1", "0"), "label") == "1"
     for labels in (("a",), ("a", "b", "c")):
-        with pytest.raises(
-            ValueError, match=f"label_column: expected exactly two values in 'label'; got {len(labels)}"
-        ):
+        with pytest.raises(ValueError, match=f"label_column: expected 2 values in 'label'; got {len(labels)}"):
             positive_label(of(*labels), "label")
 
 
@@ -444,6 +440,7 @@ def test_the_table_and_the_page_show_everybody_on_every_split_and_escape_what_da
     assert "\x1b" not in table
     page = (tmp_path / "report.html").read_text()
     assert "0.312 ± 0.062" in page
+    assert "the base refuses 0.0 % and the ensemble refuses 31.2 % of the prompts; in the split odd" in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "AUROC of side = b" in page
@@ -462,3 +459,19 @@ def test_it_reads_csv_as_people_publish_it_and_the_real_phrase_list_runs(config,
     rows = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ['"0",\nreally?', '"1",\nreally?']
     assert {json.loads(line)["judge"] for line in (tmp_path / "run" / "responses.jsonl").open()} == {"keyword"}
+
+
+def test_a_page_without_a_prompt_to_show_or_a_rate_to_draw_says_why(tmp_path):
+    facts = {"judge": "j", "settings": {"model_name_or_path": "org/tiny"}, "versions": {}}
+    prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2)
+    write_refusal_report(tmp_path / "alike" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    page = (tmp_path / "alike" / "report.html").read_text()
+    assert "<title>alike: eval refusal of tiny</title>" in page
+    assert "There is none: on no prompt do the particles differ by more than chance alone would make them." in page
+    other = [(key, FAILED) for key in responses]
+    prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2, other=other)
+    write_refusal_report(tmp_path / "failed" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    page = (tmp_path / "failed" / "report.html").read_text()
+    assert "There is none: on no prompt has the judge labelled a response of every particle." in page
+    assert "There is no picture: on no split has everybody a rate." in page
+    assert "the base refuses an unknown part" in page

@@ -1,0 +1,29 @@
+"""Words that several pages use, each as (word, meaning): a reader of one page knows them on the others."""
+
+PARTICLE = (
+    "Particle",
+    "One small trainable adapter on the frozen language model. An ensemble has several of them, K in formulas. Each "
+    "keeps its colour on the whole page.",
+)
+BASE = ("Base", "The frozen language model itself, without an adapter. Training never changes it.")
+MIXTURE = ("Mixture", "The particles as one model: it gives the average of their probabilities.")
+NLL = (
+    "NLL, in nats",
+    "Negative log-likelihood: minus the natural logarithm of the probability that was given to what the data really "
+    "say. 0 means certain and right; 0.69 is a coin toss; lower is better.",
+)
+ALPHA = (
+    "alpha",
+    "How strongly training couples the particles. At 0 each one trains on its own. The larger alpha is, the more of an "
+    "example goes to the particle that explains it best. At 1 the loss is the NLL of the mixture.",
+)
+RESPONSIBILITY = (
+    "Responsibility",
+    "The part of an example that goes to a particle, from 0 to 1: the better the particle explains the example, the "
+    "more. For each example, the responsibilities of all particles add up to 1.",
+)
+ESS = (
+    "Effective sample size",
+    "ESS: among how many particles an example is divided. It is 1 when one particle takes it all, and K when all take "
+    "the same.",
+)
