@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import html
 import json
 import os
 import re
@@ -132,6 +133,27 @@ def test_the_critical_alpha_of_the_toy_is_below_the_default_and_contested_answer
     drivers = re.findall(r"slope ([+-])\S+  (.*)$", output, re.M)
     assert {sign for sign, _ in drivers} == {"+", "-"}
     assert all("Should the" in text for _, text in drivers)
+
+
+REPORTS = {
+    "The report of a run": ["getting_started.md/clone/runs/toy", "training.md/clone/runs/preferences"],
+    "The report of `eval nll`": ["evaluation.md/clone/runs/nll"],
+    "The report of `eval mmlu`": ["evaluation.md/clone/runs/mmlu"],
+    "The report of `eval refusal`": ["evaluation.md/clone/runs/refusal"],
+    "The report of `alpha-star`": ["alpha.md/clone/runs/alpha_star"],
+}
+
+
+@pytest.mark.parametrize("section", REPORTS)
+def test_a_part_of_a_report_that_the_docs_explain_is_there_under_that_name(section, read, scratch):
+    text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text_of("docs/reports.md"), re.M | re.S)[1]
+    pages = [(scratch / "docs" / run / "report.html").read_text(encoding="utf-8") for run in REPORTS[section]]
+    there = {html.unescape(title) for page in pages for title in re.findall(r"<h2[^>]*>([^<]*)", page)}
+    explained = {" ".join(title.split()) for title in re.findall(r"\*\*([^*]+)\*\*", text)}
+    assert explained
+    assert [title for title in explained if not any(name.startswith(title) for name in there)] == []
+    if section != "The report of a run":  # which has parts of its own for preferences
+        assert len(explained) == len(there - {"Words on this page", "Details"})
 
 
 def test_the_readmes_times_on_a_cpu_are_those_of_the_benchmarks():
