@@ -15,7 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
+import trl
 
 from renyi_engine import DpoConfig, DpoTask, SftConfig, SftTask
 from renyi_engine.critical_alpha import AlphaStarConfig
@@ -207,6 +209,14 @@ def test_a_flag_that_the_pages_name_exists(reference):
     for page in PAGES:
         named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))}
         assert named - known - of_others == set(), page
+
+
+def test_the_names_of_settings_that_nobody_else_has_are_listed():
+    section = re.search(r"^## Names of the flags\n(.*?)A few names", text_of("docs/training.md"), re.M | re.S)[1]
+    theirs = (trl.SFTConfig, trl.DPOConfig, trl.ModelConfig, trl.ScriptArguments, peft.LoraConfig)
+    known = {field.name for cls in theirs for field in dataclasses.fields(cls)}
+    ours = {field.name for cls in (SftConfig, DpoConfig) for field in dataclasses.fields(cls)}
+    assert set(re.findall(r"`(\w+)`", section)) == ours - known
 
 
 def test_every_example_of_a_row_is_one(tokenizer):
