@@ -1,7 +1,7 @@
 """Results side by side, with ratios to naive, to the best peer and to the floor.
 
 python -m csrc_bench.compare FILE...            every row
-python -m csrc_bench.compare --readme FILE...   the README's shapes only, as a Markdown table
+python -m csrc_bench.compare --readme FILE...   the main shapes only, as a Markdown table
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def text(rows: list[Row]) -> str:
 
 
 def readme(rows: list[Row]) -> str:
-    """The README's table, forward and backward together: our fastest path beside naive, the best peer and the floor."""
+    """The main shapes, forward and backward together: our fastest path beside naive, the best peer and the floor."""
     head = "| device | what | ours, ms | naive | best peer | floor | peak MiB, ours / naive |"
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
@@ -129,7 +129,7 @@ def readme(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m csrc_bench.compare", description="Benchmark results side by side.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of pytest-benchmark or of --results")
-    parser.add_argument("--readme", action="store_true", help="the README's shapes only, as a Markdown table")
+    parser.add_argument("--readme", action="store_true", help="the main shapes only, as a Markdown table")
     options = parser.parse_args(arguments)
     rows = load(options.files)
     print(readme(rows) if options.readme else text(rows), end="")

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from renyi_kernels.backend import resolve
 
 Shape = dict[str, Any]
-"""The sizes by letter, the `name` of the shape ("bar..." if the README shows it), and `dtype`, a name in torch."""
+"""The sizes by letter, the `name` of the shape ("bar..." for a main shape), and `dtype`, a name in torch."""
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """The largest error of a value or gradient, relative to the largest entry of the reference."""
@@ -63,7 +63,7 @@ class Variant:
         build: shape -> f(*inputs); for a floor (shape, direction) -> f(*inputs).
         backend: for our variants, the path that must run.
         needs: the module that must be installed.
-        slow: it takes long to prepare, so it is measured at the README's shapes only.
+        slow: it takes long to prepare, so it is measured at the main shapes only.
     """
 
     kind: str
@@ -183,7 +183,7 @@ class OpSuite:
     _kept: tuple = (None, None)
 
     def points(self, device: str, tiny: bool) -> list[Point]:
-        """Every direction at the README's shapes; forward and backward together at all others."""
+        """Every direction at the main shapes; forward and backward together at all others."""
         return [
             Point(self, shape, direction, name)
             for shape in self.shapes(device, tiny)

@@ -25,6 +25,9 @@ from .training import (
     SftConfig as SftConfig,
 )
 from .training import (
+    Trainer as Trainer,
+)
+from .training import (
     TrainingDiverged as TrainingDiverged,
 )
 from .training import (

@@ -49,10 +49,15 @@ def load_tokenizer(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedT
             raise ValueError(f"model_max_length: expected a number; got {tokenizer.model_max_length!r}")
     base_config = load_config(config, argument)
     with _loading("config", config, argument):
-        num_embeddings = getattr(base_config.get_text_config(), "vocab_size", None)
+        fit_pad_token(tokenizer, base_config)
+    return tokenizer
+
+
+def fit_pad_token(tokenizer: PreTrainedTokenizerBase, base_config: PretrainedConfig) -> None:
+    """Give the tokenizer another pad token if the base has no embedding for its own."""
+    num_embeddings = getattr(base_config.get_text_config(), "vocab_size", None)
     if num_embeddings is not None:
         use_a_pad_token_within(tokenizer, num_embeddings)
-    return tokenizer
 
 
 def load_model(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedModel:
@@ -83,10 +88,15 @@ def load_model(config: ModelConfig, argument: str = ARGUMENT) -> PreTrainedModel
             f"{some(unread)}",
             stacklevel=2,
         )
+    return made_ready(model, config)
+
+
+def made_ready(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """The model on its device. Raises ValueError if its numbers are float16."""
     if model.dtype == torch.float16:
         raise ValueError(
-            f"dtype: {config.model_name_or_path} is stored in float16, whose range is too small for gradients; "
-            "pass --dtype bfloat16 or float32"
+            f"dtype: {config.model_name_or_path or 'the model'} is stored in float16, whose range is too small for "
+            "gradients; pass --dtype bfloat16 or float32"
         )
     return model.to(device_for(config))
 

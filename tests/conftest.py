@@ -116,3 +116,22 @@ def sft_config(model_folder, data_file, tmp_path):
         return SftConfig(**settings | overrides)
 
     return make
+
+
+@pytest.fixture
+def dpo_config(sft_config, jsonl, tmp_path):
+    """A factory of quick DpoConfigs, on 18 pairs and 6 held-out ones."""
+    from renyi_engine import DpoConfig
+
+    def row(i):
+        pair = {"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 3), "rejected": "no" * (1 + i % 2)}
+        return pair | {"score_chosen": 5, "score_rejected": i % 5}
+
+    rows = [row(i) for i in range(24)]
+    path, held_out = jsonl(tmp_path / "pairs.jsonl", rows[:18]), jsonl(tmp_path / "held_out.jsonl", rows[18:])
+
+    def make(**overrides):
+        settings = vars(sft_config(dataset_name=str(path), eval_dataset_name=str(held_out), max_steps=8))
+        return DpoConfig(**settings | overrides)
+
+    return make

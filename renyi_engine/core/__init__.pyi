@@ -23,6 +23,7 @@ from .settings import read_yaml as read_yaml
 from .settings import require as require
 from .settings import require_given as require_given
 from .settings import required as required
+from .settings import to_dict as to_dict
 from .settings import to_yaml as to_yaml
 from .signals import StopSignals as StopSignals
 from .signals import exit_at_once as exit_at_once

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, get
 import yaml
 
 from renyi_engine.core import typos
-from renyi_engine.core.settings import REQUIRED, read_yaml, short
+from renyi_engine.core.settings import REQUIRED, read_yaml, require_given, short
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -67,10 +67,10 @@ class Source:
 
 
 def parse(
-    cls: type[Settings], argv: Sequence[str], prog: str, *, dry_run: bool = False
+    cls: type[Settings], argv: Sequence[str], prog: str, *, dry_run: bool = False, excused: Collection[str] = ()
 ) -> tuple[Settings, argparse.Namespace]:
     """(settings, options) of a command line; `options` holds print_config, dry_run where that is offered, and `source`,
-    a `Source`.
+    a `Source`. Every required setting has to be given, but for those that are `excused`.
 
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
@@ -96,7 +96,9 @@ def parse(
                     f"--{setting.name} on the command line if you want it"
                 )
         options.source = source
-        return cls(**{name: getattr(options, name) for name in known}), options
+        settings = cls(**{name: getattr(options, name) for name in known})
+        require_given(settings, excused=excused)
+        return settings, options
 
 
 class Parser(argparse.ArgumentParser):
@@ -232,7 +234,15 @@ def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     flags = {}
+    kind = getattr(cls, "kind", None)
+    if kind is not None and values.get("kind", kind) != kind:
+        raise ValueError(
+            f"{source}: kind: expected the settings of {kind}; got those of {short(values['kind'])}; give the file to "
+            "the command that it was made for"
+        )
     for name, value in values.items():
+        if name == "kind" and kind is not None:
+            continue
         if name not in defaults:
             raise ValueError(_unknown("key", str(name), list(defaults), str(source)))
         if value is None or (defaults[name] is None and isinstance(value, str) and value.lower() in _NOTHING):

@@ -50,16 +50,22 @@ def require(settings: Any, names: Sequence[str], expected: str, holds: Callable[
             raise ValueError(f"{name}: expected {expected}; got {value!r}")
 
 
-def require_given(settings: Any, *more: str) -> None:
-    """ValueError that names the first setting that is required, or one of `more`, and is empty."""
+def require_given(settings: Any, *more: str, excused: Collection[str] = ()) -> None:
+    """ValueError that names the first setting that is required, or one of `more`, and is empty, unless `excused`."""
     of_all = [setting.name for setting in dataclasses.fields(settings) if setting.metadata.get("group") == REQUIRED]
     for name in (*of_all, *more):
-        if not getattr(settings, name):
+        if name not in excused and not getattr(settings, name):
             raise ValueError(f"{name}: needed, but not given; pass --{name} or put it into the --config file")
 
 
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Every setting by its name; before them the `kind` of the command, where the class of settings says it."""
+    kind = {"kind": settings.kind} if hasattr(settings, "kind") else {}
+    return kind | dataclasses.asdict(settings)
+
+
 def to_yaml(settings: Any) -> str:
-    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+    return yaml.safe_dump(to_dict(settings), sort_keys=False)
 
 
 class _AsSaved(yaml.SafeLoader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from renyi_engine.core import SQUARABLE, flag, is_squarable, require, required
 from renyi_engine.ensemble import AdapterConfig, ModelConfig
@@ -15,6 +15,8 @@ from renyi_engine.evaluation import EvalConfig
 class AlphaStarConfig(AdapterConfig, EvalConfig):
     """Estimate the critical alpha of an adapter: above it, particles that start there move apart. The data set has the
     same columns as for supervised fine-tuning."""
+
+    kind: ClassVar[str] = "alpha-star"
 
     dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.", group="model")
     ensemble: str = flag(

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from renyi_engine.core import seeding
-from renyi_engine.critical_alpha.derivatives import (
-    LogLikelihoods,
-    check_second_derivatives,
-    finite,
-    flat,
-    gauss_newton_product,
-    gradients,
-    hessian_product,
-    stacked,
-)
+from renyi_engine.critical_alpha import derivatives
+from renyi_engine.critical_alpha.derivatives import LogLikelihoods, finite, flat, gradients, stacked
 from renyi_engine.critical_alpha.projection import Projection
 
 OVERSAMPLING = 4
@@ -63,7 +55,7 @@ def project(
     num_dims = min(num_dims, num_parameters)
     leading = _leading_directions(point, log_likelihoods, (num_dims + 1) // 2, generator)
     if check:
-        check_second_derivatives(point, log_likelihoods, leading[:, 0])
+        derivatives.check_second_derivatives(point, log_likelihoods, leading[:, 0])
     space = _Space(point, log_likelihoods, prior_curvature)
     space.extend(leading)
     while (m := space.basis.shape[1]) < num_dims:
@@ -98,11 +90,14 @@ class _Space:
         scores, blocks = [], []
         what = f"directions {old + 1} to {m}" if m > old + 1 else f"direction {m}"
         for batch in self._log_likelihoods(self._point, f"curvature along {what}"):
-            slopes = gradients(batch, create_graph=batch.outputs is None, retain_graph=True)
+            whole = batch.outputs is None  # the whole Hessian is wanted
+            slopes = gradients(batch, create_graph=whole, retain_graph=True)
             of_batch = stacked(slopes, batch).detach()
             along = of_batch @ directions  # [B, c]
             G_new += of_batch.mT @ along
-            product_of = hessian_product(batch, slopes) if batch.outputs is None else gauss_newton_product(batch)
+            product_of = (
+                derivatives.hessian_product(batch, slopes) if whole else derivatives.gauss_newton_product(batch)
+            )
             columns = []
             for c in range(directions.shape[1]):
                 product = product_of(directions[:, c])

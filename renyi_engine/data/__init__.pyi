@@ -22,7 +22,9 @@ from .excerpts import excerpt as excerpt
 from .excerpts import marked as marked
 from .row_files import Row as Row
 from .row_files import csv_cells as csv_cells
+from .rows import Splits as Splits
 from .rows import content_hash as content_hash
+from .rows import given_rows as given_rows
 from .rows import load_splits as load_splits
 from .sampling import StepSampler as StepSampler
 from .thoughts import ANALYSIS as ANALYSIS

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,27 @@ def load_splits(name: str, config_name: str | None, argument: str) -> Splits:
     except MemoryError:
         raise ValueError(f"{argument}: {name}: does not fit into memory; give a part of it") from None
     return Splits(name, argument, found)
+
+
+def given_rows(dataset: Any, argument: str) -> list[Row]:
+    """The rows of a `datasets.Dataset`, or of a sequence of dicts, that Python code hands over as `argument`.
+
+    Raises:
+        TypeError: it is neither. ValueError: it is empty.
+    """
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        rows = list(dataset)
+    elif hasattr(dataset, "with_format") and hasattr(dataset, "num_rows") and not isinstance(dataset, Mapping):
+        rows = _from_dataset(dataset)
+    else:
+        rows = [None]
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise TypeError(
+            f"{argument}: expected a datasets.Dataset, or a sequence of rows, each a dict; got {type(dataset).__name__}"
+        )
+    if not rows:
+        raise ValueError(f"{argument}: it is empty; at least one row is needed")
+    return [dict(row) for row in rows]
 
 
 def content_hash(rows: Iterable[Row]) -> str:

@@ -5,6 +5,7 @@ from .adapted_maps import Rows as Rows
 from .config import AdapterConfig as AdapterConfig
 from .config import EnsembleConfig as EnsembleConfig
 from .config import ModelConfig as ModelConfig
+from .fingerprint import Fingerprint as Fingerprint
 from .fingerprint import difference as difference
 from .fingerprint import is_fingerprint as is_fingerprint
 from .limits import changing_positions as changing_positions

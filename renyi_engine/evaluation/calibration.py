@@ -131,9 +131,7 @@ def _checked(probabilities: Tensor, labels: Tensor, name: str = "probabilities")
     stray = (labels < 0) | (labels >= num_choices)
     if stray.any():
         question = int(stray.nonzero()[0])
-        raise ValueError(
-            f"labels: expected 0 to {num_choices - 1}; question {question} has {int(labels[question])}; correct it"
-        )
+        raise ValueError(f"labels: expected 0 to {num_choices - 1}; question {question} has {int(labels[question])}")
     return probabilities.clamp(max=1.0)
 
 

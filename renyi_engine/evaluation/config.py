@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from renyi_engine.core import flag, require, require_given, required
 from renyi_engine.ensemble import ModelConfig
@@ -72,6 +72,8 @@ class EvalConfig(ModelConfig):
 class GenerateConfig(SamplingConfig):
     """Show what every particle, and the bare base, answers to a few prompts."""
 
+    kind: ClassVar[str] = "generate"
+
     ensemble: str = required("Folder of particles, as training writes it (RUN/particles).")
     prompts: list[str] = required(
         "The questions. If the model has a chat template, each is sent as a user's turn, else as plain text. What a "
@@ -93,6 +95,8 @@ class GenerateConfig(SamplingConfig):
 class NllConfig(EvalConfig):
     """Find the examples on which particles disagree, and those that no particle explains. The data set has the same
     columns as for supervised fine-tuning."""
+
+    kind: ClassVar[str] = "nll"
 
     ensemble: str = required("Folder of particles, as training writes it (RUN/particles).")
     dataset_name: str = required("Examples: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id.")
@@ -129,6 +133,8 @@ class NllConfig(EvalConfig):
 class MmluConfig(EvalConfig):
     """Evaluate an ensemble, or a base model alone, on MMLU. Prompts, order and weights are those of lm-eval."""
 
+    kind: ClassVar[str] = "mmlu"
+
     dataset_name: str = flag(
         "cais/mmlu", "A hub id, or a folder with the files of dev, validation and test.", group="data"
     )
@@ -157,6 +163,8 @@ class MmluConfig(EvalConfig):
 class RefusalConfig(EvalConfig, SamplingConfig):
     """Measure how often particles refuse prompts, and whether they agree. The defaults are those of the paper where it
     names one, and the columns are those of OR-Bench."""
+
+    kind: ClassVar[str] = "refusal"
 
     dataset_name: list[str] = required(
         "Prompts: files (.csv, .jsonl, ...) or hub ids. Each becomes a split of the table.", default=[]

@@ -15,19 +15,9 @@ from torch import Tensor
 from renyi_engine.core import CONFIG_FILE, files, output_folder, to_yaml
 from renyi_engine.data import Example, Row, excerpt, load_splits
 from renyi_engine.ensemble import LoraEnsemble, sum_tokens
+from renyi_engine.evaluation import diagnosis
 from renyi_engine.evaluation.config import NllConfig
-from renyi_engine.evaluation.diagnosis import (
-    CONTESTED,
-    FLAGGED_BY,
-    NLLS,
-    OUT_OF_SUPPORT,
-    Diagnosis,
-    check_calibration,
-    diagnose,
-    gain_over_base,
-    support_limit,
-    token_disagreement,
-)
+from renyi_engine.evaluation.diagnosis import CONTESTED, FLAGGED_BY, NLLS, OUT_OF_SUPPORT, Diagnosis
 from renyi_engine.evaluation.nll_report import write_nll_report
 from renyi_engine.evaluation.subject import Subject, load_subject
 from renyi_engine.objectives import Evaluation, Scores, SftTask, check_fits, describe_rows, evaluate, read_items
@@ -60,14 +50,14 @@ def evaluate_nll(config: NllConfig) -> str:
         min_gain = 0.0
         if calibration_rows:
             calibration, of_calibration = _examples(ensemble, task, calibration_rows, "calibration_dataset_name")
-            check_calibration(len(calibration), config.calibration_share)
+            diagnosis.check_calibration(len(calibration), config.calibration_share)
             lines += [f"calibration: {line}" for line in of_calibration]
             scored, base_logp = _score(ensemble, task, calibration, config.per_device_eval_batch_size)
-            gains = gain_over_base(scored.logp, base_logp, scored.num_labels)
-            min_gain = support_limit(gains, config.calibration_share)
+            gains = diagnosis.gain_over_base(scored.logp, base_logp, scored.num_labels)
+            min_gain = diagnosis.support_limit(gains, config.calibration_share)
         scored, base_logp = _score(ensemble, task, examples, config.per_device_eval_batch_size)
         disagreement, limits = scored.details["disagreement"], (config.min_disagreement, min_gain)
-        found = diagnose(scored.logp, base_logp, disagreement, scored.num_labels, alpha, *limits)
+        found = diagnosis.diagnose(scored.logp, base_logp, disagreement, scored.num_labels, alpha, *limits)
         texts = [excerpt(subject.tokenizer, example) for example in examples]
         table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
         return _write(config, folder, subject, table, min_gain, lines)
@@ -121,7 +111,7 @@ class _WithDisagreement(SftTask):
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         logp = ensemble.token_logprob(batch)
-        return Scores(sum_tokens(logp), {"disagreement": token_disagreement(logp)})
+        return Scores(sum_tokens(logp), {"disagreement": diagnosis.token_disagreement(logp)})
 
 
 def _write(

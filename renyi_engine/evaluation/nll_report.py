@@ -40,8 +40,8 @@ def write_nll_report(
         "of them has learnt it."
     )
     found = (
-        f"Found: the particles dispute {contested:,} of the examples. {foreign:,} are like nothing that they learnt. "
-        f"{N - contested - foreign:,} are neither."
+        f"Found: {contested:,} disputed by the particles, {foreign:,} unlike anything that they learnt, "
+        f"{N - contested - foreign:,} neither."
     )
     sections = [
         Section(

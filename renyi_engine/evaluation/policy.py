@@ -118,16 +118,7 @@ def risk_bound(num_wrong: int, num_answered: int, confidence: float) -> float:
     It is the rate at which `num_wrong` errors or fewer among `num_answered` questions have probability 1 -
     `confidence`, and 1 if all answers are wrong or there is none.
     """
-    if num_wrong == num_answered:
-        return 1.0
-    wrong = torch.arange(num_wrong + 1, dtype=torch.float64)
-    right = num_answered - wrong
-    log_ways = math.lgamma(num_answered + 1) - torch.lgamma(wrong + 1) - torch.lgamma(right + 1)
-    low, high = 0.0, 1.0
-    while low < (rate := (low + high) / 2) < high:  # until no number lies between them
-        log_tail = (log_ways + wrong * math.log(rate) + right * math.log1p(-rate)).logsumexp(dim=0)
-        if log_tail > math.log1p(-confidence):
-            low = rate
-        else:
-            high = rate
-    return high
+    from scipy.special import betaincinv  # slow to import
+
+    # at a rate p, num_wrong errors or fewer have probability 1 - I_p(num_wrong + 1, num_answered - num_wrong)
+    return 1.0 if num_wrong == num_answered else float(betaincinv(num_wrong + 1, num_answered - num_wrong, confidence))

@@ -6,8 +6,16 @@ from .alpha import Schedule as Schedule
 from .alpha import ScheduleName as ScheduleName
 from .alpha import alpha_rule as alpha_rule
 from .alpha import parse_controller as parse_controller
+from .dpo import ACCURACY as ACCURACY
+from .dpo import MARGIN as MARGIN
 from .dpo import DpoTask as DpoTask
 from .loss import data_term as data_term
+from .metrics import ESS as ESS
+from .metrics import EVAL as EVAL
+from .metrics import LOSS as LOSS
+from .metrics import Metric as Metric
+from .metrics import Nll as Nll
+from .metrics import nll_per as nll_per
 from .prior import PriorName as PriorName
 from .prior import potential_curvature as potential_curvature
 from .prior import prior_term as prior_term
@@ -23,4 +31,5 @@ from .task import check_fits as check_fits
 from .task import cut_rows as cut_rows
 from .task import describe_rows as describe_rows
 from .task import length as length
+from .task import metrics_of as metrics_of
 from .task import read_items as read_items

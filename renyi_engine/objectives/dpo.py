@@ -39,8 +39,17 @@ from renyi_engine.data import (
     warn_unread,
 )
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.objectives.metrics import Metric, nll_per
 from renyi_engine.objectives.task import Scores, length
 from renyi_kernels import IGNORE_INDEX
+
+# as TRL names them; a reward is beta times the log-ratio to the base
+CHOSEN, REJECTED = Metric("rewards/chosen", "nats"), Metric("rewards/rejected", "nats")
+MARGIN = Metric("rewards/margins", "nats", better="higher")
+CHOSEN_LOGP, REJECTED_LOGP = Metric("logps/chosen", "nats"), Metric("logps/rejected", "nats")
+ACCURACY = Metric("rewards/accuracies", "fraction of the pairs", better="higher")
+MIXTURE_ACCURACY = Metric("rewards/mixture_accuracies", "fraction of the pairs", better="higher")
+"""Of the particles' mean probability."""
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")
 
@@ -67,6 +76,8 @@ class DpoTask:
     """A `Task` whose examples are pairs. Chosen and rejected are in one batch."""
 
     unit = "pair"
+    nll = nll_per(unit)
+    details: tuple[Metric, ...] = (CHOSEN, REJECTED, ACCURACY, MARGIN, CHOSEN_LOGP, REJECTED_LOGP, MIXTURE_ACCURACY)
 
     def __init__(
         self,
@@ -153,26 +164,25 @@ class DpoTask:
         return batch
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
-        """Details are named as TRL names them; rewards are beta times the log-ratio to the base, in nats."""
+        """s of (24), and the details that `details` declares."""
         logp = _completion_logp(ensemble, batch)
         reference = batch["reference_logp"].to(logp.device)
         rewards = self.beta * (logp - reference.view(-1, *logp.shape[1:]))
         margins = rewards[..., 0] - rewards[..., 1]
         s = nn.functional.logsigmoid(margins)
         details = {
-            "rewards/chosen": rewards[..., 0],
-            "rewards/rejected": rewards[..., 1],
-            "rewards/accuracies": (margins > 0).float(),
-            "rewards/margins": margins,
-            "logps/chosen": logp[..., 0],
-            "logps/rejected": logp[..., 1],
-            # the particles' probabilities averaged
-            "rewards/mixture_accuracies": (s.exp().mean(dim=0) > 0.5).float(),
+            CHOSEN: rewards[..., 0],
+            REJECTED: rewards[..., 1],
+            ACCURACY: (margins > 0).float(),
+            MARGIN: margins,
+            CHOSEN_LOGP: logp[..., 0],
+            REJECTED_LOGP: logp[..., 1],
+            MIXTURE_ACCURACY: (s.exp().mean(dim=0) > 0.5).float(),
         }
-        return Scores(s, {name: value.detach() for name, value in details.items()})
+        return Scores(s, {metric.name: details[metric].detach() for metric in self.details})
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        return f"reward accuracy {metrics['rewards/accuracies']:.3f}  margin {metrics['rewards/margins']:.3f} nats"
+        return f"reward accuracy {metrics[ACCURACY.name]:.3f}  margin {metrics[MARGIN.name]:.3f} nats"
 
     def _require_gap(self, number: int, row: Mapping[str, Any], gap: float) -> None:
         chosen, rejected = (_score(number, column, row.get(column)) for column in self.score_columns)

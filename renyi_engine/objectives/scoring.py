@@ -14,6 +14,7 @@ from torch import Tensor
 
 from renyi_engine.data import longest_first
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.objectives.metrics import ESS, LOSS, nll_per, of_particles
 from renyi_engine.objectives.task import Item, Task, length
 from renyi_kernels import renyi_reduce
 
@@ -30,28 +31,24 @@ class Evaluation:
     details: dict[str, Tensor]
 
     def summary(self, alpha: float) -> dict[str, Any]:
-        """Losses and spread, units in the names; a token's NLL is the corpus total over its tokens."""
+        """Losses and spread under the names of `metrics`; a token's NLL is the corpus total over its tokens."""
         coupled = renyi_reduce(self.logp, alpha)
         return {
-            "loss_nats": coupled.loss.mean().item(),
-            **nll_per_label(self.logp, int(self.num_labels.sum()), self.unit),
-            "ess_particles": coupled.ess.mean().item(),
+            LOSS.name: coupled.loss.mean().item(),
+            **self._nll(),
+            ESS.name: coupled.ess.mean().item(),
             "num_examples": len(self.rows),
             **means(sums(self.details), len(self.rows)),
         }
 
-
-def nll_per_label(logp: Tensor, num_labels: int, unit: str) -> dict[str, Any]:
-    """Negative log-likelihood a `unit`, in nats: of the mixture (alpha = 1, Lemma 1), of the mean particle, of each.
-
-    logp: [K, N] of examples that hold `num_labels` units together.
-    """
-    particles = -logp.sum(dim=1) / num_labels
-    return {
-        f"mixture_nll_nats_per_{unit}": renyi_reduce(logp, 1.0).loss.sum().item() / num_labels,
-        f"mean_particle_nll_nats_per_{unit}": particles.mean().item(),
-        f"particle_nll_nats_per_{unit}": particles.tolist(),
-    }
+    def _nll(self) -> dict[str, Any]:
+        names, num_labels = nll_per(self.unit), int(self.num_labels.sum())
+        particles = -self.logp.sum(dim=1) / num_labels
+        return {
+            names.mixture.name: renyi_reduce(self.logp, 1.0).loss.sum().item() / num_labels,
+            names.mean_particle.name: particles.mean().item(),
+            names.particles.name: particles.tolist(),
+        }
 
 
 def sums(details: Mapping[str, Tensor]) -> dict[str, float | list[float]]:
@@ -60,15 +57,15 @@ def sums(details: Mapping[str, Tensor]) -> dict[str, float | list[float]]:
 
 
 def means(totals: Mapping[str, float | list[float]], num_examples: int) -> dict[str, Any]:
-    """An example's, from `sums`: over particles under its own name, and of each as particle_<name>."""
-    metrics: dict[str, Any] = {}
+    """Means over examples, from `sums`: of what is [K, N], the mean over particles too, and then each particle's."""
+    found: dict[str, Any] = {}
     for name, total in totals.items():
         if isinstance(total, list):
-            metrics[name] = sum(total) / len(total) / num_examples
-            metrics[f"particle_{name}"] = [value / num_examples for value in total]
+            found[name] = sum(total) / len(total) / num_examples
+            found[of_particles(name)] = [value / num_examples for value in total]
         else:
-            metrics[name] = total / num_examples
-    return metrics
+            found[name] = total / num_examples
+    return found
 
 
 @torch.no_grad()

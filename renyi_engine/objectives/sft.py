@@ -24,6 +24,7 @@ from renyi_engine.data import (
     warn_unread,
 )
 from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.objectives.metrics import Metric, nll_per
 from renyi_engine.objectives.task import Scores
 from renyi_kernels import IGNORE_INDEX
 
@@ -34,6 +35,8 @@ class SftTask:
     """A `Task` whose examples are single sequences. s is the log-likelihood of the labelled tokens (4.1)."""
 
     unit = "token"
+    nll = nll_per(unit)
+    details: tuple[Metric, ...] = ()
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -91,7 +94,7 @@ class SftTask:
         return Scores(ensemble.sequence_logprob(batch))
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        return f"mixture NLL {metrics['mixture_nll_nats_per_token']:.3f} nats/token"
+        return f"mixture NLL {metrics[self.nll.mixture.name]:.3f} nats/token"
 
 
 def _learnt_column(row: Mapping[str, Any]) -> str | None:

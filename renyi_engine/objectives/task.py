@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from renyi_engine.data import Example, Row, columns_of, describe_dropped, name_rows, tokenize
 from renyi_engine.ensemble import LoraEnsemble, limits
+from renyi_engine.objectives.metrics import ESS, LOSS, Metric, Nll
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Scores:
 
     Attributes:
         logp: s [K, B] in nats, from which the loss is made.
-        details: what else is worth a line of metrics, detached: [K, B], or [B] where it is the mixture's.
+        details: what else the task measures, by name (see `Task.details`), detached: [K, B], or [B] where it is the
+            mixture's.
     """
 
     logp: Tensor
@@ -45,6 +47,12 @@ class Item(Protocol):
         """How many `Task.unit`s it holds. Its negative log-likelihood is divided by this number."""
 
 
+def metrics_of(task: Task | type[Task]) -> list[Metric]:
+    """What is recorded of this kind of training, of its steps and of its evaluations alike."""
+    of_particles = [metric.of_particles for metric in task.details]
+    return [LOSS, *task.nll, ESS, *task.details, *of_particles]
+
+
 def length(item: Item) -> int:
     """How many tokens its longest sequence has."""
     return max(len(sequence.input_ids) for sequence in item.sequences)
@@ -54,6 +62,9 @@ class Task(Protocol):
     tokenizer: PreTrainedTokenizerBase
     unit: str
     """What one label is: "token" or "pair"."""
+    nll: Nll
+    details: tuple[Metric, ...]
+    """What `Scores.details` holds, in the order in which a line of metrics.jsonl has it."""
 
     def check_columns(self, columns: Sequence[str], argument: str) -> None:
         """Raise ValueError unless rows with these columns can be used."""

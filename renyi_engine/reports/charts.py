@@ -157,7 +157,7 @@ def risk_coverage(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     """How often the answers are wrong when only the surest are given.
 
     Args:
-        curves: (coverage, risk) by the name of a measure of uncertainty, shares in [0, 1].
+        curves: (coverage, risk) by the name of a measure of uncertainty, fractions in [0, 1].
     """
     figure, ax = pictures.axes(height=250)
     for number, (coverage, risk) in enumerate(curves.values()):
@@ -165,10 +165,10 @@ def risk_coverage(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     ax.set(xlim=(0, 1), xlabel="answered, the surest first (% of examples)", ylabel="wrong among the answered (%)")
     ax.set_ylim(0, max(1.05 * max(np.max(np.asarray(risk)) for _, risk in curves.values()), 0.01))
     _percent(ax.xaxis, ax.yaxis)
-    caption += " From right to left ever more of the unsure examples are left unanswered; a curve that falls faster "
-    caption += "belongs to a better measure of uncertainty; a flat one cannot tell which answers are wrong."
+    caption += " From right to left ever more of the unsure examples are left unanswered. Good: a curve that falls "
+    caption += "towards the left. Bad: a flat one, whose measure of uncertainty cannot tell which answers are wrong."
     return Picture(
-        pictures.svg(figure, name, "share of wrong answers over share answered"), caption, _line_keys(curves)
+        pictures.svg(figure, name, "fraction of wrong answers over fraction answered"), caption, _line_keys(curves)
     )
 
 
@@ -177,23 +177,21 @@ def reliability(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike, Arra
     """How often answers given with some confidence are right.
 
     Args:
-        curves: (mean confidence, accuracy, share of the examples) of bins of confidence, by the name of who answers;
-            shares in [0, 1]. Bins of no example are left out.
+        curves: (mean confidence, accuracy, fraction of the examples) of bins of confidence, by the name of who
+            answers; fractions in [0, 1]. Bins without an example are left out.
     """
     figure, ax = pictures.axes(height=300)
     ax.plot([0, 1], [0, 1], **FRAME)
     for number, bins in enumerate(curves.values()):
-        confidence, accuracy, share = (np.asarray(values, dtype=np.float64) for values in bins)
-        held = share > 0
+        confidence, accuracy, size = (np.asarray(values, dtype=np.float64) for values in bins)
+        held = size > 0
         ax.plot(confidence[held], accuracy[held], gid=f"curve-{number}", **_line(number))
         dots = {"color": COLOURS[number % len(COLOURS)], "alpha": 0.55, "linewidth": 0, "clip_on": False, "zorder": 3}
-        ax.scatter(confidence[held], accuracy[held], s=600 * share[held], **dots)
+        ax.scatter(confidence[held], accuracy[held], s=600 * size[held], **dots)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the answer (%)", ylabel="right among these answers (%)")
     _percent(ax.xaxis, ax.yaxis)
-    caption += (
-        " On the dashed diagonal confidence is what it claims to be; below it answers are over-confident. The area "
-    )
-    caption += "of a dot is the share of the examples that it stands for."
+    caption += " On the dashed diagonal confidence is what it claims to be. Below it answers are too sure of "
+    caption += "themselves, above it not sure enough. The area of a dot tells how many examples it stands for."
     return Picture(pictures.svg(figure, name, "accuracy over confidence"), caption, _line_keys(curves))
 
 
@@ -367,8 +365,8 @@ def _percent(*axes: Any) -> None:
         axis.set_major_formatter(_as_percentage)
 
 
-def _as_percentage(share: float, _position: int) -> str:
-    return f"{100 * share:.3g}%"
+def _as_percentage(fraction: float, _position: int) -> str:
+    return f"{100 * fraction:.3g}%"
 
 
 def _slant(labels: Sequence[str], room: Array) -> float:

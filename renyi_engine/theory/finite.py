@@ -95,9 +95,7 @@ def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: flo
         return _gibbs(s, prior.log(), weight).exp()
     loss = _mixture_loss(s, q.log(), alpha).loss
     if loss.isinf().any():
-        raise ValueError(
-            f"q: expected a parameter with q > 0 that allows {_first(loss.isinf())}; there is none; give one more mass"
-        )
+        raise ValueError(f"q: expected a parameter with q > 0 that allows {_first(loss.isinf())}; widen its support")
     support = prior > 0
     excess = torch.expm1(alpha * (s[support] + loss))
     if excess.isinf().any():
@@ -146,10 +144,7 @@ def self_consistent_posterior(
     support = prior > 0
     s, log_prior = table[support], prior[support].log()
     if (impossible := s.isneginf().all(dim=0)).any():
-        raise ValueError(
-            f"logp: expected a parameter with prior > 0 that allows {_first(impossible)}; all have -inf there; leave "
-            "the example out, or change the prior"
-        )
+        raise ValueError(f"logp: expected a parameter of prior > 0 that allows {_first(impossible)}; every one is -inf")
     if alpha == 0.0:
         log_q = _gibbs(s, log_prior, weight)
         q = torch.zeros_like(prior).masked_scatter(support, log_q.exp())
@@ -269,7 +264,7 @@ def _gibbs(s: Tensor, log_prior: Tensor, weight: float) -> Tensor:
     log_q = log_prior + s.sum(dim=1) / weight
     if log_q.isneginf().all():
         raise ValueError(
-            "logp: at alpha = 0, some parameter with prior > 0 must allow every example; there is none; raise alpha"
+            "logp: at alpha = 0, some parameter of prior > 0 must allow all examples; none does; raise alpha"
         )
     return torch.log_softmax(log_q, dim=0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given, required
 from renyi_engine.ensemble import AdapterConfig, EnsembleConfig
@@ -27,6 +27,9 @@ from renyi_engine.objectives import (
 @dataclass
 class TrainConfig(AdapterConfig):
     """What every kind of training shares."""
+
+    kind: ClassVar[str]
+    """What config.yaml says that the run is."""
 
     dataset_name: str = required(
         "Training data: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id."
@@ -168,9 +171,23 @@ class TrainConfig(AdapterConfig):
         "run.",
         group="saving and logging",
     )
+    report_to: list[str] = flag(
+        ["none"],
+        "Also send the metrics to these programs, which have to be installed: tensorboard, trackio, wandb, mlflow, or "
+        "another that transformers knows. 'all' stands for all that are installed.",
+        group="saving and logging",
+    )
+    run_name: str | None = flag(None, "The run's name in these programs.", group="saving and logging")
+    metric_for_best_model: str | None = flag(
+        None,
+        "The metric of an evaluation that tells which step was the best. Callbacks such as EarlyStoppingCallback go by "
+        "it. Without it, the NLL of the mixture is taken.",
+        group="advanced",
+    )
 
     def __post_init__(self) -> None:
-        require_given(self)
+        # a Trainer may be given the model and the data themselves; a command line has to name them
+        require_given(self, excused=("model_name_or_path", "dataset_name"))
         # true and false in Python, and as they are typed
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
@@ -233,11 +250,15 @@ class TrainConfig(AdapterConfig):
 class SftConfig(TrainConfig):
     """Supervised fine-tuning. The data set has the column messages, or prompt and completion, or text."""
 
+    kind: ClassVar[str] = "sft"
+
 
 @dataclass
 class DpoConfig(TrainConfig):
     """Direct preference optimisation. The data set has the columns chosen and rejected, and also prompt, unless both
     begin with the prompt."""
+
+    kind: ClassVar[str] = "dpo"
 
     beta: float = flag(
         0.1, "Strength of the reference: a larger beta keeps the particles closer to the base.", group="preferences"
@@ -255,6 +276,9 @@ class DpoConfig(TrainConfig):
         require(self, ("min_score_gap",), "a number of at least 0, or nothing", lambda v: v is None or v >= 0)
         if len(self.score_columns) != 2:
             raise ValueError(f"score_columns: expected two names, chosen and rejected; got {self.score_columns}")
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {cls.kind: cls for cls in (SftConfig, DpoConfig)}
 
 
 def steps_of(given: float, total_steps: int) -> int:

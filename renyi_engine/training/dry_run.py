@@ -11,8 +11,7 @@ from renyi_engine.data import Example, marked
 from renyi_engine.ensemble import targets
 from renyi_engine.objectives import check_fits, length
 from renyi_engine.training.config import TrainConfig
-from renyi_engine.training.dataset import load_dataset
-from renyi_engine.training.trainer import make_task
+from renyi_engine.training.dataset import load_dataset, make_task
 from renyi_kernels.linear_logprob import CHUNK_MIB
 
 

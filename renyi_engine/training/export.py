@@ -19,9 +19,8 @@ from renyi_engine import base_model
 from renyi_engine.core import CONFIG_FILE, changes, output_folder, parse, read_yaml
 from renyi_engine.ensemble import adapter_folder, is_fingerprint, is_number, targets
 from renyi_engine.training import checkpoint
-from renyi_engine.training.config import DpoConfig, SftConfig, TrainConfig
-
-_OF_DPO = {field.name for field in dataclasses.fields(DpoConfig)} - {f.name for f in dataclasses.fields(SftConfig)}
+from renyi_engine.training.config import CONFIGS, TrainConfig
+from renyi_engine.training.records import kind_of
 
 
 def export_particles(source: Path, output: Path, *, trust_remote_code: bool = False) -> Path:
@@ -77,12 +76,13 @@ def _settings(path: Path, trust_remote_code: bool) -> TrainConfig:
     """The settings of a run. Every name has to be known, and every value of the right type and in its range."""
     values = read_yaml(path)
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
-        if not values.get(name):
+        if name not in values:
             raise ValueError(f"{path}: not the settings of a run: {name} is missing; restore the file")
-    kind, command = (DpoConfig, "dpo") if _OF_DPO & values.keys() else (SftConfig, "sft")
+    kind = kind_of(values, path)
     flags = ["--config", str(path), f"--trust_remote_code={trust_remote_code}"]
     try:
-        return parse(kind, flags, f"renyi-engine {command}")[0]
+        # a run whose rows were given to a Trainer names no data set
+        return parse(CONFIGS[kind], flags, f"renyi-engine {kind}", excused=("dataset_name",))[0]
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from renyi_engine.objectives import ACCURACY, ESS, EVAL, MARGIN
 from renyi_engine.reports import Table, page
 from renyi_engine.training import report_pictures
 from renyi_engine.training.records import Run, read_run
@@ -30,7 +31,19 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
     if output.exists() and not _is_page(output):
         raise ValueError(f"output: {output} is no HTML page, and would be lost; choose another name, or remove it")
     sections = report_pictures.draw(read)
-    return page.fill(output, "report.html.j2", title=title or _title(read), runs=read, tables=tables, sections=sections)
+    return page.fill(
+        output,
+        "report.html.j2",
+        title=title or _title(read),
+        runs=read,
+        tables=tables,
+        sections=sections,
+        tasks=dict.fromkeys(run.task for run in read),
+        eval=EVAL,
+        accuracy=ACCURACY,
+        margin=MARGIN,
+        ess=ESS,
+    )
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -38,7 +51,7 @@ def _title(runs: Sequence[Run]) -> str:
         " and ".join(dict.fromkeys(values))
         for values in (
             (run.name for run in runs),
-            (str(run.config.get("kind", "dpo" if run.unit == "pair" else "sft")) for run in runs),
+            (run.kind for run in runs),
             (Path(str(run.config.get("model_name_or_path", "an unknown model"))).name for run in runs),
         )
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from renyi_engine.objectives import data_term
+from renyi_engine.objectives import ACCURACY, ESS, EVAL, LOSS, MARGIN, Metric, data_term
 from renyi_engine.reports import (
     ACCENT,
     INK,
@@ -26,7 +26,16 @@ from renyi_engine.reports import (
     particle_colours,
     pictures,
 )
-from renyi_engine.training.records import Record, Run, number
+from renyi_engine.training.records import (
+    ALPHA_OF_STEPS,
+    ALPHA_STAR,
+    GRAD_NORM,
+    SKIPPED_UPDATES,
+    STEP,
+    Record,
+    Run,
+    number,
+)
 
 MAX_POINTS = 400  # of a line
 CONFIDENT = 0.9  # responsibility from which one particle is said to hold an example
@@ -41,11 +50,11 @@ def responsibilities(logp_nats: Array, alpha: float) -> Array:
 def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
     """By section of the page, the picture of each run. One without an SVG says in its caption why there is none."""
     sections = {
-        "loss": _line_plots(runs, "loss", "nats an example", lambda run, ax: _trace(run, ax, "loss_nats", [ACCENT])),
+        "loss": _line_plots(runs, "loss", LOSS.unit, lambda run, ax: _trace(run, ax, LOSS, [ACCENT])),
         "nll": _line_plots(runs, "nll", "nats a {unit}", _draw_nll),
-        "accuracy": _line_plots(runs, "accuracy", "fraction of the pairs", _draw_accuracy),
-        "margin": _line_plots(runs, "margin", "nats", _draw_margin),
-        "ess": _line_plots(runs, "ess", "particles", _draw_ess),
+        "accuracy": _line_plots(runs, "accuracy", ACCURACY.unit, _draw_accuracy),
+        "margin": _line_plots(runs, "margin", MARGIN.unit, _draw_margin),
+        "ess": _line_plots(runs, "ess", ESS.unit, _draw_ess),
         "alpha": _line_plots(runs, "alpha", "alpha", _draw_alpha),
         "trained": [_heat_map(run, f"trained{i}", at_one=False) for i, run in enumerate(runs)],
         "at-one": [_heat_map(run, f"at-one{i}", at_one=True) for i, run in enumerate(runs)],
@@ -61,9 +70,9 @@ def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
     return sections
 
 
-def _values(records: Sequence[Record], key: str, width: int = 1) -> Array:
-    """[S, width]; NaN where a record lacks the key or holds another number of values."""
-    rows = [value if isinstance(value := record.get(key), list) else [value] for record in records]
+def _values(records: Sequence[Record], metric: Metric, width: int = 1, prefix: str = "") -> Array:
+    """[S, width]; NaN where a record lacks the metric or holds another number of values."""
+    rows = [value if isinstance(value := record.get(prefix + metric.name), list) else [value] for record in records]
     rows = [[number(v) for v in row] if len(row) == width else [math.nan] * width for row in rows]
     return np.array(rows).reshape(-1, width)
 
@@ -99,28 +108,28 @@ def _line_plots(runs: Sequence[Run], key: str, label: str, draw: Callable[[Run, 
 
 
 def _draw_nll(run: Run, ax: Any) -> str:
+    nll = run.task.nll
     if run.K > 1:
-        key, dashes = f"mean_particle_nll_nats_per_{run.unit}", (0, (3, 1.5))
-        _trace(run, ax, f"particle_nll_nats_per_{run.unit}", particle_colours(run.K), bare=True, linewidth=1)
-        _trace(run, ax, key, [INK], bare=True, linewidth=1.2, linestyle=dashes)
-    return _trace(run, ax, f"mixture_nll_nats_per_{run.unit}", [INK])
+        _trace(run, ax, nll.particles, particle_colours(run.K), bare=True, linewidth=1)
+        _trace(run, ax, nll.mean_particle, [INK], bare=True, linewidth=1.2, linestyle=(0, (3, 1.5)))
+    return _trace(run, ax, nll.mixture, [INK])
 
 
 def _draw_accuracy(run: Run, ax: Any) -> str:
-    return _draw_rewards(run, ax, "rewards/accuracies", 0.5, "0.5: a coin toss")
+    return _draw_rewards(run, ax, ACCURACY, 0.5, "0.5: a coin toss")
 
 
 def _draw_margin(run: Run, ax: Any) -> str:
-    return _draw_rewards(run, ax, "rewards/margins", 0, "0: no preference")
+    return _draw_rewards(run, ax, MARGIN, 0, "0: no preference")
 
 
-def _draw_rewards(run: Run, ax: Any, key: str, limit: float, text: str) -> str:
+def _draw_rewards(run: Run, ax: Any, metric: Metric, limit: float, text: str) -> str:
     """The particles thin, their mean bold, and at `limit` what knowing nothing gives."""
     if run.unit == "token":
         return "No picture: this run did not train on preferences."
     if run.K > 1:
-        _trace(run, ax, f"particle_{key}", particle_colours(run.K), bare=True, linewidth=1)
-    _trace(run, ax, key, [INK])
+        _trace(run, ax, metric.of_particles, particle_colours(run.K), bare=True, linewidth=1)
+    _trace(run, ax, metric, [INK])
     if np.isfinite(ax.dataLim.get_points()).all():
         _mark_limit(ax, limit, text, 3, "bottom")
     return ""
@@ -136,7 +145,7 @@ def _mark_limit(ax: Any, limit: float, text: str, offset: float, side: str) -> N
 def _draw_ess(run: Run, ax: Any) -> str:
     if run.K == 1:
         return "No picture: with one particle it is always 1."
-    _trace(run, ax, "ess_particles", [ACCENT])
+    _trace(run, ax, ESS, [ACCENT])
     if not np.isfinite(ax.dataLim.get_points()).all():
         return ""
     _mark_limit(ax, run.K, f"{run.K}: all share alike", 5, "bottom")
@@ -153,34 +162,34 @@ def _draw_ess(run: Run, ax: Any) -> str:
 def _draw_alpha(run: Run, ax: Any) -> str:
     of_steps: dict[int, float] = {}
     for record in run.train:
-        given = record.get("alpha_of_steps")
+        given = record.get(ALPHA_OF_STEPS.name)
         alphas = [number(alpha) for alpha in given] if isinstance(given, list) else []
-        of_steps |= {int(record["step"]) - i: alpha for i, alpha in enumerate(reversed(alphas))}
+        of_steps |= {int(record[STEP.name]) - i: alpha for i, alpha in enumerate(reversed(alphas))}
     if not of_steps:
         return ""
     steps, values = np.array(sorted(of_steps.items())).T
     shown = np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).astype(int)
     ax.plot(steps[shown], values[shown], color=ACCENT, linewidth=2, marker="." if len(shown) < 30 else None)
-    estimates = _values(run.train, "alpha_star")
+    estimates = _values(run.train, ALPHA_STAR)
     if not np.isfinite(estimates).any():
         return f"Set by {run.rule}." if run.alpha_varied else f"Constant at {run.rule}."
-    ax.plot(_values(run.train, "step"), estimates, "o", color=INK, markerfacecolor=PAPER, markersize=5.5)
+    ax.plot(_values(run.train, STEP), estimates, "o", color=INK, markerfacecolor=PAPER, markersize=5.5)
     return f"Set by {run.rule}; circles are the estimates of the critical alpha, at the next logged step."
 
 
 def _draw_grad(run: Run, ax: Any) -> str:
-    if not (_values(run.train, "grad_norm", run.K) > 0).any():
+    if not (_values(run.train, GRAD_NORM, run.K) > 0).any():
         return ""
     ax.set_yscale("log", nonpositive="mask")
-    _trace(run, ax, "grad_norm", particle_colours(run.K), bare=run.K > 8, linewidth=0.8 if run.K > 8 else 1.4)
-    skipped = np.nan_to_num(_values(run.train[-1:], "skipped_updates", run.K))[0].astype(int)
+    _trace(run, ax, GRAD_NORM, particle_colours(run.K), bare=run.K > 8, linewidth=0.8 if run.K > 8 else 1.4)
+    skipped = np.nan_to_num(_values(run.train[-1:], SKIPPED_UPDATES, run.K))[0].astype(int)
     who = ", ".join(f"{count:,} of particle {k}" for k, count in enumerate(skipped) if count)
     return f"Updates skipped: {who}." if who else "No update was skipped."
 
 
-def _trace(run: Run, ax: Any, key: str, colours: Sequence[str], *, bare: bool = False, **style: Any) -> str:
+def _trace(run: Run, ax: Any, metric: Metric, colours: Sequence[str], *, bare: bool = False, **style: Any) -> str:
     """A running mean in each colour; unless `bare`, each logged step faintly behind it, and held-out circles."""
-    steps, values = _values(run.train, "step")[:, 0], _values(run.train, key, len(colours))
+    steps, values = _values(run.train, STEP)[:, 0], _values(run.train, metric, len(colours))
     if len(steps) > MAX_POINTS:
         first = np.linspace(0, len(steps), MAX_POINTS + 1).astype(int)[:-1]
         steps, values = steps[first], _mean(values, lambda x: np.add.reduceat(x, first, axis=0))
@@ -192,7 +201,7 @@ def _trace(run: Run, ax: Any, key: str, colours: Sequence[str], *, bare: bool = 
         ax.plot(steps, _mean(line, lambda x: np.convolve(x, window, mode="same")), color=colour, **style)
     if not bare:
         circles = {"markerfacecolor": PAPER, "markersize": 5.5, "markeredgewidth": 1.4, "zorder": 5}
-        ax.plot(_values(run.held_out, "step"), _values(run.held_out, f"eval_{key}"), "o", color=INK, **circles)
+        ax.plot(_values(run.held_out, STEP), _values(run.held_out, metric, prefix=EVAL), "o", color=INK, **circles)
     return ""
 
 

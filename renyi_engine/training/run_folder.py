@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_yaml
+from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_dict, to_yaml
+from renyi_engine.ensemble import Fingerprint, difference, is_fingerprint
 from renyi_engine.training import checkpoint
 from renyi_engine.training.config import TrainConfig
+from renyi_engine.training.dataset import Dataset
+from renyi_engine.training.records import (
+    EVALUATION_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
+    PARTICLES,
+    REPORT_FILE,
+    SKIPS_FILE,
+    Records,
+)
 
-# settings that may differ when a run is continued. None of them changes how a step is computed, but for
-# spike_threshold: a run that was stopped after too many spikes may go on with a larger one
+# Settings that may differ when a run is continued. Two kinds of them change later steps. max_steps and num_train_epochs
+# do where the learning rate or alpha follows a schedule, whose length they are: a run that is to be longer has to go
+# another way. spike_threshold does too: a run that was stopped after too many spikes can go on with a larger one.
 _MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
-    "gradient_checkpointing", "spike_threshold",
+    "gradient_checkpointing", "spike_threshold", "report_to", "run_name", "metric_for_best_model",
 }  # fmt: skip
 
 
 class RunFolder:
-    """RUN/config.yaml, run.json, metrics.jsonl, evaluation.json, checkpoint-N/, particles/, report.html.
+    """The folder of one run: its records (see `records`), and its checkpoints, RUN/checkpoint-N.
 
-    Where the run went on from an older checkpoint, RUN/set-aside-1/ holds the same files of what came after it.
+    Where the run went on from an older checkpoint, RUN/set-aside-1 holds the same files of what came after it.
     """
 
     def __init__(self, path: Path, resume_from: Path | None) -> None:
         self.path = path
+        self.records = Records(path)
         self.resume_from = resume_from
         """The checkpoint to continue from; None starts at step 0."""
 
@@ -52,23 +63,18 @@ class RunFolder:
             output_folder.clear_away_leftovers(path)
             yield cls(path, resume_from)
 
-    def check_data(self, config: TrainConfig, sha256: Mapping[str, str]) -> None:
+    def check_data(self, dataset: Dataset) -> None:
         """ValueError if the run is to be continued with other data than it was begun with: see `Dataset.sha256`."""
         if self.resume_from is None:
             return
         before = checkpoint.read_state(self.resume_from).get("data_sha256")
         if before is None:
             raise another_version(self.resume_from)
-        settings = {
-            "training rows": "dataset_name",
-            "held-out rows": "eval_dataset_name" if config.eval_dataset_name else "dataset_test_split",
-            "tokens": "model_name_or_path",  # the rows are the same: the tokenizer or its chat template is another
-        }
-        for what, setting in settings.items():
-            then, now = before[what], sha256[what]
+        for what, argument in dataset.given_as.items():
+            then, now = before[what], dataset.sha256[what]
             if then != now:
                 raise ValueError(
-                    f"{setting}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} "
+                    f"{argument}: the {what} are not those of {self.resume_from}: sha256 {then[:8]} then, {now[:8]} "
                     "now; give what the run was begun with, or begin another run in a new output_dir"
                 )
 
@@ -84,13 +90,7 @@ class RunFolder:
         self._set_aside(step)
         checkpoint.keep_newest(self.path, step, config.save_total_limit)  # a kill may have come before it
         self._save(config)
-        for path in (self._metrics, self.skips):
-            if path.exists():
-                lines = _lines(path)
-                for number, line in enumerate(lines[:-1], start=1):  # the last one may have been cut short by a kill
-                    if _step_of(line) == math.inf:
-                        warnings.warn(f"{path}: line {number} is damaged and is left out", stacklevel=2)
-                files.write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+        self.records.go_back_to(step)
 
     def _save(self, config: TrainConfig) -> None:
         saved = dataclasses.replace(config, resume_from_checkpoint=None)
@@ -107,10 +107,10 @@ class RunFolder:
         while (aside := self.path / f"set-aside-{number}").exists():
             number += 1
         aside.mkdir()
-        for path in (self.path / CONFIG_FILE, self.path / "run.json", self._metrics, self.skips):
+        for path in (self.path / name for name in (CONFIG_FILE, FACTS_FILE, METRICS_FILE, SKIPS_FILE)):
             if path.exists():
                 shutil.copy2(path, aside)
-        made_at_the_end = [self.particles, self.path / "evaluation.json", self.path / "report.html"]
+        made_at_the_end = [self.path / name for name in (PARTICLES, EVALUATION_FILE, REPORT_FILE)]
         moved = [*filter(Path.exists, made_at_the_end), *reversed(later)]
         for path in moved:
             if path.is_symlink():  # a relative link would lead elsewhere from there
@@ -121,38 +121,13 @@ class RunFolder:
         names = ", ".join(path.name for path in later or moved)
         warnings.warn(f"{self.path} goes on from step {step}; what came after it ({names}) is in {aside}", stacklevel=3)
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl has the line of the evaluation at `step`."""
-        if not self._metrics.exists():
-            return False
-        return any(_step_of(line) == step and '"eval_' in line for line in _lines(self._metrics))
-
-    def log(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; what is not a finite number becomes null."""
-        files.append_text(self._metrics, json.dumps(files.finite(values)) + "\n")
-
-    def write_json(self, name: str, value: Any) -> None:
-        files.write_json(self.path / name, files.finite(value))
-
-    def log_skip(self, values: dict[str, Any]) -> None:
-        """Append one line to skipped.jsonl: a step at which particles were not updated, and its rows."""
-        files.append_text(self.skips, json.dumps(values) + "\n")
-
     @property
     def command(self) -> str:
         return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
     @property
-    def skips(self) -> Path:
-        return self.path / "skipped.jsonl"
-
-    @property
     def particles(self) -> Path:
-        return self.path / "particles"
-
-    @property
-    def _metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / PARTICLES
 
 
 def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
@@ -171,7 +146,7 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
         raise ValueError(
             f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
         )
-    if diff := changes(dataclasses.asdict(config), read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
+    if diff := changes(to_dict(config), {"kind": config.kind} | read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
         raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
     if wanted == "true":
         with _resuming():
@@ -203,18 +178,19 @@ def _resuming() -> Iterator[None]:
         raise ValueError(f"resume_from_checkpoint: {error}") from None
 
 
+def require_same_base(path: Path, then: Any, now: Fingerprint) -> None:
+    """ValueError unless this is the base that the checkpoint at `path` was trained on, to the bit."""
+    if not is_fingerprint(then):
+        raise another_version(path)
+    found = difference(then, now)
+    weights = found.weights + found.rounded + found.unknown
+    for what, names in (("weights", weights), ("config", found.values)):
+        if names:
+            raise ValueError(
+                f"resume_from_checkpoint: {path}: the base model's {what} changed: {', '.join(names[:3])}"
+                + f" and {len(names) - 3} more" * (len(names) > 3)
+            )
+
+
 def another_version(path: Path) -> ValueError:
     return ValueError(f"resume_from_checkpoint: {path} was written by another version of renyi-engine")
-
-
-def _lines(path: Path) -> list[str]:
-    """Each with its end, that of the last one too, which a kill may have cut off."""
-    return [f"{line}\n" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl or skipped.jsonl; infinity if the line is damaged or was cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -6,7 +6,7 @@ Layout: K particles, B sequences, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ def train_step(
     config: TrainConfig,
     num_train_examples: int,
     largest_nll: float = math.inf,
+    tell: Callable[[str], object] = lambda event: None,
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
@@ -64,6 +65,9 @@ def train_step(
     No update of a particle whose gradient is not finite; of none if the mean NLL of the mixture, in nats, is above
     `largest_nll`.
 
+    `tell` is called at transformers' events within a step: on_substep_end after every micro-batch but the last, then
+    on_pre_optimizer_step and on_optimizer_step.
+
     Raises:
         DoesNotFit: a micro-batch does not.
     """
@@ -71,13 +75,15 @@ def train_step(
     num_examples = sum(len(batch["labels"]) for batch in micro_batches)
     optimizer.zero_grad()
     reductions, details = [], []
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
         with must_fit(f"a micro-batch of {list(batch['labels'].shape)} tokens"):
             scores = task.score(ensemble, batch)
             loss, reduction = data_term(scores.logp, alpha, num_examples)
             (num_particles * loss).backward()
         reductions.append(reduction)
         details.append(scores.details)
+        if number < len(micro_batches):
+            tell("on_substep_end")
     prior = prior_term(
         config.prior,
         parameters,
@@ -94,7 +100,9 @@ def train_step(
     mixture_nll = _mixture_nll(logp, healthy)
     spike = healthy.any() & (mixture_nll.mean() > largest_nll)
     updated = healthy & ~spike
+    tell("on_pre_optimizer_step")
     step_healthy(optimizer, updated)
+    tell("on_optimizer_step")
     return StepResult(
         logp=logp,
         details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},

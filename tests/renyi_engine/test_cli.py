@@ -19,7 +19,7 @@ import renyi_engine
 from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED, main
 from renyi_engine.core.files import read_json, sha256_of
 from renyi_engine.ensemble.adapter_folder import read
-from renyi_engine.training import trainer
+from renyi_engine.training import loop, trainer
 
 
 @pytest.fixture
@@ -119,15 +119,15 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flag
     assert message in last
 
 
-@pytest.mark.parametrize("place", ["evaluate", "LoraEnsemble"])
-def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, place):
+@pytest.mark.parametrize(("module", "place"), [(loop, "evaluate"), (trainer, "LoraEnsemble")])
+def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, module, place):
     remedies = {"evaluate": "lower --per_device_eval_batch_size", "LoraEnsemble": "fewer particles need less memory"}
 
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nand more lines")
 
     no_room.attach = no_room
-    monkeypatch.setattr(trainer, place, no_room)
+    monkeypatch.setattr(module, place, no_room)
     assert main(sft_flags()) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "Tried to allocate 7 GiB." in last
@@ -175,7 +175,7 @@ def test_a_data_set_that_memory_ends_in_is_one_line(sft_flags, capsys, monkeypat
         ({"lora_alpha": 1e-300}, "lora_alpha: expected a scaling (lora_alpha / r) that float32 can hold"),
         ({"output_dir": __file__}, "output_dir: " + __file__ + " cannot be written (it is no folder)"),
         ({"num_particels": 3}, "unknown flag '--num_particels'; did you mean '--num_particles'?"),
-        ({"report_to": "none"}, "unknown flag '--report_to'; see --help"),
+        ({"push_to_hub": "true"}, "unknown flag '--push_to_hub'; see --help"),
         ({"dry_rum": "none"}, "unknown flag '--dry_rum'; did you mean '--dry_run'?"),
         ({"use_cpu": "perhaps"}, "expected true or false; got 'perhaps'"),
     ],
@@ -190,7 +190,7 @@ def test_what_no_machine_can_do_is_one_line(sft_flags, capsys, flags, message):
 
 def test_steps_that_will_never_end_are_begun(sft_flags, capsys, monkeypatch):
     flags = sft_flags(max_steps=10**30, logging_steps=1)
-    monkeypatch.setattr(trainer.StopSignals, "received", signal.SIGTERM)  # after the first step
+    monkeypatch.setattr(loop.StopSignals, "received", signal.SIGTERM)  # after the first step
     assert main(flags) == EXIT_INTERRUPTED
     assert "ETA 115740 days" in capsys.readouterr().err
 

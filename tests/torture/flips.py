@@ -20,10 +20,9 @@ from torch import Tensor
 
 from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, base_model
 from renyi_engine.training import checkpoint
-from renyi_engine.training.dataset import load_dataset
+from renyi_engine.training.dataset import load_dataset, make_task
 from renyi_engine.training.export import export_particles
 from renyi_engine.training.run_folder import RunFolder
-from renyi_engine.training.trainer import make_task
 
 from .runs import STEPS, Bench, bench_in
 from .tally import Tally

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,7 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         def results(member: str) -> dict[str, Any]:
             chosen = answers[member].argmax(dim=-1).tolist()
             right = [choice == question.answer for choice, question in zip(chosen, questions, strict=True)]
-            scores = lm_eval.results(
-                questions,
-                right,
-                sizes=sizes,
-                dataset_name=config.dataset_name,
-                split=config.split,
-                num_fewshot=config.num_fewshot,
-            )
-            return scores | run | _model_facts(config, subject, member)
+            return lm_eval.results(questions, right, sizes, config) | run | _model_facts(config, subject, member)
 
         for member in others:
             (output / MODELS).mkdir(exist_ok=True)
@@ -102,9 +95,7 @@ def _choose(config: MmluConfig) -> tuple[list[Question], dict[str, int]]:
     found = mmlu_questions.load_questions(config.dataset_name, config.split)
     for name in config.subjects or ():
         if name not in found:
-            raise ValueError(
-                f"subjects: {config.dataset_name} has no {config.split} question of {name}; leave {name} out"
-            )
+            raise ValueError(f"subjects: {config.dataset_name} has no {config.split} question of {name}; leave it out")
     chosen = [name for name in SUBJECTS if name in (config.subjects or found)]
     questions = [question for name in chosen for question in found[name][: config.limit]]
     return questions, {name: len(found[name]) for name in chosen}
@@ -130,10 +121,8 @@ def _score(subject: Subject, prompts: Sequence[str], batch_size: int) -> tuple[T
     context = context_length(ensemble.model)
     num_cut = sum(context is not None and one.num_tokens > context for one in choices)
     if num_cut:
-        message = (
-            f"{num_cut} prompts are longer than the model's context of {context} tokens; their beginning is cut off"
-        )
-        warnings.warn(message, stacklevel=2)
+        longer = f"{num_cut} prompts are longer than the model's context of {context} tokens"
+        warnings.warn(f"{longer}; their beginning is cut off", stacklevel=2)
     with ensemble.disable_adapters():
         [base] = score_choices(ensemble, choices, batch_size=batch_size, track=partial(track, what="MMLU, base"))
     if not subject.num_particles:
@@ -156,11 +145,9 @@ def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], n
 def _write_samples(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
     """One file for each subject, as lm-eval writes one for each task."""
     folder.mkdir(exist_ok=True)
-    lines: dict[str, list[str]] = {}
-    for one in samples:
-        lines.setdefault(one["doc"]["subject"], []).append(json.dumps(one, ensure_ascii=False) + "\n")
-    for subject, of_subject in lines.items():
-        files.write_text(folder / f"{lm_eval.task_name(subject)}.jsonl", "".join(of_subject))
+    for subject, of_subject in groupby(samples, lambda sample: sample["doc"]["subject"]):  # samples come by subject
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in of_subject)
+        files.write_text(folder / f"{lm_eval.task_name(subject)}.jsonl", "".join(lines))
 
 
 def _samples(

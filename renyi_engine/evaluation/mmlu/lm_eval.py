@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from renyi_engine.evaluation.config import MmluConfig
 from renyi_engine.evaluation.mmlu.questions import COMPLETIONS, GROUPS, LETTERS, Question, ask, description
 
 TASK_VERSION, GROUP_VERSION = 1.0, "2"
@@ -23,13 +24,7 @@ def task_name(subject: str) -> str:
 
 
 def results(
-    questions: Sequence[Question],
-    right: Sequence[bool],
-    *,
-    sizes: Mapping[str, int],
-    dataset_name: str,
-    split: str,
-    num_fewshot: int,
+    questions: Sequence[Question], right: Sequence[bool], sizes: Mapping[str, int], config: MmluConfig
 ) -> dict[str, Any]:
     """The main part of a results file: accuracy and standard error of each subject, of each group, and of all.
 
@@ -56,9 +51,9 @@ def results(
         "results": {**tasks, **groups},
         "groups": groups,
         "group_subtasks": {ALL: list(members), **members},
-        "configs": {n: _task_config(n, s, dataset_name, split, num_fewshot) for n, s in subject_of.items()},
+        "configs": {name: _task_config(name, subject, config) for name, subject in subject_of.items()},
         "versions": {**dict.fromkeys(tasks, TASK_VERSION), **dict.fromkeys(groups, GROUP_VERSION)},
-        "n-shot": dict.fromkeys(tasks, num_fewshot),
+        "n-shot": dict.fromkeys(tasks, config.num_fewshot),
         "higher_is_better": {name: {"acc": True} for name in tasks},
         "n-samples": {
             name: {"original": sizes[subject_of[name]], "effective": len(right)} for name, right in of_task.items()
@@ -125,15 +120,15 @@ def _group_score(name: str, alias: str, tasks: Sequence[Mapping[str, Any]]) -> d
     }
 
 
-def _task_config(name: str, subject: str, dataset_name: str, split: str, num_fewshot: int) -> dict[str, Any]:
+def _task_config(name: str, subject: str, config: MmluConfig) -> dict[str, Any]:
     # `ask` itself makes the template of a question
     template = ask("{{question.strip()}}", [f"{{{{choices[{i}]}}}}" for i in range(len(LETTERS))])
     return {
         "task": name,
         "task_alias": subject,
-        "dataset_path": dataset_name,
+        "dataset_path": config.dataset_name,
         "dataset_name": subject,
-        "test_split": split,
+        "test_split": config.split,
         "fewshot_split": "dev",
         "doc_to_text": template,
         "doc_to_target": "answer",
@@ -142,7 +137,7 @@ def _task_config(name: str, subject: str, dataset_name: str, split: str, num_few
         "target_delimiter": " ",
         "fewshot_delimiter": "\n\n",
         "fewshot_config": {"sampler": "first_n", "split": "dev"},
-        "num_fewshot": num_fewshot,
+        "num_fewshot": config.num_fewshot,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "output_type": "multiple_choice",
         "repeats": 1,

@@ -60,9 +60,7 @@ def _completions_url(base_url: str) -> httpx2.URL:
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
-        raise ValueError(
-            f"judge: expected endpoint:http://HOST:PORT/v1 or the like; got {base_url!r} ({error}); correct the address"
-        ) from None
+        raise ValueError(f"judge: expected endpoint:http://HOST:PORT/v1 or alike; got {base_url!r} ({error})") from None
     if url.userinfo:
         # the message does not repeat the address, which may hold a password
         raise ValueError(

@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from renyi_engine.data import ANALYSIS, FINAL
+from renyi_engine.evaluation.refusal import verdicts
 from renyi_engine.evaluation.refusal.endpoint import Endpoint
 from renyi_engine.evaluation.refusal.verdicts import (
-    FAILED,
-    MAX_ANSWER_TOKENS,
-    MAX_THOUGHT_TOKENS,
-    UNPARSED,
     Exchange,
     Verdict,
     judge_answers,
@@ -68,16 +65,16 @@ class EndpointJudge:
             except Exception as error:  # nothing that a server does may stop the evaluation
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 # only the kind of error is kept: a message may repeat what was sent, and so the key
-                failure = Verdict(FAILED, " ".join([type(error).__name__, *([str(status)] if status else [])]))
+                failure = Verdict(verdicts.FAILED, " ".join([type(error).__name__, *([str(status)] if status else [])]))
             if status is not None and status not in (408, 429) and status < 500:
                 break
         return failure
 
     def _ask(self, exchange: Exchange) -> str | None:
         """The server's reply; None if it was cut off before the first character: some servers hide thoughts."""
-        reply, was_cut = self._reply(exchange, MAX_ANSWER_TOKENS)
-        if was_cut and parse_answer(reply or "") == UNPARSED:
-            reply, was_cut = self._reply(exchange, MAX_THOUGHT_TOKENS)
+        reply, was_cut = self._reply(exchange, verdicts.MAX_ANSWER_TOKENS)
+        if was_cut and parse_answer(reply or "") == verdicts.UNPARSED:
+            reply, was_cut = self._reply(exchange, verdicts.MAX_THOUGHT_TOKENS)
         if was_cut and not reply:
             return None
         if not isinstance(reply, str):

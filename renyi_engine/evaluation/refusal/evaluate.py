@@ -18,7 +18,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_yaml, track, versions
+from transformers import PreTrainedModel
+
+from renyi_engine.core import CONFIG_FILE, changes, files, output_folder, read_yaml, to_dict, to_yaml, track, versions
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, longest_first, pad_token_id, stop_tokens
 from renyi_engine.ensemble import adapter_folder, check_tokens
 from renyi_engine.evaluation.choices import context_length
@@ -90,8 +92,8 @@ def _begin(folder: Path, config: RefusalConfig, prompts: Sequence[Prompt]) -> No
     if not isinstance(before, dict) or not fingerprint.keys() <= before.keys():
         output_folder.require_free(folder)  # no evaluation of refusals was run in it
     elif (folder / RESPONSES_FILE).exists():
-        before |= read_yaml(folder / CONFIG_FILE)
-        if diff := changes(dataclasses.asdict(config) | fingerprint, before, _MAY_CHANGE):
+        before |= {"kind": config.kind} | read_yaml(folder / CONFIG_FILE)
+        if diff := changes(to_dict(config) | fingerprint, before, _MAY_CHANGE):
             raise ValueError(
                 f"output_dir: {folder} holds responses made with other settings; choose another folder, or set these "
                 f"back:{diff}"
@@ -122,7 +124,8 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     evaluation was stopped.
     """
     num_particles = adapter_folder.num_particles(Path(config.ensemble)) if config.ensemble else 0
-    speakers_at_once = _speakers(num_particles)
+    # who speaks in the same call: all particles, if there are any; then the base
+    speakers_at_once: list[list[Speaker]] = [[*range(num_particles)], [BASE]] if num_particles else [[BASE]]
 
     def missing(speakers: Sequence[Speaker], asked: Sequence[Prompt]) -> bool:
         keys = {(prompt.prompt_id, k, s) for prompt in asked for k in speakers for s in range(config.num_samples)}
@@ -133,10 +136,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     subject = load_subject(config)
     _check_base(subject, responses, run_file)
     encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
-    num_embeddings = subject.ensemble.model.get_input_embeddings().weight.shape[0]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        check_tokens(num_embeddings, f"prompt {prompt.prompt_id} ({prompt.split})", ids)
-    _check_lengths(subject, prompts, encoded, config.max_new_tokens)
+    _check_prompts(subject.ensemble.model, prompts, encoded, config.max_new_tokens)
     order = longest_first(map(len, encoded))
     size = config.per_device_eval_batch_size
     stops = stop_tokens(subject.ensemble.model, subject.tokenizer)
@@ -158,11 +158,6 @@ def _check_base(subject: Subject, responses: ResponseFile, run_file: Path) -> No
             "differ, or an earlier version made them; pass the same base, or choose another --output_dir"
         )
     files.write_json(run_file, facts | base)
-
-
-def _speakers(num_particles: int) -> list[list[Speaker]]:
-    """Who speaks in the same call: all particles, if there are any; then the base."""
-    return [list(range(num_particles)), [BASE]] if num_particles else [[BASE]]
 
 
 def _sample(
@@ -194,15 +189,19 @@ def _sample(
     ]
 
 
-def _check_lengths(
-    subject: Subject, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], max_new_tokens: int
+def _check_prompts(
+    model: PreTrainedModel, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    room = (context_length(subject.ensemble.model) or math.inf) - max_new_tokens
+    """Raises ValueError if the model cannot read some prompt and `max_new_tokens` more."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    room = (context_length(model) or math.inf) - max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
+        name = f"prompt {prompt.prompt_id} ({prompt.split})"
+        check_tokens(num_embeddings, name, ids)
         if len(ids) > room:
             raise ValueError(
-                f"max_new_tokens: prompt {prompt.prompt_id} ({prompt.split}) has {len(ids)} tokens, so "
-                f"{max_new_tokens} more do not fit into the model's context; lower it, or leave the prompt out"
+                f"max_new_tokens: {name} has {len(ids)} tokens, so {max_new_tokens} more do not fit into the model's "
+                "context; lower it, or leave the prompt out"
             )
 
 

@@ -19,15 +19,8 @@ from renyi_engine.data import (
     without_thought,
 )
 from renyi_engine.ensemble import ModelConfig
-from renyi_engine.evaluation.refusal.verdicts import (
-    MAX_ANSWER_TOKENS,
-    MAX_THOUGHT_TOKENS,
-    Exchange,
-    Verdict,
-    judge_answers,
-    judge_prompt,
-    verdict_of,
-)
+from renyi_engine.evaluation.refusal import verdicts
+from renyi_engine.evaluation.refusal.verdicts import Exchange, Verdict, judge_answers, judge_prompt, verdict_of
 
 
 class ModelJudge:
@@ -58,10 +51,10 @@ class ModelJudge:
         return judge_answers(exchanges, self._verdicts)
 
     def _verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        replies = self._ask(exchanges, MAX_ANSWER_TOKENS)
+        replies = self._ask(exchanges, verdicts.MAX_ANSWER_TOKENS)
         thinking = [i for i, reply in enumerate(replies) if not without_thought(reply)]
         if thinking:
-            again = self._ask([exchanges[i] for i in thinking], MAX_THOUGHT_TOKENS)
+            again = self._ask([exchanges[i] for i in thinking], verdicts.MAX_THOUGHT_TOKENS)
             for i, reply in zip(thinking, again, strict=True):
                 replies[i] = reply
         return list(map(verdict_of, replies))

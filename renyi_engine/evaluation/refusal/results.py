@@ -110,9 +110,7 @@ def positive_label(prompts: Sequence[Prompt], label_column: str) -> str:
     labels = sorted({str(prompt.label) for prompt in prompts})
     if len(labels) != 2:
         shown = f"{len(labels)}: {', '.join(map(repr, labels[:5]))}{', ...' * (len(labels) > 5)}"
-        raise ValueError(
-            f"label_column: expected exactly two values in {label_column!r}; got {shown}; choose another column"
-        )
+        raise ValueError(f"label_column: expected 2 values in {label_column!r}; got {shown}; choose another column")
     return labels[1]
 
 

@@ -79,7 +79,7 @@ def test_a_slip_gets_the_name_that_was_meant(case):
         ("per_device_train_batchsize", ["per_device_train_batch_size"]),
         ("use_rlsora", ["use_rslora"]),
         ("model_name_or_pth", ["model_name_or_path"]),
-        ("report_to", []),
+        ("push_to_hub", []),
         ("", []),
         ("x", []),
     ],
@@ -91,7 +91,7 @@ def test_typical_typos(typed, meant):
 def test_a_hint_is_words_or_nothing():
     assert typos.hint("alhpa", ["alpha", "beta"]) == "; did you mean 'alpha'?"
     assert typos.hint("adam_beta", ["adam_beta1", "adam_beta2"]) == "; did you mean 'adam_beta1' or 'adam_beta2'?"
-    assert typos.hint("report_to", ["prior_std"]) == ""
+    assert typos.hint("push_to_hub", ["prior_std"]) == ""
     assert typos.hint("anything", []) == ""
     assert questions.SUBJECTS  # their names get hints by the same rule
     assert typos.near_misses("college biology", ["college_biology"]) == ["college_biology"]

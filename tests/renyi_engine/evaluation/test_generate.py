@@ -9,20 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.cli import main
 from renyi_engine.ensemble import generation
 from renyi_engine.evaluation import generate as answers
 
 
 @pytest.fixture
-def flags(model_folder, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=2, rank=2, init="spread"))
-    with torch.no_grad():
-        for _, B in ensemble.stacked().values():
-            B.mul_(60)
-    ensemble.save_pretrained(tmp_path / "particles")
+def flags(model_folder, save_particles, tmp_path):
+    save_particles(tmp_path / "particles", num_particles=2, alpha=None)
     return ["generate", f"--model_name_or_path={model_folder}", f"--ensemble={tmp_path / 'particles'}"]
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,18 +20,8 @@ from renyi_engine.objectives.sft import SftTask
 
 
 @pytest.fixture
-def particles(model_folder, tmp_path):
-    def save(num_particles=3, alpha=0.8):
-        model = AutoModelForCausalLM.from_pretrained(model_folder)
-        config = EnsembleConfig(num_particles=num_particles, rank=2, init="spread")
-        ensemble = LoraEnsemble.attach(model, config)
-        with torch.no_grad():
-            for _, B in ensemble.stacked().values():
-                B.mul_(60)
-        ensemble.save_pretrained(tmp_path / "particles", alpha=alpha)
-        return ensemble
-
-    return save
+def particles(save_particles, tmp_path):
+    return partial(save_particles, tmp_path / "particles")
 
 
 @pytest.fixture
@@ -74,7 +65,7 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
     assert "<script>alert" not in page
     counts = [results["contested_or_poisoned"], results["out_of_support"]]
     assert "<title>out: eval nll of tiny</title>" in page
-    assert f"the particles dispute {counts[0]} of the examples. {counts[1]} are like nothing" in page
+    assert f"Found: {counts[0]} disputed by the particles, {counts[1]} unlike anything that they learnt, " in page
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import DpoConfig, EnsembleConfig, LoraEnsemble, train
+from renyi_engine import EnsembleConfig, LoraEnsemble, train
 from renyi_engine.cli import main
 from renyi_engine.core import files
 from renyi_engine.data.examples import Dropped
 from renyi_engine.objectives.dpo import DpoTask
 from renyi_engine.objectives.loss import data_term
-from renyi_engine.training import trainer
+from renyi_engine.training.dataset import make_task
 
 from ..apart import attach_apart
 from ..conversations import chat
@@ -315,22 +315,6 @@ def test_a_damaged_reference_is_named_and_computed_again(task, attached, tmp_pat
 # ---------------------------------------------------------------------- a run
 
 
-@pytest.fixture
-def dpo_config(sft_config, jsonl, tmp_path):
-    def row(i):
-        pair = {"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 3), "rejected": "no" * (1 + i % 2)}
-        return pair | {"score_chosen": 5, "score_rejected": i % 5}
-
-    rows = [row(i) for i in range(24)]
-    path, held_out = jsonl(tmp_path / "pairs.jsonl", rows[:18]), jsonl(tmp_path / "held_out.jsonl", rows[18:])
-
-    def make(**overrides):
-        settings = vars(sft_config(dataset_name=str(path), eval_dataset_name=str(held_out), max_steps=8))
-        return DpoConfig(**settings | overrides)
-
-    return make
-
-
 def lines_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -354,7 +338,7 @@ def test_a_run_learns_the_preference_and_says_so_in_trls_names(dpo_config):
 
 def test_a_run_scores_pairs_as_its_settings_say(dpo_config):
     config = dpo_config(beta=0.45, min_score_gap=2.0, score_columns=["good", "bad"], max_length=50)
-    task = trainer.make_task(config)
+    task = make_task(config)
     assert (task.beta, task.max_length, task.min_score_gap, task.score_columns) == (0.45, 50, 2.0, ["good", "bad"])
 
 

@@ -17,7 +17,8 @@ from renyi_engine.data.batches import collate
 from renyi_engine.ensemble.lora_ensemble import sum_tokens
 from renyi_engine.objectives.loss import data_term
 from renyi_engine.objectives.sft import SftTask
-from renyi_engine.training import trainer
+from renyi_engine.training import train
+from renyi_engine.training.train_step import train_step
 
 from ..apart import attach_apart
 
@@ -89,7 +90,7 @@ def test_a_step_descends_the_objective_of_all_its_micro_batches(
     alpha, weight, std, N = 0.6, 40.0, 0.7, 31
     config = sft_config(prior=prior, prior_lambda=weight, prior_std=std, kernel_bandwidth=bandwidth, max_grad_norm=0.0)
     optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.0)
-    step = trainer.train_step(ensemble, SftTask(tokenizer, 64), optimizer, batches, alpha, config, N)
+    step = train_step(ensemble, SftTask(tokenizer, 64), optimizer, batches, alpha, config, N)
 
     s = torch.stack([torch.cat([naive_logprob(particle, batch) for batch in batches]) for particle in particles])
     loss = -torch.log(torch.exp(alpha * s).mean(dim=0)) / alpha
@@ -113,7 +114,7 @@ def test_a_step_descends_the_objective_of_all_its_micro_batches(
 
 def test_a_run_divides_its_prior_by_the_number_of_its_training_examples(sft_config, model_folder):
     config = sft_config(prior="potential", prior_lambda=3.0, prior_std=0.5, max_steps=1)
-    run = trainer.train(config).output_dir
+    run = train(config).output_dir
     fresh = LoraEnsemble.attach(AutoModelForCausalLM.from_pretrained(model_folder), config.ensemble_config())
     squares = sum(p.detach().square().sum() for p in fresh.parameters()).item()
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])

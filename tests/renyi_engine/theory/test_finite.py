@@ -301,9 +301,9 @@ def test_where_no_distribution_has_a_finite_objective_the_error_says_so():
     logp = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
     prior = torch.tensor([0.5, 0.5])
     assert self_consistent_posterior(logp, prior, 0.5, 1.0).converged
-    with pytest.raises(ValueError, match="must allow every example"):
+    with pytest.raises(ValueError, match="must allow all examples"):
         self_consistent_posterior(logp, prior, 0.0, 1.0)
-    with pytest.raises(ValueError, match="q > 0 that allows example 1; there is none"):
+    with pytest.raises(ValueError, match="q > 0 that allows example 1; widen its support"):
         reweighted(logp, torch.tensor([1.0, 0.0]), prior, 0.5, 1.0)
 
 

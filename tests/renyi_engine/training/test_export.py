@@ -218,6 +218,7 @@ def test_a_base_of_other_sizes_is_named(edited, exported, model_folder, tmp_path
 def test_a_run_of_preferences_is_read_with_its_own_settings(edited, exported):
     run = edited()
     settings = yaml.safe_load((run / "config.yaml").read_text())
+    del settings["kind"]
     (run / "config.yaml").write_text(to_yaml(DpoConfig(**settings, beta=0.2)))
     assert exported(run)[0] == 0
 

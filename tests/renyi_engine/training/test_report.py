@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from renyi_engine import SftConfig, train
 from renyi_engine.reports.pictures import COLOURS, HEAT, order_examples, particle_colours
 from renyi_engine.training.report import Table, write_report
 from renyi_engine.training.report_pictures import responsibilities
@@ -72,7 +73,7 @@ def make_preference_run(make_run: MakeRun) -> MakeRun:
     """A run on preference pairs, in which the particles' accuracies and margins are 0, 1/K, 2/K, ..."""
 
     def make(name: str, K: int = 3, **settings: Any) -> Path:
-        folder = make_run(name, K, **settings)
+        folder = make_run(name, K, kind="dpo", **settings)
         shares = [k / K for k in range(K)]
         lines = []
         for line in read_metrics(folder):
@@ -460,6 +461,17 @@ def test_the_heat_maps_name_their_examples(make_run: MakeRun, tmp_path: Path) ->
     for at, i in enumerate(order):
         leader = f"{posterior[:, i].argmax()} {posterior[:, i].max():.2f}"
         assert f" {at + 1} row {rows[i]} text of {i} {leader}" in listed
+
+
+def test_a_run_writes_the_texts_that_its_heat_maps_show(sft_config: Callable[..., SftConfig]) -> None:
+    config = sft_config(max_steps=1)
+    train(config)
+    run = Path(config.output_dir)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in Path(config.dataset_name).read_text().splitlines()]
+    expected = [f"{rows[i]['prompt']}[[{rows[i]['completion']}</s>]]" for i in evaluation["example_ids"]]
+    assert evaluation["texts"] == expected
+    assert all(text in Page(run / "report.html").text for text in expected)
 
 
 def test_an_evaluation_of_an_earlier_version_holds_no_texts_and_is_shown(make_run: MakeRun, tmp_path: Path) -> None:

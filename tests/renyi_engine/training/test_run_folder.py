@@ -11,61 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-import renyi_engine.training.trainer as trainer
-from renyi_engine import DpoConfig, LoraEnsemble, TrainingDiverged, TrainingInterrupted, train
+from renyi_engine import LoraEnsemble, TrainingDiverged, TrainingInterrupted, train
 from renyi_engine.core.files import read_json, sha256_of
 from renyi_engine.core.output_folder import claimed, locked
 from renyi_engine.objectives.dpo import DpoTask
-from renyi_engine.objectives.sft import SftTask
 from renyi_engine.training import checkpoint
 from renyi_engine.training.export import export_particles
 from renyi_engine.training.report import write_report
 from renyi_engine.training.run_folder import RunFolder
 
-
-def steps_of(run: Path) -> list[int]:
-    """Steps of the lines of metrics of training, in their order."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["step"] for line in lines if "loss_nats" in line]
-
-
-def checkpoints(run: Path) -> list[int]:
-    return [step for step, _ in checkpoint.all_of(run)]
-
-
-def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """When every file below `folder` was written, and its checksum."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_mtime_ns, sha256_of(path)) for path in files}
-
-
-def act_in_step(monkeypatch, number: int, act) -> None:
-    """Call `act` in the given step, counted from 1 over what is trained from now on."""
-    original, seen = SftTask.score, []
-
-    def score(self, ensemble, batch):
-        if torch.is_grad_enabled():
-            seen.append(None)
-            if len(seen) == number:
-                act()
-        return original(self, ensemble, batch)
-
-    monkeypatch.setattr(SftTask, "score", score)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the software catches it."""
-
-
-def kill() -> None:
-    raise Killed
-
-
-def send_sigterm() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
+from .runs import Killed, act_in, checkpoints, contents, kill, metrics, no_space, poison, send_sigterm, steps_of
 
 # ---------------------------------------------------------------------- going back to an older checkpoint
 
@@ -108,7 +64,7 @@ def test_what_was_set_aside_is_a_run_that_can_be_exported_and_continued(long_run
 def test_the_branch_that_was_gone_back_to_is_the_one_that_true_continues(long_run, monkeypatch):
     run, config = long_run
     with monkeypatch.context() as patch:
-        act_in_step(patch, 3, kill)  # in step 5 of the run, after the checkpoint of step 4
+        act_in(patch, 3, kill)  # in step 5 of the run, after the checkpoint of step 4
         with pytest.raises(Killed), pytest.warns(UserWarning, match="set-aside-1"):
             train(config)
     assert checkpoints(run) == [2, 4]
@@ -119,7 +75,7 @@ def test_the_branch_that_was_gone_back_to_is_the_one_that_true_continues(long_ru
 
 def test_a_signal_on_the_new_branch_names_a_checkpoint_that_is_there(long_run, monkeypatch):
     run, config = long_run
-    act_in_step(monkeypatch, 1, send_sigterm)
+    act_in(monkeypatch, 1, send_sigterm)
     with pytest.raises(TrainingInterrupted) as stop, pytest.warns(UserWarning, match="set-aside-1"):
         train(config)
     assert stop.value.checkpoint == run / "checkpoint-3"
@@ -164,20 +120,9 @@ def test_a_line_of_metrics_whose_end_is_cut_off_does_not_run_into_the_next(sft_c
     assert steps_of(Path(config.output_dir)) == [1, 2, 3]
 
 
-def test_a_run_killed_before_its_first_step_can_be_taken_up(model_folder, jsonl, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_first_step_can_be_taken_up(dpo_config, monkeypatch):
     """A pass over all pairs may take hours: it is neither lost nor in the way."""
-    pairs = [{"prompt": f"{i}: ", "chosen": "yes", "rejected": "no"} for i in range(4)]
-    config = DpoConfig(
-        model_name_or_path=str(model_folder),
-        dataset_name=str(jsonl(tmp_path / "pairs.jsonl", pairs)),
-        eval_dataset_name=str(jsonl(tmp_path / "held_out.jsonl", pairs[:2])),
-        dataset_test_split="train",
-        output_dir=str(tmp_path / "run"),
-        num_particles=2,
-        lora_r=2,
-        max_steps=1,
-        use_cpu=True,
-    )
+    config = dpo_config(max_steps=1)
     prepare, passes = DpoTask.prepare, []
 
     def killed_in_the_second(self, *args):
@@ -296,19 +241,15 @@ def test_a_signal_at_a_step_that_evaluates_loses_no_line(sft_config, data_file, 
     train(whole)
     broken = sft_config(output_dir=str(tmp_path / "broken"), **settings)
     with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
-        act_in_step(patch, 4, send_sigterm)
+        act_in(patch, 4, send_sigterm)
         train(broken)
     for _ in range(2):  # however often it is taken up
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            act_in_step(patch, 1, kill)
+            act_in(patch, 1, kill)
             train(replace(broken, resume_from_checkpoint="true"))
     train(replace(broken, resume_from_checkpoint="true"))
 
-    def lines(config):
-        found = map(json.loads, (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in found]
-
-    assert lines(broken) == lines(whole)
+    assert metrics(Path(broken.output_dir)) == metrics(Path(whole.output_dir))
 
 
 def test_a_run_that_is_taken_up_at_its_end_has_its_last_evaluation_once(sft_config, data_file, monkeypatch):
@@ -324,21 +265,9 @@ def test_a_run_that_is_taken_up_at_its_end_has_its_last_evaluation_once(sft_conf
         assert [(line["step"], "loss_nats" in line) for line in lines] == [(1, True), (2, True), (2, False)]
 
 
-def make_all_nan(monkeypatch, steps) -> None:
-    original, seen = SftTask.score, []
-
-    def score(self, ensemble, batch):
-        scores = original(self, ensemble, batch)
-        if torch.is_grad_enabled():
-            seen.append(None)
-        return replace(scores, logp=scores.logp * float("nan")) if len(seen) in steps else scores
-
-    monkeypatch.setattr(SftTask, "score", score)
-
-
 def test_a_run_that_ends_in_nan_has_failed_and_keeps_the_last_good_checkpoint(sft_config, monkeypatch):
     config = sft_config(max_steps=6, save_steps=2)
-    make_all_nan(monkeypatch, {3, 4, 5, 6})
+    poison(monkeypatch, None, {3, 4, 5, 6})
     run = Path(config.output_dir)
     with pytest.raises(TrainingDiverged, match=rf"last step, 6, is not finite.*{run / 'checkpoint-2'}"):
         train(config)
@@ -348,15 +277,15 @@ def test_a_run_that_ends_in_nan_has_failed_and_keeps_the_last_good_checkpoint(sf
 
 def test_a_checkpoint_is_put_off_to_the_next_step_whose_loss_is_finite(sft_config, monkeypatch):
     config = sft_config(max_steps=7, save_steps=2, save_total_limit=9)
-    make_all_nan(monkeypatch, {2, 3})
+    poison(monkeypatch, None, {2, 3})
     train(config)
     assert checkpoints(Path(config.output_dir)) == [4, 6, 7]
 
 
 def test_a_signal_while_the_loss_is_nan_names_the_last_good_checkpoint(sft_config, monkeypatch):
     config = sft_config(max_steps=6, save_steps=2)
-    make_all_nan(monkeypatch, {3})
-    act_in_step(monkeypatch, 3, send_sigterm)
+    poison(monkeypatch, None, {3})
+    act_in(monkeypatch, 3, send_sigterm)
     with pytest.raises(TrainingInterrupted, match=r"step 3, not saved: the loss .*checkpoint-2") as stop:
         train(config)
     assert stop.value.checkpoint == Path(config.output_dir) / "checkpoint-2"
@@ -365,10 +294,7 @@ def test_a_signal_while_the_loss_is_nan_names_the_last_good_checkpoint(sft_confi
 def test_a_full_disk_is_not_taken_for_a_training_that_can_go_on(sft_config, monkeypatch):
     config = sft_config(max_steps=4, save_steps=2)
 
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
-
-    act_in_step(monkeypatch, 3, lambda: monkeypatch.setattr(trainer.checkpoint.files, "write_tensors", no_space))
+    act_in(monkeypatch, 3, lambda: monkeypatch.setattr(checkpoint.files, "write_tensors", no_space))
     with pytest.raises(OSError, match="No space left"):
         train(config)
     assert checkpoints(Path(config.output_dir)) == [2]

@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.evaluation import MmluConfig, evaluate_mmlu
 
 K, ALPHA = 3, 0.7
@@ -25,11 +24,9 @@ NUM_TEST, LIMIT = 5, 4
 
 
 @pytest.fixture(scope="module")
-def particles(model_folder, tmp_path_factory) -> Path:
+def particles(save_particles, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = EnsembleConfig(num_particles=K, rank=2, lora_alpha=64, init="spread")
-    LoraEnsemble.attach(model, config).save_pretrained(folder, alpha=ALPHA)
+    save_particles(folder, num_particles=K, lora_alpha=64, alpha=ALPHA)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from jinja2 import Template
 
+from renyi_engine.evaluation.config import MmluConfig
 from renyi_engine.evaluation.mmlu.lm_eval import results, sample, task_hashes
 from renyi_engine.evaluation.mmlu.questions import Question, prompt
 
@@ -20,7 +21,7 @@ QUESTIONS = [
 
 def made(questions=QUESTIONS, right=RIGHT, sizes=SIZES) -> dict:
     flat = [bool(one) for subject in right.values() for one in subject]
-    return results(questions, flat, sizes=sizes, dataset_name="cais/mmlu", split="test", num_fewshot=2)
+    return results(questions, flat, sizes, MmluConfig("model", output_dir="out", num_fewshot=2))
 
 
 def test_accuracies_and_errors_are_lm_evals():

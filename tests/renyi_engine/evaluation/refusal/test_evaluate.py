@@ -59,11 +59,9 @@ def judge(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def particles(model_folder, tmp_path_factory):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles=3, rank=2, lora_alpha=400, init="spread"))
+def particles(save_particles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble") / "particles"
-    ensemble.save_pretrained(folder, alpha=0.8)
+    save_particles(folder, lora_alpha=400)
     return folder
 
 
@@ -337,7 +335,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path
         assert "\n" not in str(error.value)
         assert not (tmp_path / "run" / "responses.jsonl").exists()
 
-    refused("label_column: expected exactly two values in 'category'; got 5", label_column="category")
+    refused("label_column: expected 2 values in 'category'; got 5", label_column="category")
     refused("judge: expected keyword", judge="none")
     refused(r"max_new_tokens: prompt 2 \(safe\) has 37 tokens, so 92 more do not fit", max_new_tokens=92)
     refused("dataset_name: needed", dataset_name=[])
@@ -424,9 +422,7 @@ def test_labels_are_two_and_the_last_of_them_is_positive():
     assert positive_label(of("unsafe", "safe", "unsafe"), "label") == "unsafe"
     assert positive_label(of("1", "0"), "label") == "1"
     for labels in (("a",), ("a", "b", "c")):
-        with pytest.raises(
-            ValueError, match=f"label_column: expected exactly two values in 'label'; got {len(labels)}"
-        ):
+        with pytest.raises(ValueError, match=f"label_column: expected 2 values in 'label'; got {len(labels)}"):
             positive_label(of(*labels), "label")
 
 
