@@ -1,4 +1,4 @@
-"""Training: its settings, the loop, one step, checkpoints, a run's folder with its records and report, the export."""
+"""Training: its settings, the loop, one step, callbacks, checkpoints, a run's folder and records, report and export."""
 
 import lazy_loader
 

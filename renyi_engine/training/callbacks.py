@@ -62,6 +62,7 @@ class Callbacks:
         self.handler.model, self.handler.optimizer = model, optimizer
         self.handler.processing_class = task.tokenizer
         self.state.max_steps, self.state.num_train_epochs = max_steps, num_epochs
+        self.state.log_history, self.state.best_metric, self.state.best_global_step = [], None, None
         for record in history:
             self._remember(record)
             self._compare_with_best(record)

@@ -1,12 +1,12 @@
-"""Checkpoints: whole or not there, checked before they are believed, and never unpickled.
+"""Checkpoints. One is either whole or not there; its files are checked before they are used; nothing is unpickled.
 
     RUN/checkpoint-120/adapters.safetensors     stacked fp32 adapters
                        optimizer.safetensors    AdamW moments
                        state.json               step, schedule, counters
                        manifest.json            size and sha256 of each file; written last
 
-A checkpoint is built in a temporary folder, forced to the disk and renamed; older ones go only after that. Nothing in
-training draws from a global random generator, so there is none to save. Only `save` changes anything in a run's folder.
+A checkpoint is written into a temporary folder, forced to the disk and renamed. Older ones are removed only after that.
+Training draws nothing from a global random generator, so the state of none has to be saved.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Incomplete(ValueError):
-    """A checkpoint that is not whole: files missing or shorter than its manifest says, or no readable manifest."""
+    """A checkpoint is not whole: a file is missing or too short, or the manifest cannot be read."""
 
 
 def save(
     run: Path, step: int, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
 ) -> Path:
-    """Write RUN/checkpoint-`step`, then remove of the earlier ones all but the newest `keep` - 1.
+    """Write RUN/checkpoint-`step`. Then, of the earlier checkpoints, keep the newest `keep` - 1 and remove the others.
 
-    A whole checkpoint of this step is left as it is, because a run always reaches a step in the same state.
+    A whole checkpoint of this step stays as it is, because a run always reaches a step in the same state.
 
     Raises:
         OSError: the earlier checkpoints are untouched.
@@ -87,7 +87,7 @@ def keep_newest(run: Path, step: int, keep: int) -> None:
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint, verified; None if there is none.
 
-    One that is not whole is passed over with a warning that names it and the one that is taken instead.
+    A checkpoint that is not whole is passed over. A warning names it, and the one that is taken instead.
 
     Raises:
         ValueError: a checksum does not match.
@@ -114,7 +114,7 @@ def all_of(run: Path) -> list[tuple[int, Path]]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint in one go, so that no reader finds half of it; of one that is a link, only the link."""
+    """Remove a checkpoint at once, so that no reader finds half of it. If it is a link, only the link is removed."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -192,7 +192,7 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as the state, with its step, from a checkpoint that was verified before.
+    """The state that `save` was given, and the step, of a checkpoint that was verified before.
 
     Raises:
         ValueError: it is the state of another checkpoint.
@@ -218,7 +218,7 @@ def _require_fitting(file: Path, tensors: Mapping[str, Tensor], shapes: Mapping[
 
 
 def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A [K, R, I], B [K, O, R]) by path of a checkpoint, with no model needed. Raises ValueError if it is damaged."""
+    """(A [K, R, I], B [K, O, R]) of a checkpoint, by path. No model is needed. Raises ValueError if it is damaged."""
     verify(path)
     tensors = files.read_tensors(path / ADAPTERS_FILE, stacked=True)
     maps = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]

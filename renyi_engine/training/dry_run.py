@@ -1,4 +1,4 @@
-"""What a run would do, before it does: the settings, one example with its loss mask, and the memory it will want."""
+"""What a run would do: its settings, one example with the tokens that are learnt, and the memory that it will take."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def show(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def memory_estimate(config: TrainConfig, model: PreTrainedModel, longest: int, num_sequences: int) -> str:
-    """MiB of weights, adapters and activations at the largest micro-batch, whose examples hold `num_sequences` each;
-    activations are a rough count."""
+    """MiB of weights, adapters and activations for the largest micro-batch, whose examples hold `num_sequences` each.
+    The activations are a rough estimate."""
     base_config = model.config
     maps = targets.match_targets(model, config.ensemble_config().target_modules, config.layers_to_transform)
     itemsize = (
@@ -51,7 +51,7 @@ def memory_estimate(config: TrainConfig, model: PreTrainedModel, longest: int, n
     adapters = config.num_particles * config.lora_r * sum(sum(targets.features(m)) for m in maps.values())
     layers_path, layers = targets.decoder_layers(model)
     first = min(targets.layer_index(path, layers_path) for path in maps)
-    # what the backward keeps of a row: the input and the output of every linear map from the first adapted layer on
+    # the backward keeps, of a row, the input and the output of every linear map from the first adapted layer on
     above = [m for path, m in targets.linear_maps(model).items() if targets.layer_index(path, layers_path) >= first]
     kept = sum(sum(targets.features(m)) for m in above)
     if config.gradient_checkpointing:

@@ -1,6 +1,7 @@
-"""One optimizer, K isolated particles: clipping, non-finite checks and skipped steps are each particle's own.
+"""One optimizer for K particles that do not touch each other: each is clipped, checked and skipped by itself.
 
-AdamW is elementwise, so stacking does not couple particles. A joint clip would: one loud particle silences the others.
+AdamW works on each number alone, so it does not couple the particles of a stacked tensor. Clipping them together would
+couple them: one particle with a large gradient would make the gradients of all others small.
 
 Layout: K particles; parameters are stacked, [K, ...].
 """
@@ -31,9 +32,8 @@ def clip_grad_norms_(parameters: Sequence[Tensor], norms: Tensor, max_norm: floa
 
 @torch.no_grad()
 def step_healthy(optimizer: torch.optim.Optimizer, healthy: Tensor) -> None:
-    """One optimizer step where `healthy` [K] is true; other particles keep parameters and moments bit for bit.
-
-    With none healthy no step is made, nor counted.
+    """One optimizer step for the particles for which `healthy` [K] is true. The others keep their parameters and
+    moments bit for bit. If no particle is healthy, no step is made, and none is counted.
     """
     sick = ~healthy
     num_sick = int(sick.sum())

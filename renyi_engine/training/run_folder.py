@@ -1,4 +1,4 @@
-"""The folder of a training run: what it was asked, what it measured, and whether it may be continued."""
+"""The folder of a training run: who may write into it, and whether the run in it may be continued."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(cls, config: TrainConfig) -> Iterator[RunFolder]:
-        """Make the folder that `config` names, or continue in it. Inside the block, no other process writes into it.
+        """Make the folder that `config` names, or continue in it. Within the block, no other process writes into it.
 
         Raises:
             ValueError: it cannot be written; another process writes into it; it holds another run; or is to be resumed
@@ -79,8 +79,8 @@ class RunFolder:
                 )
 
     def claim(self, config: TrainConfig) -> None:
-        """Save the settings, if none are there: with them, what is written before `begin` belongs to a run that can be
-        taken up."""
+        """Save the settings, if none are there. What is written before `begin` then belongs to a run that can be taken
+        up."""
         if not (self.path / CONFIG_FILE).exists():
             self._save(config)
 
@@ -97,9 +97,9 @@ class RunFolder:
         files.write_text(self.path / CONFIG_FILE, to_yaml(saved))
 
     def _set_aside(self, step: int) -> None:
-        """Where checkpoints are newer than `step`, or a finished run has none left and begins again: move them, and
-        what else was made after `step`, into a run folder of their own. The newest go first: after a kill, what is left
-        still ends at one step."""
+        """Move the checkpoints that are newer than `step`, and what else was made after it, into a run folder of their
+        own. The same is done where a finished run has no checkpoint left and begins again. The newest checkpoints are
+        moved first, so that after a kill what is left still ends at one step."""
         later = [path for number, path in checkpoint.all_of(self.path) if number > step]
         if not later and (step > 0 or not self.particles.exists()):
             return

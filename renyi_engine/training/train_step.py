@@ -1,4 +1,4 @@
-"""One optimizer step: the whole of the method.
+"""One optimizer step. The whole method is here.
 
 Layout: K particles, B sequences, T tokens.
 """
@@ -22,15 +22,15 @@ from renyi_kernels import renyi_reduce
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw and did.
+    """What a step measured, and what it did.
 
     Attributes:
-        logp: [K, examples] nats. details: what else the task says of them.
+        logp: [K, examples], nats. details: what else the task measured of the examples.
         loss, ess: [examples]. prior: a scalar, nats.
-        mixture_nll: [examples] nats, of the mixture of the particles whose gradient is finite.
-        norms: [K], of each particle's own gradient (see `train_step`), before clipping; nats.
-        spike: a scalar, whether the examples' mean mixture_nll was above the largest one allowed.
-        updated: [K], which particles were.
+        mixture_nll: [examples], nats; of the mixture of those particles whose gradient is finite.
+        norms: [K], nats; the norm of each particle's own gradient (see `train_step`), before it was clipped.
+        spike: a scalar; whether the mean mixture_nll of the examples was above the largest one that is allowed.
+        updated: [K]; which particles were updated.
     """
 
     logp: Tensor
@@ -57,19 +57,19 @@ def train_step(
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
-    The gradients are K times those of (19) with its prior, as both are means over the particles: of the gradient that
-    it would have alone, a particle gets r_k, which is 1/K at alpha = 0, and the r_k of an example sum to 1. With the
-    factor K, a particle's norm, its clipping and AdamW's epsilon mean the same as for one adapter that is trained
-    alone; at alpha = 0 the step is exactly K steps of single adapters.
+    The gradients are K times those of (19) with its prior. Both are means over the particles, so without the factor a
+    particle would get, at alpha = 0, only 1/K of the gradient that it has when it is trained alone. With the factor, a
+    particle's norm, its clipping and the epsilon of AdamW mean the same as for one adapter that is trained alone, and
+    at alpha = 0 the step is exactly K steps of single adapters.
 
-    No update of a particle whose gradient is not finite; of none if the mean NLL of the mixture, in nats, is above
-    `largest_nll`.
+    A particle whose gradient is not finite is not updated. No particle is updated if the mean NLL of the mixture, in
+    nats, is above `largest_nll`.
 
     `tell` is called at transformers' events within a step: on_substep_end after every micro-batch but the last, then
     on_pre_optimizer_step and on_optimizer_step.
 
     Raises:
-        DoesNotFit: a micro-batch does not.
+        DoesNotFit: the device's memory ended in a micro-batch.
     """
     parameters, num_particles = list(ensemble.parameters()), ensemble.config.num_particles
     num_examples = sum(len(batch["labels"]) for batch in micro_batches)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import renyi_engine.training.train_step as train_step
 from renyi_engine import LoraEnsemble, base_model
 from renyi_engine.core.files import sha256_of
 from renyi_engine.objectives.sft import SftTask
@@ -108,16 +109,16 @@ def change_scores(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Scores
 
 
 def act_in(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Call `act` in the given micro-batch."""
-    done = []
+    """Call `act` in the given micro-batch, counted from 1 over what is trained on from now on."""
+    original, seen = train_step.data_term, []
 
-    def change(now, scores):
-        if now == number and not done:
-            done.append(None)
+    def data_term(*args):
+        seen.append(None)
+        if len(seen) == number:
             act()
-        return scores
+        return original(*args)
 
-    change_scores(monkeypatch, change)
+    monkeypatch.setattr(train_step, "data_term", data_term)
 
 
 def multiply(

@@ -14,7 +14,7 @@ from renyi_engine.core import parse, to_yaml
 from renyi_engine.critical_alpha import AlphaStarConfig
 from renyi_engine.evaluation import GenerateConfig, MmluConfig, NllConfig, RefusalConfig
 from renyi_engine.objectives import EVAL, metrics_of
-from renyi_engine.training import records
+from renyi_engine.training import loop, records
 from renyi_engine.training.config import CONFIGS, SftConfig
 from renyi_engine.training.export import export_particles
 from renyi_engine.training.records import read_run
@@ -29,7 +29,8 @@ def make(kind, sft_config, dpo_config, data_file):
 
 
 @pytest.mark.parametrize(("kind", "task"), [("sft", SftTask), ("dpo", DpoTask)])
-def test_every_number_of_a_line_is_declared(sft_config, dpo_config, data_file, kind, task):
+def test_every_number_of_a_line_is_declared(sft_config, dpo_config, data_file, monkeypatch, kind, task):
+    monkeypatch.setattr(loop, "estimate_alpha_star", lambda *_, **__: 0.5)
     config = replace(make(kind, sft_config, dpo_config, data_file), max_steps=2)
     run = train(replace(config, alpha_controller="alpha-star:0.1")).output_dir
     declared = {metric.name: metric for metric in metrics_of(task)}
