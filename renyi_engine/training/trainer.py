@@ -37,7 +37,7 @@ class Trainer:
     """Trains an ensemble as `config` says; everything it makes is in `config.output_dir`.
 
     Each part that is given is used instead of loaded, and its setting (model_name_or_path, dataset_name) may be left
-    out. A part that is not given comes from its setting.
+    out. A part that is not given comes from its setting. For example::
 
         from transformers import EarlyStoppingCallback
         from renyi_engine import SftConfig, Trainer

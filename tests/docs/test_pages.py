@@ -137,6 +137,14 @@ def test_the_critical_alpha_of_the_toy_is_below_the_default_and_contested_answer
     assert all("Should the" in text for _, text in drivers)
 
 
+def test_the_trackers_hold_the_run_and_a_callback_stops_one(read, scratch):
+    clone = scratch / "docs" / "trackers.md" / "clone"
+    assert list((clone / "runs" / "tracked" / "runs").rglob("events.out.tfevents.*"))
+    output = next(output for _, code, output, _ in read["docs/trackers.md"] if "EarlyStoppingCallback" in code)
+    assert "particles share an example" in output
+    assert int(output.splitlines()[-1]) < 80
+
+
 REPORTS = {
     "The report of a run": ["getting_started.md/clone/runs/toy", "training.md/clone/runs/preferences"],
     "The report of `eval nll`": ["evaluation.md/clone/runs/nll"],
@@ -205,7 +213,7 @@ def test_the_table_of_commands_names_all_of_them(reference):
 
 def test_a_flag_that_the_pages_name_exists(reference):
     known = {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", reference)} | {"help", "version"}
-    of_others = {"readme", "minutes", "out", "enable_lora", "max_loras", "max_lora_rank", "lora_modules"}
+    of_others = {"readme", "minutes", "out", "enable_lora", "max_loras", "max_lora_rank", "lora_modules", "logdir"}
     for page in PAGES:
         named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))}
         assert named - known - of_others == set(), page
