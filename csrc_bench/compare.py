@@ -66,21 +66,15 @@ def ratios(rows: list[Row]) -> list[Row]:
 def number(value: float | None, unit: str = "") -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.3f}{unit}" if abs(value) < 1 else f"{value:.2f}{unit}" if abs(value) < 100 else f"{value:.0f}{unit}"
-    )
+    digits = 3 if abs(value) < 1 else 2 if abs(value) < 100 else 0
+    return f"{value:.{digits}f}{unit}"
 
 
 def table(lines: list[list[str]]) -> str:
     """Aligned columns: the first one to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = []
-    for line in lines:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        aligned.append("  ".join([first, *rest]).rstrip())
-    return "\n".join(aligned)
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def text(rows: list[Row]) -> str:

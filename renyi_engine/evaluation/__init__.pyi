@@ -8,7 +8,7 @@ from .mmlu.evaluate import evaluate_mmlu as evaluate_mmlu
 from .mmlu.questions import COMPLETIONS as COMPLETIONS
 from .mmlu.questions import load_questions as load_questions
 from .mmlu.questions import prompt as prompt
-from .nll import evaluate_nll as evaluate_nll
+from .nll.evaluate import evaluate_nll as evaluate_nll
 from .policy import Policy as Policy
 from .policy import calibrate as calibrate
 from .policy import decide as decide

@@ -6,13 +6,14 @@ the same folders always give the same bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from renyi_engine.objectives import ACCURACY, ESS, EVAL, MARGIN
 from renyi_engine.reports import Table, page
 from renyi_engine.training import report_pictures
-from renyi_engine.training.records import Run, read_run
+from renyi_engine.training.records import Run, number, read_run
 
 
 def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None, tables: Sequence[Table] = ()) -> Path:
@@ -35,6 +36,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
         output,
         "report.html.j2",
         title=title or _title(read),
+        found=[_found(run) for run in read],
         runs=read,
         tables=tables,
         sections=sections,
@@ -56,6 +58,25 @@ def _title(runs: Sequence[Run]) -> str:
         )
     )
     return f"{names}: {kinds} of {models}"
+
+
+def _found(run: Run) -> str:
+    """How the run ended, in words."""
+    last, prefix, on = run.train[-1], "", "on its last training examples"
+    if run.held_out:
+        last, prefix, on = run.held_out[-1], EVAL, "on examples that training never saw"
+    mixture, mean, ess = (
+        number(last.get(prefix + metric.name)) for metric in (run.task.nll.mixture, run.task.nll.mean_particle, ESS)
+    )
+    begin = f"Found for {run.name}, after {last['step']:,} steps: {on}, "
+    if math.isnan(mixture + mean + ess):
+        return f"{begin}nothing was recorded."
+    if run.K == 1:
+        return f"{begin}its one particle has an NLL of {mean:.3g} nats a {run.unit}."
+    return (
+        f"{begin}the particles together (the mixture) have an NLL of {mixture:.3g} nats a {run.unit}, a particle by "
+        f"itself {mean:.3g}. An example is divided among {ess:.1f} of the {run.K} particles."
+    )
 
 
 def _is_page(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import html
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
+import trl
 
 from renyi_engine import DpoConfig, DpoTask, SftConfig, SftTask
 from renyi_engine.critical_alpha import AlphaStarConfig
@@ -134,6 +137,27 @@ def test_the_critical_alpha_of_the_toy_is_below_the_default_and_contested_answer
     assert all("Should the" in text for _, text in drivers)
 
 
+REPORTS = {
+    "The report of a run": ["getting_started.md/clone/runs/toy", "training.md/clone/runs/preferences"],
+    "The report of `eval nll`": ["evaluation.md/clone/runs/nll"],
+    "The report of `eval mmlu`": ["evaluation.md/clone/runs/mmlu"],
+    "The report of `eval refusal`": ["evaluation.md/clone/runs/refusal"],
+    "The report of `alpha-star`": ["alpha.md/clone/runs/alpha_star"],
+}
+
+
+@pytest.mark.parametrize("section", REPORTS)
+def test_a_part_of_a_report_that_the_docs_explain_is_there_under_that_name(section, read, scratch):
+    text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text_of("docs/reports.md"), re.M | re.S)[1]
+    pages = [(scratch / "docs" / run / "report.html").read_text(encoding="utf-8") for run in REPORTS[section]]
+    there = {html.unescape(title) for page in pages for title in re.findall(r"<h2[^>]*>([^<]*)", page)}
+    explained = {" ".join(title.split()) for title in re.findall(r"\*\*([^*]+)\*\*", text)}
+    assert explained
+    assert [title for title in explained if not any(name.startswith(title) for name in there)] == []
+    if section != "The report of a run":  # which has parts of its own for preferences
+        assert len(explained) == len(there - {"Words on this page", "Details"})
+
+
 def test_the_readmes_times_on_a_cpu_are_those_of_the_benchmarks():
     steps = re.findall(r"^\|[^|]*\| training_step smollm2_(\w+),[^|]*\|(.*)\|$", text_of("docs/speed.md"), re.M)
     rows = {"all": "SmolLM2-135M, all layers, K = 8, 2 x 128 tokens, 2 CPU threads", "last8": "the same, last 8 layers"}
@@ -185,6 +209,14 @@ def test_a_flag_that_the_pages_name_exists(reference):
     for page in PAGES:
         named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))}
         assert named - known - of_others == set(), page
+
+
+def test_the_names_of_settings_that_nobody_else_has_are_listed():
+    section = re.search(r"^## Names of the flags\n(.*?)A few names", text_of("docs/training.md"), re.M | re.S)[1]
+    theirs = (trl.SFTConfig, trl.DPOConfig, trl.ModelConfig, trl.ScriptArguments, peft.LoraConfig)
+    known = {field.name for cls in theirs for field in dataclasses.fields(cls)}
+    ours = {field.name for cls in (SftConfig, DpoConfig) for field in dataclasses.fields(cls)}
+    assert set(re.findall(r"`(\w+)`", section)) == ours - known
 
 
 def test_every_example_of_a_row_is_one(tokenizer):

@@ -10,19 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from renyi_engine.data import ANALYSIS, FINAL
 from renyi_engine.evaluation.refusal import verdicts
 from renyi_engine.evaluation.refusal.endpoint import Endpoint
-from renyi_engine.evaluation.refusal.verdicts import (
-    Exchange,
-    Verdict,
-    judge_answers,
-    judge_prompt,
-    parse_answer,
-    verdict_of,
-)
+from renyi_engine.evaluation.refusal.verdicts import Exchange, Judge, Verdict, judge_prompt, parse_answer, verdict_of
 
 FIRST_WAIT_S = 1.0
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """A model on a server that speaks OpenAI's chat protocol. The exchanges of a call are sent at the same time.
 
     After a time-out, a broken connection, a reply that makes no sense, or one of the statuses 408, 429 and 5xx it tries
@@ -49,10 +42,7 @@ class EndpointJudge:
         self._first_wait_s = first_wait_s
         self._endpoint = Endpoint(base_url, api_key=api_key, timeout_s=timeout_s)
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return judge_answers(exchanges, self._verdicts)
-
-    def _verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         with ThreadPoolExecutor(max(len(exchanges), 1)) as pool:
             return list(pool.map(self._verdict, exchanges))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from typing import Protocol
 
 from huggingface_hub import is_offline_mode
 
@@ -14,17 +12,7 @@ from renyi_engine.evaluation.config import JUDGES
 from renyi_engine.evaluation.refusal.endpoint_judge import EndpointJudge
 from renyi_engine.evaluation.refusal.keyword_judge import KeywordJudge
 from renyi_engine.evaluation.refusal.model_judge import ModelJudge
-from renyi_engine.evaluation.refusal.verdicts import Exchange, Verdict
-
-
-class Judge(Protocol):
-    name: str
-    """Differs from the name of every other judge."""
-    depends_on_batch: bool
-    """Whether a verdict may depend, through rounding, on the other exchanges of the same call."""
-
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """A verdict on each exchange. No content of an exchange makes it raise an error."""
+from renyi_engine.evaluation.refusal.verdicts import Judge
 
 
 def make_judge(

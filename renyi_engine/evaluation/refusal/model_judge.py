@@ -20,10 +20,10 @@ from renyi_engine.data import (
 )
 from renyi_engine.ensemble import ModelConfig
 from renyi_engine.evaluation.refusal import verdicts
-from renyi_engine.evaluation.refusal.verdicts import Exchange, Verdict, judge_answers, judge_prompt, verdict_of
+from renyi_engine.evaluation.refusal.verdicts import Exchange, Judge, Verdict, judge_prompt, verdict_of
 
 
-class ModelJudge:
+class ModelJudge(Judge):
     """A local instruct model. It judges in batches, decodes greedily, and is loaded at the first question.
 
     Its chat template is told that it should not think. If it thinks all the same, it is asked again with more tokens.
@@ -47,10 +47,7 @@ class ModelJudge:
     def _model(self) -> PreTrainedModel:
         return base_model.load_model(self._settings, "judge")
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return judge_answers(exchanges, self._verdicts)
-
-    def _verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         replies = self._ask(exchanges, verdicts.MAX_ANSWER_TOKENS)
         thinking = [i for i, reply in enumerate(replies) if not without_thought(reply)]
         if thinking:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from renyi_engine.data import without_thought
@@ -65,6 +66,33 @@ class Verdict:
     basis: str = ""
 
 
+class Judge(ABC):
+    """Decides on responses. It never sees what a model thought before it answered.
+
+    Attributes:
+        name: differs from the name of every other judge.
+        depends_on_batch: whether a verdict may depend, through rounding, on the other exchanges of the same call.
+    """
+
+    name: str
+    depends_on_batch: bool
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """A verdict on each exchange; UNPARSED if the response ends inside a thought. No content raises an error."""
+        answers = [without_thought(exchange.response) for exchange in exchanges]
+        asked = [
+            Exchange(exchange.prompt, exchange.response if answer == exchange.response.strip() else answer)
+            for exchange, answer in zip(exchanges, answers, strict=True)
+            if answer is not None
+        ]
+        verdicts = iter(self.judge(asked) if asked else [])
+        return [Verdict(UNPARSED, UNFINISHED) if answer is None else next(verdicts) for answer in answers]
+
+    @abstractmethod
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """A verdict on each exchange. The responses hold no thoughts."""
+
+
 def judge_prompt(exchange: Exchange) -> str:
     """The question to a model that judges. The exchange is one JSON object in it, so that no text of it can end it.
 
@@ -108,15 +136,3 @@ def verdict_of(reply: str | None) -> Verdict:
     """The verdict that a judge's reply stands for. None is a reply that was cut off before its first character."""
     answer = None if reply is None else without_thought(reply)
     return Verdict(UNPARSED, UNFINISHED) if answer is None else Verdict(parse_answer(answer), answer[:LONGEST_BASIS])
-
-
-def judge_answers(exchanges: Sequence[Exchange], judge: Callable[[Sequence[Exchange]], list[Verdict]]) -> list[Verdict]:
-    """Show `judge` each response without its thought. A response that ends inside its thought is UNPARSED unseen."""
-    answers = [without_thought(exchange.response) for exchange in exchanges]
-    asked = [
-        Exchange(exchange.prompt, exchange.response if answer == exchange.response.strip() else answer)
-        for exchange, answer in zip(exchanges, answers, strict=True)
-        if answer is not None
-    ]
-    verdicts = iter(judge(asked) if asked else [])
-    return [Verdict(UNPARSED, UNFINISHED) if answer is None else next(verdicts) for answer in answers]

@@ -218,7 +218,7 @@ def test_what_just_fits_is_used_whole(short_model, sft_config, jsonl, tmp_path, 
 
 def test_a_library_call_is_told_too(foreign_model, tokenizer):
     ensemble = LoraEnsemble.attach(AutoModelForCausalLM.from_pretrained(foreign_model), EnsembleConfig(2, 2))
-    with pytest.raises(ValueError, match=r"prompt 0: the tokenizer gives token .*, the model has 20 embeddings"):
+    with pytest.raises(ValueError, match=r"prompt 0: the tokenizer gives token .*, but the model has 20 embeddings"):
         score_choices(ensemble, [encode_choices(tokenizer, "a", ["b"])], batch_size=1)
 
 

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_engine.evaluation.choices import (
-    Choices,
-    context_length,
-    encode_choices,
-    score_choices,
-)
+from renyi_engine.evaluation.choices import Choices, context_length, encode_choices, score_choices
 
 K = 3
 

@@ -482,6 +482,29 @@ def test_an_evaluation_of_an_earlier_version_holds_no_texts_and_is_shown(make_ru
     assert "row 11" in Page(write_report([run], tmp_path / "report.html")).text
 
 
+def test_the_page_says_first_how_each_run_ended(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("several"), make_run("one", 1), make_run("training"), make_run("nothing")]
+    for run in runs[:2]:
+        lines = read_metrics(run)
+        lines[-1] |= {"eval_mixture_nll_nats_per_token": 1.5, "eval_mean_particle_nll_nats_per_token": 2.25}
+        write_metrics(run, lines)
+    in_training = [line for line in read_metrics(runs[2]) if "loss_nats" in line]
+    write_metrics(runs[2], in_training)
+    path = write_report(runs, tmp_path / "report.html")
+    text = " ".join(Page(path).text.split())
+    never_saw = "after 40 steps: on examples that training never saw,"
+    nll = "the particles together (the mixture) have an NLL of {:.3g} nats a token, a particle by itself {:.3g}."
+    for expected in (
+        f"Found for several, {never_saw} {nll.format(1.5, 2.25)} An example is divided among 1.2 of the 3 particles.",
+        f"Found for one, {never_saw} its one particle has an NLL of 2.25 nats a token.",
+        "Found for training, after 40 steps: on its last training examples, "
+        + nll.format(*(in_training[-1][f"{who}_nll_nats_per_token"] for who in ("mixture", "mean_particle"))),
+        f"Found for nothing, {never_saw} nothing was recorded.",
+    ):
+        assert expected in text
+    assert text.index("Found for several") < text.index("Words on this page")
+
+
 def test_titles_tell_runs_apart(make_run: MakeRun, make_preference_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("one", model_name_or_path="org/small"), make_preference_run("two", model_name_or_path="big")]
     both = "one and two: sft and dpo of small and big"

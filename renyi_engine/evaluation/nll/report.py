@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from renyi_engine.evaluation.config import NllConfig
-from renyi_engine.evaluation.diagnosis import CONTESTED, FLAGGED_BY, NLLS, OUT_OF_SUPPORT, Diagnosis
+from renyi_engine.evaluation.nll.diagnosis import CONTESTED, FLAGGED_BY, NLLS, OUT_OF_SUPPORT, Diagnosis
 from renyi_engine.reports import Picture, Section, Table, page_title, scatter, words, write_page
 
 SHOWN = 25

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.cli import main
-from renyi_engine.evaluation.diagnosis import CONTESTED, OUT_OF_SUPPORT, PLAIN
+from renyi_engine.evaluation.nll.diagnosis import CONTESTED, OUT_OF_SUPPORT, PLAIN
 from renyi_engine.objectives.sft import SftTask
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from renyi_engine.evaluation.diagnosis import (
+from renyi_engine.evaluation.nll.diagnosis import (
     CONTESTED,
     OUT_OF_SUPPORT,
     PLAIN,
