@@ -392,7 +392,7 @@ class Loop:
             state["callbacks"] = callbacks
         keep = self.config.save_total_limit
         self.last_checkpoint = checkpoint.save(self.run.path, step, self.ensemble, self.optimizer, state, keep)
-        self.callbacks.saved(str(self.last_checkpoint))
+        self.callbacks.tell("on_save")
 
     def _what_is_saved(self) -> str:
         if not self.loss_is_finite:
