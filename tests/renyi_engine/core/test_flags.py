@@ -214,6 +214,8 @@ def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
         parsed("--config", config_file(tmp_path, num_partcles=3))
     with pytest.raises(ValueError, match="unknown flag '--leraning_rate'; did you mean '--learning_rate'"):
         parse(SftConfig, ["--leraning_rate=1"], "renyi-engine sft")
+    with pytest.raises(ValueError, match="'group_by_length'; it is now called 'train_sampling_strategy'"):
+        parsed("--config", config_file(tmp_path, group_by_length=True))
 
 
 def test_a_file_that_is_no_mapping_or_not_there_is_told_in_one_line(tmp_path):
