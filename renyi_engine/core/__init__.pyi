@@ -2,10 +2,10 @@ from . import files as files
 from . import output_folder as output_folder
 from . import seeding as seeding
 from . import typos as typos
-from .command_line import Parser as Parser
-from .command_line import parse as parse
 from .files import read_json as read_json
 from .files import write_text as write_text
+from .flags import Parser as Parser
+from .flags import parse as parse
 from .memory import DoesNotFit as DoesNotFit
 from .memory import is_out_of_memory as is_out_of_memory
 from .memory import must_fit as must_fit

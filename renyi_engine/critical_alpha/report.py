@@ -9,7 +9,7 @@ from typing import Any
 
 from renyi_engine.critical_alpha.config import AlphaStarConfig
 from renyi_engine.critical_alpha.findings import WHAT_H_IS, Driver, num_drivers, plainly, say
-from renyi_engine.reports import Picture, Section, Table, lines, page_title, words, write_page
+from renyi_engine.reports import Picture, Section, Table, glossary, lines, page_title, write_page
 
 SHOWN = 25
 """Examples on the page; examples.csv has all."""
@@ -95,8 +95,8 @@ def _table(drivers: Sequence[Driver]) -> Table:
 def _words(config: AlphaStarConfig, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     moved = "B alone, as B is zero and A moves nothing" if results["only_B"] else "A and B of every adapted map"
     return [
-        words.PARTICLE,
-        words.ALPHA,
+        glossary.PARTICLE,
+        glossary.ALPHA,
         ("Critical alpha", "alpha*: the alpha from which on particles that start alike part."),
         ("To part", "To move in opposite directions, so that each particle serves some of the examples better."),
         ("A spread pays", "Particles spread around the adapter have a lower loss than particles that all stay at it."),

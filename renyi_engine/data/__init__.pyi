@@ -20,6 +20,10 @@ from .examples import name_rows as name_rows
 from .examples import tokenize as tokenize
 from .excerpts import excerpt as excerpt
 from .excerpts import marked as marked
+from .reasoning import ANALYSIS as ANALYSIS
+from .reasoning import FINAL as FINAL
+from .reasoning import decode_answer as decode_answer
+from .reasoning import without_thought as without_thought
 from .row_files import Row as Row
 from .row_files import csv_cells as csv_cells
 from .rows import Splits as Splits
@@ -27,8 +31,4 @@ from .rows import content_hash as content_hash
 from .rows import given_rows as given_rows
 from .rows import load_splits as load_splits
 from .sampling import StepSampler as StepSampler
-from .thoughts import ANALYSIS as ANALYSIS
-from .thoughts import FINAL as FINAL
-from .thoughts import decode_answer as decode_answer
-from .thoughts import without_thought as without_thought
 from .turns import common_prefix as common_prefix

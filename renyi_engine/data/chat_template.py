@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.data.conversation import Context, Message
 from renyi_engine.data.examples import Dropped
-from renyi_engine.data.rendering import LimitReached, TemplateRefuses, render
+from renyi_engine.data.sandboxed_rendering import LimitReached, TemplateRefuses, render
 
 Span = tuple[int, int]
 """A part of a text: the number of its first character, and of the character after its last."""

@@ -1,5 +1,5 @@
 from . import adapter_folder as adapter_folder
-from . import limits as limits
+from . import model_limits as model_limits
 from . import targets as targets
 from .adapted_maps import Rows as Rows
 from .config import AdapterConfig as AdapterConfig
@@ -8,10 +8,10 @@ from .config import ModelConfig as ModelConfig
 from .fingerprint import Fingerprint as Fingerprint
 from .fingerprint import difference as difference
 from .fingerprint import is_fingerprint as is_fingerprint
-from .limits import changing_positions as changing_positions
-from .limits import check_tokens as check_tokens
-from .limits import num_positions as num_positions
-from .limits import use_a_pad_token_within as use_a_pad_token_within
 from .lora_ensemble import LoraEnsemble as LoraEnsemble
 from .lora_ensemble import sum_tokens as sum_tokens
+from .model_limits import changing_positions as changing_positions
+from .model_limits import check_tokens as check_tokens
+from .model_limits import num_positions as num_positions
+from .model_limits import use_a_pad_token_within as use_a_pad_token_within
 from .peft_adapter import is_number as is_number

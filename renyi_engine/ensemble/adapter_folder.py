@@ -26,13 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from renyi_engine.core import files, some
-from renyi_engine.ensemble import ensemble_file, origin, own_particles, peft_adapter
+from renyi_engine.ensemble import base_check, ensemble_file, peft_adapter, replaceable_particles
+from renyi_engine.ensemble.base_check import Origin
 from renyi_engine.ensemble.config import EnsembleConfig
 from renyi_engine.ensemble.ensemble_file import ENSEMBLE_FILE
 from renyi_engine.ensemble.fingerprint import Fingerprint
-from renyi_engine.ensemble.origin import Origin
-from renyi_engine.ensemble.own_particles import PLACE, adapters_in, is_particle_name, particle_name
 from renyi_engine.ensemble.peft_adapter import CONFIG_FILE, TENSORS_FILE
+from renyi_engine.ensemble.replaceable_particles import PLACE, adapters_in, is_particle_name, particle_name
 from renyi_kernels.renyi_reduce import check_alpha
 
 
@@ -78,12 +78,12 @@ def write(
         check_alpha(alpha)
     names = [particle_name(k) for k in range(config.num_particles)]
     directory.mkdir(parents=True, exist_ok=True)
-    replaced = own_particles.to_be_replaced(directory, names)
+    replaced = replaceable_particles.to_be_replaced(directory, names)
     settings = peft_adapter.settings(model, list(adapters), config, base_model)
-    with own_particles.preparing(directory) as unfinished:
+    with replaceable_particles.preparing(directory) as unfinished:
         for k, name in enumerate(names):
             (unfinished / name).mkdir()
-            metadata = {PLACE: f"{k}/{len(names)}"} | origin.metadata(base)
+            metadata = {PLACE: f"{k}/{len(names)}"} | base_check.metadata(base)
             matrices = {path: (A[k], B[k]) for path, (A, B) in adapters.items()}
             peft_adapter.write(unfinished / name, settings, matrices, metadata)
         content = {
@@ -92,11 +92,11 @@ def write(
             "seed": config.seed,
             "init": config.init,
             "base_model_name_or_path": base_model,
-            origin.KEY: base,
+            base_check.KEY: base,
             "sha256": ensemble_file.checksums(unfinished, names),
         }
         (directory / ENSEMBLE_FILE).unlink(missing_ok=True)
-        own_particles.remove(replaced)
+        replaceable_particles.remove(replaced)
         for name in names:
             (unfinished / name).rename(directory / name)
         ensemble_file.write(directory, content)
@@ -114,7 +114,7 @@ def read(directory: Path) -> SavedAdapters:
             )
     seeds, alpha = {}, None
     if ensemble is not None:
-        origins = [origin.of_ensemble(directory / ENSEMBLE_FILE, ensemble)]
+        origins = [base_check.of_ensemble(directory / ENSEMBLE_FILE, ensemble)]
         ensemble_file.verify(directory, ensemble["sha256"])
         seeds, alpha = {"seed": ensemble["seed"], "init": ensemble["init"]}, ensemble.get("alpha")
     configs = [peft_adapter.read_settings(folder) for folder in folders]
@@ -144,7 +144,7 @@ def read(directory: Path) -> SavedAdapters:
         stacked[path] = (sides[0], sides[1])
     if ensemble is None:
         _check_places(directory, folders)
-        origins = [origin.of_particle(folder / CONFIG_FILE, folder / TENSORS_FILE) for folder in folders]
+        origins = [base_check.of_particle(folder / CONFIG_FILE, folder / TENSORS_FILE) for folder in folders]
     config = {"num_particles": len(folders), **configs[0], **seeds}
     return SavedAdapters(directory, config, stacked, alpha, origins)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from renyi_engine.core import flag, require, required
-from renyi_engine.ensemble import patterns
+from renyi_engine.ensemble import path_patterns
 
 ALL_LINEAR = "all-linear"
 SMALLEST_SCALING, LARGEST_SCALING = 2.0**-126, 2.0**127
@@ -75,7 +75,7 @@ class EnsembleConfig:
                 f"which makes {self.scaling:g}"
             )
         if isinstance(self.target_modules, str):
-            patterns.check(self.target_modules)
+            path_patterns.check(self.target_modules)
         elif not all(isinstance(name, str) for name in self.target_modules):
             raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
         if self.init not in ("standard", "spread"):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from renyi_engine.core import seeding
-from renyi_engine.ensemble import reading
-from renyi_engine.ensemble.reading import Readable
+from renyi_engine.ensemble import cache
+from renyi_engine.ensemble.cache import Readable
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def generate(
     padding = next(iter(stops), 0) if pad_token_id is None else pad_token_id
     tokens = torch.full((K, B, n, max_new_tokens), padding, dtype=torch.int64, device=device)
     longest = 0
-    for prompts, read in reading.readers(ensemble, attention_mask.sum(-1).tolist(), max_new_tokens):
+    for prompts, read in cache.readers(ensemble, attention_mask.sum(-1).tolist(), max_new_tokens):
         mask = attention_mask[prompts]
         start = int(mask.any(0).nonzero()[0])
         logits, next_logits = read(ensemble, input_ids[prompts, start:].to(device), mask[:, start:].to(device), n)

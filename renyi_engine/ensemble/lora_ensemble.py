@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from renyi_engine.core import is_out_of_memory
-from renyi_engine.ensemble import adapter_folder, architecture, generation, origin, targets
+from renyi_engine.ensemble import adapter_folder, architecture, base_check, generation, targets
 from renyi_engine.ensemble.adapted_maps import Rows, StackedAdapter
 from renyi_engine.ensemble.architecture import Architecture
+from renyi_engine.ensemble.borrowed_model import Loan, claimed
 from renyi_engine.ensemble.config import EnsembleConfig
 from renyi_engine.ensemble.fingerprint import Fingerprint, fingerprint
 from renyi_engine.ensemble.initial_adapters import initial_adapters
 from renyi_engine.ensemble.installation import Installation
-from renyi_engine.ensemble.loan import Loan, claimed
 from renyi_engine.ensemble.trunk import repeat_rows
 from renyi_kernels import IGNORE_INDEX
 
@@ -115,7 +115,7 @@ class LoraEnsemble(nn.Module):
             maps = architecture.adaptable(found, maps, config.target_modules)
             adapter_folder.check_against(saved, {path: targets.features(linear) for path, linear in maps.items()})
             if check_base:
-                origin.check(saved.origins, model)
+                base_check.check(saved.origins, model)
             ensemble = cls(model, config, {path: saved.adapters[path] for path in maps}, found)
             ensemble.alpha = saved.alpha
             ensemble._install()

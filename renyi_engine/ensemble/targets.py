@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from renyi_engine.ensemble import patterns, peft_names
+from renyi_engine.ensemble import path_patterns, peft_names
 from renyi_engine.ensemble.config import ALL_LINEAR
 
 
@@ -169,4 +169,4 @@ def _matcher(target_modules: str | Sequence[str]) -> Callable[[str], bool]:
         return lambda path: True
     if not isinstance(target_modules, str):
         return lambda path: any(path.endswith(f".{name}") for name in target_modules)
-    return patterns.matcher(target_modules)
+    return path_patterns.matcher(target_modules)

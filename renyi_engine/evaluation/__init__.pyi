@@ -1,3 +1,6 @@
+from .answer_policy import Policy as Policy
+from .answer_policy import calibrate as calibrate
+from .answer_policy import decide as decide
 from .config import EvalConfig as EvalConfig
 from .config import GenerateConfig as GenerateConfig
 from .config import MmluConfig as MmluConfig
@@ -9,9 +12,6 @@ from .mmlu.questions import COMPLETIONS as COMPLETIONS
 from .mmlu.questions import load_questions as load_questions
 from .mmlu.questions import prompt as prompt
 from .nll.evaluate import evaluate_nll as evaluate_nll
-from .policy import Policy as Policy
-from .policy import calibrate as calibrate
-from .policy import decide as decide
 from .refusal.evaluate import evaluate_refusal as evaluate_refusal
 from .uncertainty import Predictive as Predictive
 from .uncertainty import predictive as predictive

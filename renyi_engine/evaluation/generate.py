@@ -6,7 +6,7 @@ from functools import partial
 
 from renyi_engine import base_model
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, pad_token_id, stop_tokens
-from renyi_engine.ensemble import LoraEnsemble, limits
+from renyi_engine.ensemble import LoraEnsemble, model_limits
 from renyi_engine.evaluation.config import GenerateConfig
 
 
@@ -21,7 +21,7 @@ def answer(config: GenerateConfig) -> str:
     pad = pad_token_id(tokenizer)
     encoded = encode_prompts(tokenizer, config.prompts)
     called = ((f"prompt {number}", ids) for number, ids in enumerate(encoded))
-    limits.check_fits(ensemble.model, called, "max_new_tokens", config.max_new_tokens)
+    model_limits.check_fits(ensemble.model, called, "max_new_tokens", config.max_new_tokens)
     input_ids, attention_mask = left_padded(encoded, pad)
     draws = {**config.sampling(), "seed": config.seed}
     stops = stop_tokens(ensemble.model, tokenizer)

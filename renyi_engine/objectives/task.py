@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from renyi_engine.data import Example, Row, columns_of, describe_dropped, name_rows, tokenize
-from renyi_engine.ensemble import LoraEnsemble, limits
+from renyi_engine.ensemble import LoraEnsemble, model_limits
 from renyi_engine.objectives.metrics import ESS, LOSS, Metric, Nll
 
 
@@ -109,7 +109,7 @@ def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -
 
 
 def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
-    """Raise ValueError unless `model` can read every sequence of these examples, in any batch: see `limits`."""
+    """Raise ValueError unless `model` can read every sequence of these examples, in any batch: see `model_limits`."""
     sequences = [(f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences]
-    limits.check_fits(model, sequences, "max_length")
-    limits.check_batches(model, [len(ids) for _, ids in sequences], "max_length")
+    model_limits.check_fits(model, sequences, "max_length")
+    model_limits.check_batches(model, [len(ids) for _, ids in sequences], "max_length")

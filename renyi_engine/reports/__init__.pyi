@@ -1,7 +1,7 @@
 from . import charts as charts
+from . import glossary as glossary
 from . import page as page
 from . import pictures as pictures
-from . import words as words
 from .charts import lines as lines
 from .charts import scatter as scatter
 from .page import Picture as Picture

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from renyi_engine.core import one_line, write_text
-from renyi_engine.reports import words as shared_words
+from renyi_engine.reports import glossary as shared_words
 from renyi_engine.reports.pictures import particle_colours
 
 NUMBERS = re.compile(r"(nan|inf|[\d\s.,%±+−–()\[\]/e-])*")

@@ -88,12 +88,6 @@ class Callbacks:
             self.tell("on_evaluate", metrics=dict(logs))
             self._compare_with_best(record)
 
-    def saved(self, path: str) -> None:
-        """A checkpoint was written."""
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = path
-        self.tell("on_save")
-
     def saved_states(self) -> list[dict[str, Any]]:
         """What a checkpoint keeps of callbacks that have something to keep; `restore` takes it."""
         return [{"name": type(callback).__name__, **callback.state()} for callback in self.stateful]

@@ -20,16 +20,16 @@ from renyi_engine.critical_alpha import estimate_alpha_star
 from renyi_engine.data import StepSampler, excerpt
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives import ESS, Evaluation, Task, alpha_rule, evaluate, length, potential_curvature
-from renyi_engine.training import checkpoint, measures
+from renyi_engine.training import checkpoint, record_contents
 from renyi_engine.training.callbacks import Callbacks
 from renyi_engine.training.config import TrainConfig, steps_of
 from renyi_engine.training.dataset import Dataset
+from renyi_engine.training.loss_spikes import remember, spike_limit
 from renyi_engine.training.records import REPORT_FILE
 from renyi_engine.training.report import write_report
 from renyi_engine.training.run_folder import RunFolder, another_version, require_same_base
 from renyi_engine.training.state import State, Window
 from renyi_engine.training.train_step import StepResult, train_step
-from renyi_engine.training.watchdog import remember, spike_limit
 
 TRAINING_EXAMPLES_SHOWN = 256
 """Without held-out data, the report's heat map shows so many training examples."""
@@ -93,7 +93,7 @@ class Loop:
         """The newest, and the step after which it was made."""
         if run.resume_from:
             self._restore(run.resume_from)
-        self.clock = measures.Clock()
+        self.clock = record_contents.Clock()
 
     def run_to_the_end(self) -> Evaluation:
         config, state = self.config, self.state
@@ -254,7 +254,7 @@ class Loop:
         state, config = self.state, self.config
         assert self.last_step is not None
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        record = measures.step_record(state, self.task, self.last_step, learning_rate, self._epoch, self.clock)
+        record = record_contents.step_record(state, self.task, self.last_step, learning_rate, self._epoch, self.clock)
         self.run.records.log(record)
         at_alpha = f"  alpha {state.alpha:.3g}" if config.alpha_varies else ""
         self.progress.show(record, self.task.headline(record) + at_alpha)
@@ -281,7 +281,7 @@ class Loop:
         )
         # a run that is taken up at its end has the line already
         if held_out and not self.run.records.has_evaluation(state.step):
-            record = measures.evaluation_record(state, summary, self._epoch)
+            record = record_contents.evaluation_record(state, summary, self._epoch)
             self.run.records.log(record)
             self.callbacks.log(record)
 
@@ -305,7 +305,7 @@ class Loop:
     def _describe(self, status: str) -> None:
         size = self.state.micro_batch_size
         self.run.records.write_facts(
-            measures.facts(status, self.run.command, self.ensemble, self.dataset, size, self.clock)
+            record_contents.facts(status, self.run.command, self.ensemble, self.dataset, size, self.clock)
         )
 
     def _announce(self) -> None:
@@ -392,7 +392,7 @@ class Loop:
             state["callbacks"] = callbacks
         keep = self.config.save_total_limit
         self.last_checkpoint = checkpoint.save(self.run.path, step, self.ensemble, self.optimizer, state, keep)
-        self.callbacks.saved(str(self.last_checkpoint))
+        self.callbacks.tell("on_save")
 
     def _what_is_saved(self) -> str:
         if not self.loss_is_finite:

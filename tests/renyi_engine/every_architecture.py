@@ -129,7 +129,7 @@ def trains(subject: Subject) -> str:
 
 
 def generates(subject: Subject) -> str:
-    """How it reads what it continues: see `renyi_engine.ensemble.reading`."""
+    """How it reads what it continues: see `renyi_engine.ensemble.cache`."""
     if subject.ensemble is None:
         return ""
     with warnings.catch_warnings():

@@ -15,7 +15,7 @@ from torch import Tensor
 from renyi_engine.evaluation import calibration
 from renyi_engine.evaluation.mmlu.questions import GROUPS, Question
 from renyi_engine.evaluation.uncertainty import Predictive, predictive
-from renyi_engine.reports import Section, Table, charts, words
+from renyi_engine.reports import Section, Table, charts, glossary
 from renyi_kernels import renyi_reduce
 
 QUALITIES = (
@@ -59,8 +59,16 @@ Named = Mapping[str, Tensor]
 def words_for(num_particles: int) -> list[tuple[str, str]]:
     """What the page takes for granted."""
     if not num_particles:
-        return [words.BASE, *QUALITIES]
-    return [words.PARTICLE, words.BASE, words.MIXTURE, *QUALITIES, *UNCERTAINTIES, words.ALPHA, words.RESPONSIBILITY]
+        return [glossary.BASE, *QUALITIES]
+    return [
+        glossary.PARTICLE,
+        glossary.BASE,
+        glossary.MIXTURE,
+        *QUALITIES,
+        *UNCERTAINTIES,
+        glossary.ALPHA,
+        glossary.RESPONSIBILITY,
+    ]
 
 
 def found(questions: Sequence[Question], base: Tensor, particles: Tensor | None) -> str:

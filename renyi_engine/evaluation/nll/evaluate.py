@@ -16,10 +16,10 @@ from renyi_engine.core import CONFIG_FILE, files, output_folder, to_yaml
 from renyi_engine.data import Example, Row, excerpt, load_splits
 from renyi_engine.ensemble import LoraEnsemble, sum_tokens
 from renyi_engine.evaluation.config import NllConfig
+from renyi_engine.evaluation.evaluated_model import Subject, load_subject
 from renyi_engine.evaluation.nll import diagnosis
 from renyi_engine.evaluation.nll.diagnosis import CONTESTED, FLAGGED_BY, NLLS, OUT_OF_SUPPORT, Diagnosis
 from renyi_engine.evaluation.nll.report import write_nll_report
-from renyi_engine.evaluation.subject import Subject, load_subject
 from renyi_engine.objectives import Evaluation, Scores, SftTask, check_fits, describe_rows, evaluate, read_items
 
 

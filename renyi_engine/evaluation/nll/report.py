@@ -10,7 +10,7 @@ from typing import Any
 
 from renyi_engine.evaluation.config import NllConfig
 from renyi_engine.evaluation.nll.diagnosis import CONTESTED, FLAGGED_BY, NLLS, OUT_OF_SUPPORT, Diagnosis
-from renyi_engine.reports import Picture, Section, Table, page_title, scatter, words, write_page
+from renyi_engine.reports import Picture, Section, Table, glossary, page_title, scatter, write_page
 
 SHOWN = 25
 """Examples of each kind on the page; examples.csv has all."""
@@ -135,4 +135,12 @@ def _words(K: int) -> list[tuple[str, str]]:
         f"Of the responsibilities, in nats: from 0 (one particle takes all) to {math.log(K):.2f} (all take alike)."
     )
     own = [("Disagreement", disagreement), ("Gain", gain), ("Entropy", entropy)]
-    return [words.PARTICLE, words.BASE, words.MIXTURE, words.NLL, words.RESPONSIBILITY, words.ESS, *own]
+    return [
+        glossary.PARTICLE,
+        glossary.BASE,
+        glossary.MIXTURE,
+        glossary.NLL,
+        glossary.RESPONSIBILITY,
+        glossary.ESS,
+        *own,
+    ]

@@ -25,13 +25,13 @@ from renyi_engine.data import decode_answer, encode_prompts, left_padded, longes
 from renyi_engine.ensemble import adapter_folder, check_tokens
 from renyi_engine.evaluation.choices import context_length
 from renyi_engine.evaluation.config import RefusalConfig
+from renyi_engine.evaluation.evaluated_model import Subject, load_subject
 from renyi_engine.evaluation.refusal.judges import make_judge
 from renyi_engine.evaluation.refusal.prompts import Prompt, PromptColumns, read_prompts
 from renyi_engine.evaluation.refusal.report import write_refusal_report
 from renyi_engine.evaluation.refusal.responses import BASE, Response, ResponseFile, Speaker
 from renyi_engine.evaluation.refusal.results import positive_label, summarise
 from renyi_engine.evaluation.refusal.verdicts import FAILED, Exchange, Judge
-from renyi_engine.evaluation.subject import Subject, load_subject
 
 RESPONSES_FILE, RUN_FILE = "responses.jsonl", "run.json"
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from renyi_engine.core import one_line
 from renyi_engine.evaluation.refusal.results import Results
-from renyi_engine.reports import Picture, Section, Table, as_text, charts, page_title, words, write_page
+from renyi_engine.reports import Picture, Section, Table, as_text, charts, glossary, page_title, write_page
 
 NUM_SHOWN = 20
 """Prompts in the table of most disagreement."""
@@ -109,7 +109,7 @@ def write_refusal_report(output: Path, results: Results, facts: Mapping[str, Any
         found=_found(summary),
         sections=sections,
         words=[
-            *((words.PARTICLE, words.BASE) if K else (words.BASE,)),
+            *((glossary.PARTICLE, glossary.BASE) if K else (glossary.BASE,)),
             *WORDS,
             *(ENSEMBLE_WORDS if K else ()),
             *VERDICT_WORDS,

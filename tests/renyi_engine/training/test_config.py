@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from renyi_engine.core.command_line import parse
+from renyi_engine.core.flags import parse
 from renyi_engine.training.config import SftConfig
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]

@@ -14,7 +14,7 @@ from renyi_engine import TrainingDiverged, train
 from renyi_engine.data.batches import collate
 from renyi_engine.objectives.alpha import EssController
 from renyi_engine.objectives.sft import SftTask
-from renyi_engine.training.watchdog import HISTORY
+from renyi_engine.training.loss_spikes import HISTORY
 
 from .runs import (
     Killed,

@@ -125,13 +125,13 @@ def test_a_quantised_base_is_one_line_unless_what_can_be_told_is_another(saved, 
         return model
 
     # taken after the adapters are read: the tiny model cannot compute with such weights
-    from renyi_engine.ensemble import origin
+    from renyi_engine.ensemble import base_check
     from renyi_engine.ensemble.adapter_folder import read
 
     with pytest.warns(UserWarning, match=r"models/first.*nobody can tell .*self_attn\.q_proj\.weight are quantised"):
-        origin.check(read(saved).origins, quantise(base))
+        base_check.check(read(saved).origins, quantise(base))
     with pytest.raises(ValueError, match="another base"):
-        origin.check(read(saved).origins, quantise(other))
+        base_check.check(read(saved).origins, quantise(other))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import mpmath
 import pytest
 import torch
 
-from renyi_engine.evaluation.policy import NUM_CANDIDATES, Policy, calibrate, decide, risk_bound
+from renyi_engine.evaluation.answer_policy import NUM_CANDIDATES, Policy, calibrate, decide, risk_bound
 from renyi_engine.evaluation.uncertainty import Predictive, predictive
 
 from .test_uncertainty import of_probabilities

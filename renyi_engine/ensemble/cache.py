@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from renyi_engine.core import is_out_of_memory, reason
 from renyi_engine.ensemble.adapted_maps import Rows
-from renyi_engine.ensemble.limits import changing_positions
+from renyi_engine.ensemble.model_limits import changing_positions
 
 
 class Readable(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from renyi_engine.core.command_line import Source, _AsTyped, parse
+from renyi_engine.core.flags import Source, _AsTyped, parse
 from renyi_engine.core.settings import to_yaml
 from renyi_engine.evaluation.config import GenerateConfig
 from renyi_engine.training.config import SftConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from renyi_engine import LoraEnsemble
-from renyi_engine.ensemble import reading
+from renyi_engine.ensemble import cache
 
 from .. import tiny_models
 from ..in_use import assert_says_what_it_says_one_by_one, attach, left_padded
@@ -109,7 +109,7 @@ def test_running_out_of_memory_is_no_reason_to_go_without_a_cache(tiny_model, mo
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(reading, "from_cache", out_of_memory)
+    monkeypatch.setattr(cache, "from_cache", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         ensemble.generate(*left_padded(LENGTHS), eos_token_id=[])
     assert ensemble.reads_from_cache is None

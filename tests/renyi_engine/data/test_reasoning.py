@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi_engine.data import thoughts
-from renyi_engine.data.thoughts import decode_answer, without_thought
+from renyi_engine.data import reasoning
+from renyi_engine.data.reasoning import decode_answer, without_thought
 from renyi_engine.evaluation.refusal.keyword_judge import KeywordJudge
 from renyi_engine.evaluation.refusal.verdicts import DIRECT_ANSWER, DIRECT_REFUSAL, UNPARSED, Exchange, parse_answer
 
@@ -54,16 +54,16 @@ def test_a_text_without_a_thought_stays(text):
     assert without_thought(text) == text
 
 
-MARKS = [mark for tags in thoughts._TAGS for mark in tags]
+MARKS = [mark for tags in reasoning._TAGS for mark in tags]
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from([*MARKS, "<think>", "</think>", "a", " ", "\n", "<", "think>"]), max_size=12))
 def test_what_is_left_is_what_two_patterns_leave(pieces):
     """The short way to say it, which takes the square of the text's length, or more."""
-    blocks = "|".join(f"{re.escape(start)}.*?{re.escape(end)}" for start, end in thoughts._TAGS)
-    end = "|".join(re.escape(end) for _, end in thoughts._TAGS)
-    start = "|".join(re.escape(start) for start, _ in thoughts._TAGS)
+    blocks = "|".join(f"{re.escape(start)}.*?{re.escape(end)}" for start, end in reasoning._TAGS)
+    end = "|".join(re.escape(end) for _, end in reasoning._TAGS)
+    start = "|".join(re.escape(start) for start, _ in reasoning._TAGS)
     text = "".join(pieces)
     left = re.sub(f"(?s).*(?:{end})", "", re.sub(f"(?s){blocks}", "", text.strip())).strip()
     assert without_thought(text) == (None if re.match(start, left) else left)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from renyi_engine.core import files
-from renyi_engine.ensemble import origin
+from renyi_engine.ensemble import base_check
 from renyi_engine.ensemble.ensemble_file import ENSEMBLE_FILE
 from renyi_engine.ensemble.peft_adapter import CONFIG_FILE, TENSORS_FILE, holds_adapter
 
@@ -77,7 +77,7 @@ def _is_own(folder: Path) -> bool:
         metadata = files.read_metadata(folder / TENSORS_FILE)
     except Exception:  # safetensors raises errors of its own
         return False
-    return PLACE in metadata or origin.KEY in metadata
+    return PLACE in metadata or base_check.KEY in metadata
 
 
 def remove(folders: Iterable[Path]) -> None:

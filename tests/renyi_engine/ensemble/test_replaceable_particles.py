@@ -10,7 +10,7 @@ import pytest
 
 from renyi_engine import LoraEnsemble
 from renyi_engine.core import files
-from renyi_engine.ensemble import own_particles
+from renyi_engine.ensemble import replaceable_particles
 from renyi_engine.ensemble.adapter_folder import CONFIG_FILE, ENSEMBLE_FILE, TENSORS_FILE
 
 from .attaching import attach
@@ -121,7 +121,7 @@ def test_a_save_that_was_killed_can_be_done_again(saved, tiny_model, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "rename", kill)
-        patch.setattr(own_particles, "_remove_unfinished", lambda path: None)
+        patch.setattr(replaceable_particles, "_remove_unfinished", lambda path: None)
         ensemble.save_pretrained(saved)
     assert list(saved.glob(".tmp-particles-*"))
     ensemble.save_pretrained(saved, alpha=0.7)

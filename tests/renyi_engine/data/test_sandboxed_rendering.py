@@ -14,8 +14,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from renyi_engine import SftTask
-from renyi_engine.data import rendering
-from renyi_engine.data.rendering import LimitReached, TemplateRefuses, render
+from renyi_engine.data import sandboxed_rendering
+from renyi_engine.data.sandboxed_rendering import LimitReached, TemplateRefuses, render
 
 from ..conversations import CHATML, ONE, TWO
 from ..tokenizers_for_tests import byte_pair_tokenizer
@@ -40,7 +40,7 @@ def of(template, **arguments):
 
 @pytest.mark.parametrize("name", SLOW)
 def test_a_template_that_does_not_end_is_ended(monkeypatch, name):
-    monkeypatch.setattr(rendering, "TIME_LIMIT_S", 0.2)
+    monkeypatch.setattr(sandboxed_rendering, "TIME_LIMIT_S", 0.2)
     with pytest.raises(LimitReached, match=r"takes more than 0\.2 s"):
         of(SLOW[name])
 
@@ -48,11 +48,11 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch, name):
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_template_that_wants_all_memory_gets_a_little(name):
     of("")  # started, with its limit
-    process = rendering._worker(os.getpid())._process
+    process = sandboxed_rendering._worker(os.getpid())._process
     with pytest.raises(LimitReached, match="takes more than 1024 MiB"):
         of(GREEDY[name])
     assert of("{{ 1 }}") == ("1", [])
-    assert rendering._worker(os.getpid())._process is process  # it is refused, and the worker lives
+    assert sandboxed_rendering._worker(os.getpid())._process is process  # it is refused, and the worker lives
 
 
 @pytest.mark.parametrize("marks", [False, True])
@@ -104,7 +104,7 @@ def test_two_threads_get_each_their_own_text():
 
 
 def test_a_call_that_is_broken_off_leaves_no_reply_for_the_next(monkeypatch):
-    monkeypatch.setattr(rendering, "TIME_LIMIT_S", 60)
+    monkeypatch.setattr(sandboxed_rendering, "TIME_LIMIT_S", 60)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -121,7 +121,7 @@ def test_a_call_that_is_broken_off_leaves_no_reply_for_the_next(monkeypatch):
 
 def test_a_worker_that_was_killed_is_started_again():
     of("")
-    process = rendering._worker(os.getpid())._process
+    process = sandboxed_rendering._worker(os.getpid())._process
     process.kill()
     process.wait()
     assert of("{{ 3 }}") == ("3", [])
@@ -129,7 +129,7 @@ def test_a_worker_that_was_killed_is_started_again():
 
 def test_a_process_forked_from_one_that_renders_can_end_and_leaves_it_its_worker():
     of("")
-    process = rendering._worker(os.getpid())._process
+    process = sandboxed_rendering._worker(os.getpid())._process
     child = os.fork()
     if not child:
         atexit._run_exitfuncs()  # as at the end of a program
@@ -143,7 +143,7 @@ def test_a_process_forked_from_one_that_renders_can_end_and_leaves_it_its_worker
         os.waitpid(child, 0)
     assert ended
     assert of("{{ 4 }}") == ("4", [])
-    assert rendering._worker(os.getpid())._process is process
+    assert sandboxed_rendering._worker(os.getpid())._process is process
 
 
 def test_values_that_are_nested_too_deep_are_refused():
@@ -157,7 +157,7 @@ def test_values_that_are_nested_too_deep_are_refused():
 
 def test_a_conversation_that_the_worker_has_no_memory_to_read_is_a_limit_that_is_reached():
     of("")
-    process = rendering._worker(os.getpid())._process
+    process = sandboxed_rendering._worker(os.getpid())._process
     resource.prlimit(process.pid, resource.RLIMIT_AS, (2**20, 2**20))
     with pytest.raises(LimitReached, match="takes more than 1024 MiB"):
         of("", text="x" * 2**24)
@@ -165,7 +165,7 @@ def test_a_conversation_that_the_worker_has_no_memory_to_read_is_a_limit_that_is
 
 
 def test_modules_in_the_current_folder_are_not_those_of_the_worker(tmp_path, monkeypatch):
-    worker = rendering._Worker()
+    worker = sandboxed_rendering._Worker()
     for module in ("runpy", "json", "resource", "transformers", "jinja2"):
         (tmp_path / f"{module}.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
@@ -179,7 +179,7 @@ def test_modules_in_the_current_folder_are_not_those_of_the_worker(tmp_path, mon
 @pytest.mark.parametrize("template", [SLOW["loops"], GREEDY["doubled"]], ids=["slow", "greedy"])
 def test_a_row_whose_template_does_not_end_is_an_error_with_a_remedy_and_not_a_row_left_out(monkeypatch, template):
     tokenizer = byte_pair_tokenizer(CHATML + "{% if messages | length > 2 %}" + template + "{% endif %}")
-    monkeypatch.setattr(rendering, "TIME_LIMIT_S", 1)
+    monkeypatch.setattr(sandboxed_rendering, "TIME_LIMIT_S", 1)
     task = SftTask(tokenizer, 512)
     task.example(0, {"messages": ONE})
     started = time.monotonic()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from renyi_engine.training.watchdog import HISTORY, remember, spike_limit
+from renyi_engine.training.loss_spikes import HISTORY, remember, spike_limit
 
 
 def test_the_limit_is_so_many_times_the_median():

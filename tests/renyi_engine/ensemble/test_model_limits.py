@@ -12,7 +12,7 @@ from renyi_engine import EnsembleConfig, LoraEnsemble, train
 from renyi_engine.cli import EXIT_BAD_INPUT, main
 from renyi_engine.data.examples import Example
 from renyi_engine.ensemble.architecture import LONG
-from renyi_engine.ensemble.limits import num_positions, use_a_pad_token_within
+from renyi_engine.ensemble.model_limits import num_positions, use_a_pad_token_within
 from renyi_engine.evaluation.choices import Choices, encode_choices, score_choices
 from renyi_engine.objectives.task import check_fits
 
