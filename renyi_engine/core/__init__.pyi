@@ -31,3 +31,4 @@ from .software_versions import versions as versions
 from .terminal import one_line as one_line
 from .terminal import only_text as only_text
 from .terminal import use_plain_warnings as use_plain_warnings
+from .terminal import visible as visible
