@@ -143,7 +143,9 @@ def _export(argv: Sequence[str]) -> None:
         "not read.",
     )
     parser.add_argument("checkpoint", type=Path, help="RUN/checkpoint-N, or RUN for its newest")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where p000, p001, ... go")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, required=True, metavar="FOLDER", help="where p000, p001, ... go"
+    )
     parser.add_argument(
         "--trust_remote_code",
         "--trust-remote-code",
@@ -159,7 +161,7 @@ def _report(argv: Sequence[str]) -> None:
     """write the HTML report of one run, or of several runs side by side"""
     parser = Parser(prog="renyi-engine report")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--output", type=Path, help="default: report.html in the first run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run")
     options = parser.parse_args(argv)
     write_report = _imported(parser.prog, "training", "write_report")
     print(write_report(options.runs, options.output or options.runs[0] / "report.html"))

@@ -79,6 +79,25 @@ def test_other_packages_use_only_what_a_package_offers(package):
     assert inside == set(), "import from the package, not from a file inside it"
 
 
+def test_nothing_is_imported_in_a_way_that_the_tests_above_do_not_see():
+    """That is a relative import, or one through renyi_engine itself, which hands out the names of every layer."""
+    files = {path.stem for path in ENGINE.glob("*.py")}
+    unseen = [
+        (str(path.relative_to(ROOT)), node.lineno)
+        for path in ENGINE.rglob("*.py")
+        if path.name != "cli.py"  # it stands on top, and asks for the version
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and any(alias.name == "renyi_engine" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and node.level > 0)
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "renyi_engine"
+            and any(alias.name not in files for alias in node.names)
+        )
+    ]
+    assert unseen == []
+
+
 @pytest.mark.parametrize("package", ["", *PACKAGES])
 def test_everything_offered_is_there(package):
     module = importlib.import_module(f"renyi_engine.{package}".rstrip("."))

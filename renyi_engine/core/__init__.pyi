@@ -22,6 +22,7 @@ from .settings import is_squarable as is_squarable
 from .settings import read_yaml as read_yaml
 from .settings import require as require
 from .settings import require_given as require_given
+from .settings import require_kinds as require_kinds
 from .settings import required as required
 from .settings import to_dict as to_dict
 from .settings import to_yaml as to_yaml
@@ -31,3 +32,4 @@ from .software_versions import versions as versions
 from .terminal import one_line as one_line
 from .terminal import only_text as only_text
 from .terminal import use_plain_warnings as use_plain_warnings
+from .terminal import visible as visible

@@ -35,7 +35,7 @@ ADVANCED = "advanced"
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NOTHING = {"false", "no", "off", "none"}
 """What a file may say, beside null, for a setting that is to have no value."""
-_LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)\S*(=|$)")
+_LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)(h|\S*(=|$))")
 """An entry of a list that argparse would take for a flag, and not for a value."""
 
 
@@ -78,7 +78,7 @@ def parse(
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
     """
     parser = make_parser(cls, prog, dry_run=dry_run)
-    file_parser = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    file_parser = Parser(prog=prog, add_help=False)
     file_parser.add_argument("--config", type=Path)
     config_file = file_parser.parse_known_args(argv)[0].config
     known = [setting.name for setting in dataclasses.fields(cls)]
@@ -86,7 +86,10 @@ def parse(
     typed = {_flag_name(argument) for argument in argv if argument.startswith("--")}
     source = Source(config_file, from_file.keys() - typed, getattr(cls, "setting_of", {}))
     with source.named_in_errors():
-        options, rest = parser.parse_known_args([*(flag for flags in from_file.values() for flag in flags), *argv])
+        flags = [word for words in from_file.values() for word in words]
+        if flags:  # ends a list of the file, so that it takes no word of the command line
+            flags.append(f"--config={config_file}")
+        options, rest = parser.parse_known_args([*flags, *argv])
         if rest:
             raise ValueError(
                 _unknown("flag", rest[0], [f"--{name}" for name in vars(options) | {"help": None}], "command line")
@@ -107,7 +110,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors that are a ValueError of one line, and with help that is short enough to be read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Help} | kwargs)
+        ours: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
+        super().__init__(*args, **ours | kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
@@ -150,7 +154,6 @@ def make_parser(cls: type[DataclassInstance], prog: str, *, dry_run: bool = Fals
         prog=prog,
         usage=f"{prog} {' '.join(f'--{name} {name.upper()}' for name in needed)} [other flags]",
         description=inspect.cleandoc(cls.__doc__ or ""),
-        allow_abbrev=False,
         add_help=False,
     )
     names = [name for name in dict.fromkeys(setting.metadata["group"] for setting in settings) if name != ADVANCED]

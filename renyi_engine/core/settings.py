@@ -7,7 +7,8 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -48,6 +49,29 @@ def require(settings: Any, names: Sequence[str], expected: str, holds: Callable[
         value = getattr(settings, name)
         if isinstance(value, (bool, str)) or not holds(value):
             raise ValueError(f"{name}: expected {expected}; got {value!r}")
+
+
+def require_kinds(settings: Any) -> None:
+    """ValueError that names the first setting whose value is not of its kind. A command line cannot give such a value,
+    but Python can, and "false" would count as yes, or an unknown choice as another one."""
+    hints = get_type_hints(type(settings))
+    for setting in dataclasses.fields(settings):
+        value, hint = getattr(settings, setting.name), hints[setting.name]
+        if value is None and NoneType in get_args(hint):
+            continue
+        kind = next((kind for kind in get_args(hint) if NoneType in get_args(hint) and kind is not NoneType), hint)
+        if get_origin(kind) is Literal:
+            expected, holds = f"one of {', '.join(get_args(kind))}", value in get_args(kind)
+        elif get_origin(kind) is list:
+            expected, holds = "a list", isinstance(value, (list, tuple))
+        elif kind is bool:
+            expected, holds = "True or False", isinstance(value, bool)
+        elif kind is int:
+            expected, holds = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+        else:
+            continue
+        if not holds:
+            raise ValueError(f"{setting.name}: expected {expected}; got {short(value)}")
 
 
 def require_given(settings: Any, *more: str, excused: Collection[str] = ()) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from renyi_engine.core import flag, require, require_given, required
+from renyi_engine.core import flag, require, require_given, require_kinds, required
 from renyi_engine.ensemble import ModelConfig
 from renyi_engine.objectives import FINITE_ALPHA
 
@@ -63,6 +63,7 @@ class EvalConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         require_given(self)
+        require_kinds(self)
         require(self, ("alpha",), f"{FINITE_ALPHA}, or nothing", lambda v: v is None or (math.isfinite(v) and v >= 0))
         require(self, ("per_device_eval_batch_size",), "a whole number of at least 1", lambda v: v >= 1)
         require(self, ("seed",), "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
@@ -84,6 +85,7 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         require_given(self)
+        require_kinds(self)
         self.check_sampling()
         require(self, ("seed",), "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
         for number, prompt in enumerate(self.prompts):
@@ -153,8 +155,6 @@ class MmluConfig(EvalConfig):
         super().__post_init__()
         require(self, ("num_fewshot",), "a whole number of at least 0", lambda v: v >= 0)
         require(self, ("limit",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
-        if self.split not in ("test", "validation", "dev"):
-            raise ValueError(f"split: expected one of test, validation, dev; got {self.split!r}")
         if self.split == "dev" and self.num_fewshot:
             raise ValueError("split: the questions of dev are the few-shot examples; pass --num_fewshot 0")
 

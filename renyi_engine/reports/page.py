@@ -1,4 +1,5 @@
-"""Self-contained HTML pages: tables, pictures and words in one file. A page loads nothing, and all text is escaped.
+"""Self-contained HTML pages: tables, pictures and words in one file. A page loads nothing, and all text is escaped. A
+character that steers, such as a mark that turns the direction of writing, is shown as a code.
 
 One script runs on a page: templates/sort.js, which sorts tables. The page's content security policy names that script
 by its checksum and forbids every other one, so a browser runs no script that got into a page in some other way.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from renyi_engine.core import one_line, write_text
+from renyi_engine.core import one_line, visible, write_text
 from renyi_engine.reports import glossary as shared_words
 from renyi_engine.reports.pictures import particle_colours
 
@@ -156,5 +157,5 @@ def fill(output: Path, template: str, **content: Any) -> Path:
     environment.globals.update(script=script, script_checksum=checksum)
     page = environment.get_template(template).render(content)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, page)
+    write_text(output, visible(page.replace("\r\n", "\n")))
     return output

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -154,7 +155,10 @@ def svg(figure: Figure, name: str, description: str, columns: Sequence[str] = ()
     if not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise ValueError(f"name: expected letters, digits and hyphens, for the ids of a picture; got {name!r}")
     file = io.StringIO()
-    figure.savefig(file, format="svg", dpi=216, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    with warnings.catch_warnings():
+        # matplotlib's font only measures the text; the browser writes it in a font that has the characters
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, format="svg", dpi=216, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     _, head, body = re.split(r"(<svg[^>]*>)", file.getvalue(), maxsplit=1)
     head = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)

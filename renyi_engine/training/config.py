@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given, required
+from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given, require_kinds, required
 from renyi_engine.ensemble import AdapterConfig, EnsembleConfig
 from renyi_engine.objectives import (
     FINITE_ALPHA,
@@ -193,6 +193,7 @@ class TrainConfig(AdapterConfig):
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
             self.resume_from_checkpoint = "true" if said in ("true", "yes", "on") else None
         require(self, ("alpha",), FINITE_ALPHA, lambda v: math.isfinite(v) and v >= 0)
+        require_kinds(self)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
         positive = ("alpha_max", "learning_rate", "adam_epsilon", "num_train_epochs")
         at_least_one = (

@@ -286,6 +286,19 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--vers"], "unrecognized arguments: --vers"),
+        (["report", "run", "--out", "page.html"], "unrecognized arguments: --out"),
+        (["export", "run", "--output", "x"], "required: --output_dir"),
+    ],
+)
+def test_a_flag_is_written_in_full(capsys, argv, message):
+    assert main(argv) == EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
 def test_help_typos_and_settings_do_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", BEFORE_TORCH], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

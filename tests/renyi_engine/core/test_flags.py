@@ -239,6 +239,18 @@ def test_an_entry_of_a_list_is_never_taken_for_a_flag(tmp_path):
             parse(GenerateConfig, ["--config", str(path)], "renyi-engine generate")
 
 
+def test_a_list_of_a_file_takes_no_word_of_the_command_line(tmp_path):
+    file = config_file(tmp_path, layers_to_transform=["3"])
+    with pytest.raises(ValueError, match=r"^command line: unknown flag '5'"):
+        parse(SftConfig, ["5", *NEEDED, "--config", file], "renyi-engine sft")
+
+
+def test_a_text_of_a_list_that_begins_like_help_is_refused_by_its_name(from_file):
+    text = 'ensemble: e\nprompts: [first, "-hello world"]\n'
+    with pytest.raises(ValueError, match="prompts: '-hello world' would be taken for a flag"):
+        from_file(text, cls=GenerateConfig)
+
+
 def test_no_value_of_a_file_is_evaluated(tmp_path):
     marker = tmp_path / "marker"
     path = tmp_path / "evil.yaml"

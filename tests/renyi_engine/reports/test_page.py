@@ -166,3 +166,25 @@ def test_wide_tables_scroll_in_a_box_that_the_keyboard_reaches(tmp_path: Path) -
     assert re.search(r'<div class="scroll" tabindex="0">\s*<table', source)
     assert ".scroll { overflow-x: auto; }" in source
     assert re.search(r"figure svg \{ [^}]*width: 100%;", source)
+
+
+def test_a_character_that_steers_is_shown_as_a_code(tmp_path: Path) -> None:
+    steering = "a\x00b\x1b[2Jc\u202ed\u2066e\udcfff"
+    table = Table(steering, [steering], [[steering]], steering)
+    sections = [Section(steering, steering, [table], [heat_map("heat", "a\x1b\u202e")])]
+    output = make_page(
+        tmp_path / "page.html", title=steering, lead=steering, sections=sections, details={"settings": {"s": steering}}
+    )
+    text = output.read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
+    assert r"a\x00b\x1b[2Jc\u202ed\u2066e\udcfff" in Page(output).text
+    assert_only_our_script(output)
+
+
+def test_line_ends_of_windows_are_plain_line_ends(tmp_path: Path) -> None:
+    assert "one\ntwo" in make_page(tmp_path / "page.html", lead="one\r\ntwo").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("error")
+def test_labels_of_any_language_raise_no_warning() -> None:
+    assert "\u6570\u5b66" in charts.group_heat_map("groups", np.full((2, 1), 0.5), ["\u6570\u5b66"], caption="").svg

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from renyi_engine.core.flags import parse
@@ -106,3 +108,19 @@ def test_what_is_needed_is_asked_for_by_name(missing):
 def test_one_target_that_is_no_name_is_a_regular_expression(given, expected):
     config = parsed("--lora_target_modules", *given)
     assert config.ensemble_config().target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("prior", "nope", "one of none, potential, smoothed_kl; got 'nope'"),
+        ("alpha_schedule", "step", "one of constant, linear, cosine; got 'step'"),
+        ("use_rslora", "no", "True or False; got 'no'"),
+        ("max_steps", 2.5, "a whole number; got 2.5"),
+        ("report_to", "none", "a list; got 'none'"),
+        ("layers_to_transform", 1, "a list; got 1"),
+    ],
+)
+def test_a_value_that_only_python_can_give_is_of_its_kind(setting, value, expected):
+    with pytest.raises(ValueError, match=re.escape(f"{setting}: expected {expected}")):
+        SftConfig(model_name_or_path="m", dataset_name="d", output_dir="o", **{setting: value})
