@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
@@ -53,7 +54,7 @@ def require(settings: Any, names: Sequence[str], expected: str, holds: Callable[
 
 def require_kinds(settings: Any) -> None:
     """ValueError that names the first setting whose value is not of its kind. A command line cannot give such a value,
-    but Python can, and "false" would count as yes, or an unknown choice as another one."""
+    but Python can, and "false" would count as yes, or an unknown choice as another one. A `Path` becomes its text."""
     hints = get_type_hints(type(settings))
     for setting in dataclasses.fields(settings):
         value, hint = getattr(settings, setting.name), hints[setting.name]
@@ -69,6 +70,8 @@ def require_kinds(settings: Any) -> None:
         elif kind is int:
             expected, holds = "a whole number", isinstance(value, int) and not isinstance(value, bool)
         else:
+            if isinstance(value, os.PathLike):
+                setattr(settings, setting.name, os.fspath(value))
             continue
         if not holds:
             raise ValueError(f"{setting.name}: expected {expected}; got {short(value)}")

@@ -67,7 +67,10 @@ class EnsembleConfig:
         for name, value in (("num_particles", self.num_particles), (name_of_rank, self.r)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora: expected True or False; got {self.use_rslora!r}")
+        number = isinstance(self.lora_alpha, (int, float)) and not isinstance(self.lora_alpha, bool)
+        if not (number and math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: expected a number above 0; got {self.lora_alpha!r}")
         if not SMALLEST_SCALING <= self.scaling <= LARGEST_SCALING:
             raise ValueError(
@@ -80,7 +83,7 @@ class EnsembleConfig:
             raise ValueError(f"target_modules: expected names of linear maps; got {list(self.target_modules)}")
         if self.init not in ("standard", "spread"):
             raise ValueError(f"init: expected 'standard' or 'spread'; got {self.init!r}")
-        if not 0 <= self.seed < 2**32:
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1; got {self.seed!r}")
 
     @property

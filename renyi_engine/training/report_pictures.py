@@ -217,9 +217,13 @@ def _heat_map(run: Run, name: str, *, at_one: bool) -> Picture:
     if found is None or K == 1:
         why = "with one particle every responsibility is 1" if K == 1 else "the run's folder has no evaluation.json"
         return Picture("", f"No heat map: {why}.")
-    alpha, posterior = 1.0 if at_one else found["alpha"], responsibilities(found["logp"], 1.0)
+    measured = np.isfinite(found["logp"]).any(axis=0)
+    if not measured.any():
+        return Picture("", "No heat map: the evaluation has no finite log-likelihood.")
+    logp = found["logp"][:, measured]
+    alpha, posterior = 1.0 if at_one else found["alpha"], responsibilities(logp, 1.0)
     order, N = order_examples(posterior), posterior.shape[1]
-    shown = responsibilities(found["logp"], alpha)[:, order]
+    shown = responsibilities(logp, alpha)[:, order]
     figure, ax = pictures.responsibility_map(shown, xlabel="examples, grouped by leading particle")
     led = np.bincount(posterior.argmax(axis=0), minlength=K)
     if alpha > 0:
@@ -234,7 +238,10 @@ def _heat_map(run: Run, name: str, *, at_one: bool) -> Picture:
             f"a responsibility above {CONFIDENT:g}. Each particle leads {led.min():,} to {led.max():,} examples."
         )
     note += pictures.sampling_note(N)
-    names, texts = ([found[key][i] for i in order] for key in ("names", "texts"))
+    if N < len(measured):
+        note += f" {len(measured) - N:,} examples are left out: no particle gave them a finite log-likelihood."
+    shown_examples = np.flatnonzero(measured)[order]
+    names, texts = ([found[key][i] for i in shown_examples] for key in ("names", "texts"))
     columns, listed = charts.name_columns(shown, names, texts, "The examples of the heat maps, from left to right")
     description = f"{run.name}: responsibility of each particle for each example, alpha {alpha:.4g}"
     return Picture(pictures.svg(figure, name, description, columns), note, examples=listed if at_one else None)
