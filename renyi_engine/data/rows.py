@@ -108,7 +108,8 @@ def given_rows(dataset: Any, argument: str) -> list[Row]:
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
         rows = list(dataset)
     elif hasattr(dataset, "with_format") and hasattr(dataset, "num_rows") and not isinstance(dataset, Mapping):
-        rows = _from_dataset(dataset)
+        shown = dataset.format  # what its owner made of it with set_transform or set_format
+        rows = list(dataset) if shown["type"] == "custom" else _from_dataset(dataset.select_columns(shown["columns"]))
     else:
         rows = [None]
     if not all(isinstance(row, Mapping) for row in rows):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ class Callbacks:
     """
 
     def __init__(self, config: TrainConfig, given: Iterable[TrainerCallback | type[TrainerCallback]]) -> None:
-        self.task = TASKS[config.kind]
+        if not isinstance(given, Iterable):
+            raise TypeError(f"callbacks: expected a list of transformers' TrainerCallback; got {given!r}")
+        self.task, self.output_dir = TASKS[config.kind], Path(config.output_dir)
         self.best = _best_metric(config, self.task)
         others = [*_integrations(config.report_to), *map(_callback, given)]
         self.handler = CallbackHandler([_Flow(config), *others], None, None, None, None)
@@ -66,6 +69,7 @@ class Callbacks:
         for record in history:
             self._remember(record)
             self._compare_with_best(record)
+        self._find_best_checkpoint()
         if self.arguments is not None and not has_held_out:
             self.arguments.eval_strategy = type(self.arguments.eval_strategy)("no")
         self.tell("on_init_end")
@@ -87,6 +91,12 @@ class Callbacks:
         if is_evaluation(record):
             self.tell("on_evaluate", metrics=dict(logs))
             self._compare_with_best(record)
+            self._find_best_checkpoint()
+
+    def saved(self) -> None:
+        """A checkpoint was written, and older ones may have been removed."""
+        self._find_best_checkpoint()
+        self.tell("on_save")
 
     def saved_states(self) -> list[dict[str, Any]]:
         """What a checkpoint keeps of callbacks that have something to keep; `restore` takes it."""
@@ -112,6 +122,11 @@ class Callbacks:
             return
         if best is None or (value > best if self.best.better == "higher" else value < best):
             self.state.best_metric, self.state.best_global_step = value, record[STEP.name]
+
+    def _find_best_checkpoint(self) -> None:
+        """The checkpoint of the best step, if there is one and it is kept."""
+        folder = self.output_dir / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
 
 
 class _Flow(DefaultFlowCallback):
@@ -157,7 +172,7 @@ def _integrations(names: Sequence[str]) -> list[TrainerCallback]:
     for kind, name in zip(kinds, names if len(names) == len(kinds) else [kind.__name__ for kind in kinds], strict=True):
         try:
             callbacks.append(kind())
-        except (RuntimeError, ImportError) as error:
+        except (RuntimeError, ImportError, ValueError) as error:
             package = _PACKAGES.get(name, name)
             raise ValueError(f"report_to: {name} is not installed ({reason(error)}); pip install {package}") from None
     return callbacks

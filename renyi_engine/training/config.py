@@ -188,6 +188,8 @@ class TrainConfig(AdapterConfig):
     def __post_init__(self) -> None:
         # a Trainer may be given the model and the data themselves; a command line has to name them
         require_given(self, excused=("model_name_or_path", "dataset_name"))
+        if isinstance(self.report_to, str):  # as transformers takes it
+            self.report_to = [self.report_to]
         # true and false in Python, and as they are typed
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):

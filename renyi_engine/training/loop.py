@@ -119,8 +119,9 @@ class Loop:
                 raise
             self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
             self._describe("finished")
-            report = write_report([self.run.path], self.run.path / REPORT_FILE)
-            progress.say(f"particles: {self.run.particles}\nreport: {report}")
+            progress.say(f"particles: {self.run.particles}")
+            if self.run.records.has_training():  # not if a callback ended the run before its first step
+                progress.say(f"report: {write_report([self.run.path], self.run.path / REPORT_FILE)}")
         return evaluation
 
     # ------------------------------------------------------------------ begin, step, end
@@ -215,6 +216,8 @@ class Loop:
         if self.callbacks.control.should_evaluate and not self._is_over():
             self._evaluate()
             self._leave_epoch_if_asked()
+        if self._is_over():
+            self._log()
         control = self.callbacks.control
         self.save_is_due |= control.should_save
         control.should_evaluate = control.should_save = False
@@ -230,8 +233,7 @@ class Loop:
 
     def _end(self) -> Evaluation:
         """Log and save what a callback has left open by ending the run early, and evaluate the particles."""
-        if self.state.window.examples and self.last_step is not None:
-            self._log()
+        self._log()
         if self.state.step:
             self._save()
         self._require_finite_loss()
@@ -250,9 +252,10 @@ class Loop:
         self.callbacks.at(self.state.step, self._epoch, self.state.tokens)
 
     def _log(self) -> None:
-        """Write a line of metrics and show it."""
+        """Write a line of metrics and show it, if there was a step since the last line."""
         state, config = self.state, self.config
-        assert self.last_step is not None
+        if not state.window.examples or self.last_step is None:
+            return
         learning_rate = self.optimizer.param_groups[0]["lr"]
         record = record_contents.step_record(state, self.task, self.last_step, learning_rate, self._epoch, self.clock)
         self.run.records.log(record)
@@ -392,7 +395,7 @@ class Loop:
             state["callbacks"] = callbacks
         keep = self.config.save_total_limit
         self.last_checkpoint = checkpoint.save(self.run.path, step, self.ensemble, self.optimizer, state, keep)
-        self.callbacks.tell("on_save")
+        self.callbacks.saved()
 
     def _what_is_saved(self) -> str:
         if not self.loss_is_finite:
@@ -410,6 +413,8 @@ class Loop:
             self.state = State.load(saved)
         except TypeError:
             raise another_version(path) from None
+        if self.run.records.has_training(self.state.step):  # written after the checkpoint, because a callback asked
+            self.state.window = Window()
         if self.state.step > self.total_steps:
             setting = "max_steps" if self.config.max_steps > 0 else "num_train_epochs"
             raise ValueError(

@@ -92,6 +92,11 @@ class Records:
         found = map(_record, _lines(path)) if path.exists() else []
         return [record for record in found if record is not None]
 
+    def has_training(self, step: int | None = None) -> bool:
+        """Whether metrics.jsonl has the line of training at `step`, or any line of training."""
+        lines = [record for record in self.metrics() if not is_evaluation(record)]
+        return any(step in (None, record[STEP.name]) for record in lines)
+
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl has the line of the evaluation at `step`."""
         return any(record[STEP.name] == step and is_evaluation(record) for record in self.metrics())
@@ -105,8 +110,8 @@ class Records:
                 for number, record in enumerate(records[:-1], start=1):  # a kill may have cut the last one short
                     if record is None:
                         warnings.warn(f"{path}: line {number} is damaged and is left out", stacklevel=3)
-                kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
-                files.write_text(path, "".join(kept))
+                read = zip(lines, records, strict=True)
+                files.write_text(path, "".join(line for line, record in read if record and record[STEP.name] <= step))
 
 
 class Run(NamedTuple):
@@ -215,7 +220,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
             continue
         if (record := _record(line)) is None:
             raise ValueError(f"{path}: line {number} is not a JSON object with a step; mend or remove it")
-        (held_out if is_evaluation(record) else train)[int(record[STEP.name])] = record
+        (held_out if is_evaluation(record) else train)[record[STEP.name]] = record
     if not train:
         raise ValueError(f"{path}: empty, or without a training step; pass a run that has logged one")
     return [train[step] for step in sorted(train)], [held_out[step] for step in sorted(held_out)]
@@ -254,7 +259,6 @@ def _record(line: str) -> Record | None:
     """A line of metrics.jsonl or skipped.jsonl; None if it is damaged or was cut short."""
     try:
         record = json.loads(line)
-        int(record[STEP.name])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get(STEP.name), int) else None

@@ -238,7 +238,7 @@ def _heat_map(run: Run, name: str, *, at_one: bool) -> Picture:
             f"a responsibility above {CONFIDENT:g}. Each particle leads {led.min():,} to {led.max():,} examples."
         )
     note += pictures.sampling_note(N)
-    if N < len(measured):
+    if not measured.all():
         note += f" {len(measured) - N:,} examples are left out: no particle gave them a finite log-likelihood."
     shown_examples = np.flatnonzero(measured)[order]
     names, texts = ([found[key][i] for i in shown_examples] for key in ("names", "texts"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from renyi_engine import SftConfig, Trainer, base_model, train
@@ -20,7 +21,7 @@ from renyi_engine.objectives import EVAL
 from renyi_engine.training import checkpoint, write_report
 from renyi_engine.training.records import read_run
 
-from .runs import Killed, act_in, kill, metrics, poison
+from .runs import Killed, act_in, alphas, kill, metrics, poison, steps_of
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 NOT_OURS = {"on_predict", "on_prediction_step", "on_push_begin"}
@@ -111,6 +112,9 @@ def test_classes_and_instances_are_callbacks_and_nothing_else_is(sft_config):
     Trainer(sft_config(max_steps=1), callbacks=[TrainerCallback, TrainerCallback()])
     with pytest.raises(TypeError, match=r"^callbacks: expected transformers' TrainerCallback.*; got 7"):
         Trainer(sft_config(max_steps=1), callbacks=[7])
+    for single in (None, TrainerCallback()):
+        with pytest.raises(TypeError, match=r"^callbacks: expected a list of transformers' TrainerCallback; got"):
+            Trainer(sft_config(max_steps=1), callbacks=single)
 
 
 # ---------------------------------------------------------------------- what they are told
@@ -321,6 +325,64 @@ def test_an_epoch_can_be_ended_early_and_a_resumed_run_remembers_it(sft_config, 
         assert ours == theirs, name
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_save"])
+def test_no_step_is_counted_twice_when_a_stopped_run_goes_on(evaluated, tmp_path, event):
+    """It stops at a step at which it saves and does not log; so the checkpoint comes from between two lines."""
+    settings = {"max_steps": 10, "logging_steps": 5, "eval_steps": 2, "save_steps": 2, "alpha_schedule": "linear"}
+    straight, stopped = (evaluated(output_dir=str(tmp_path / name), **settings) for name in ("straight", "stopped"))
+    train(straight)
+    Trainer(stopped, callbacks=[Recorder(at(event, 4, should_training_stop=True))]).train()
+    train(replace(stopped, resume_from_checkpoint="true"))
+    assert alphas(tmp_path / "stopped") == alphas(tmp_path / "straight")
+    assert steps_of(tmp_path / "stopped") == [4, 5, 10]
+
+
+def test_a_line_at_the_end_of_an_epoch_does_not_come_again_after_a_kill(sft_config, tmp_path, monkeypatch):
+    """6 steps an epoch; the checkpoint is made before the line that is asked for at the end of the epoch."""
+    settings = {"max_steps": 12, "logging_steps": 4, "save_steps": 6}
+    whole, broken = (sft_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "broken"))
+    asks = lambda: Recorder(at("on_epoch_end", 6, should_log=True))
+    Trainer(whole, callbacks=[asks()]).train()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        act_in(patch, 7, kill)
+        Trainer(broken, callbacks=[asks()]).train()
+    Trainer(replace(broken, resume_from_checkpoint="true"), callbacks=[asks()]).train()
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("event", ["on_epoch_end", "on_log", "on_save"])
+def test_a_step_is_logged_once_however_often_a_callback_asks(sft_config, event):
+    def asks(now, state, control):
+        control.should_log |= now == event
+
+    run = Trainer(sft_config(max_steps=8), callbacks=[Recorder(asks)]).train().output_dir
+    assert steps_of(run) == [*range(1, 9)]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_run_that_ends_before_its_first_step_has_no_report(evaluated, sft_config, held_out):
+    config = (evaluated if held_out else sft_config)()
+    result = Trainer(config, callbacks=[Recorder(at("on_train_begin", 0, should_training_stop=True))]).train()
+    assert result.global_step == 0
+    assert not (result.output_dir / "report.html").exists()
+    with pytest.warns(UserWarning, match="no checkpoint yet|goes on from step 0"):
+        assert train(replace(config, resume_from_checkpoint="true")).global_step == 6
+
+
+def test_the_state_names_the_checkpoint_of_the_best_step_if_it_is_kept(evaluated):
+    last = Recorder()
+    config = evaluated(max_steps=6, eval_steps=2, save_steps=2)
+    run = Trainer(config, callbacks=[last]).train().output_dir
+    assert last.state.best_global_step == 6
+    assert last.state.best_model_checkpoint == str(run / "checkpoint-6")
+    seen = []
+    look = Recorder(lambda event, state, control: seen.append((event, state.best_model_checkpoint)))
+    Trainer(replace(config, resume_from_checkpoint="true", max_steps=12, learning_rate=1e-2), callbacks=[look]).train()
+    assert dict(reversed(seen))["on_train_begin"] == str(run / "checkpoint-6")
+    kept = [None, *(str(run / f"checkpoint-{step}") for step in whole(run))]
+    assert look.state.best_model_checkpoint in kept
+
+
 # ---------------------------------------------------------------------- EarlyStoppingCallback, resumed runs
 
 
@@ -432,6 +494,17 @@ def test_what_cannot_be_reported_to_is_refused_before_anything_is_loaded(sft_con
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, ValueError])
+def test_a_program_that_does_not_start_is_named(sft_config, monkeypatch, error):
+    class Broken(TrainerCallback):
+        def __init__(self):
+            raise error("its client is missing")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "broken", Broken)
+    with pytest.raises(ValueError, match=r"^report_to: broken is not installed \(its client is missing\)"):
+        Trainer(sft_config(report_to=["broken"]))
+
+
 def test_a_run_without_callbacks_does_without_training_arguments(sft_config, monkeypatch):
     """They need the package accelerate."""
     monkeypatch.setattr(TrainingArguments, "__init__", lambda *_, **__: pytest.fail("they were made"))
@@ -442,6 +515,11 @@ def test_the_handler_of_transformers_takes_what_it_is_given():
     """`Callbacks` leans on two internal classes; with another version this says so first."""
     handler = CallbackHandler([transformers.DefaultFlowCallback], None, None, None, None)
     assert {event for event in EVENTS if hasattr(handler, event)} == {*EVENTS}
+
+
+def test_one_program_may_be_named_without_a_list(sft_config):
+    assert sft_config(report_to="none").report_to == ["none"]
+    assert sft_config(report_to="tensorboard").report_to == ["tensorboard"]
 
 
 def test_settings_may_leave_out_what_a_trainer_can_be_given():

@@ -93,3 +93,14 @@ def test_every_command_that_saves_settings_says_its_own_kind():
     classes = [SftConfig, DpoConfig, NllConfig, MmluConfig, RefusalConfig, AlphaStarConfig, GenerateConfig]
     assert len({cls.kind for cls in classes}) == len(classes)
     assert yaml.safe_load(to_yaml(SftConfig(output_dir="o")))["kind"] == "sft"
+
+
+@pytest.mark.parametrize("step", ['"2"', "2.5", "null", "[2]"])
+def test_a_line_whose_step_is_no_whole_number_is_damaged(tmp_path, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + f'{{"step": {step}}}\n' + '{"step": 2}\n{"step": 3}\n')
+    found = records.Records(tmp_path)
+    assert [record["step"] for record in found.metrics()] == [1, 2, 3]
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2 is damaged and is left out"):
+        found.go_back_to(2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -60,6 +60,19 @@ def test_given_parts_train_as_the_loaded_ones_bit_for_bit(sft_config, data_file,
     assert result.ensemble.model is parts["model"]
 
 
+def test_a_dataset_is_read_as_its_owner_sees_it(sft_config, rows, tmp_path):
+    """with_transform changes the rows, and with_format chooses columns."""
+    upper = [{"text": row["prompt"].upper()} for row in rows]
+    shout = lambda batch: {"text": [text.upper() for text in batch["text"]]}
+    transformed = datasets.Dataset.from_list([{"text": row["prompt"]} for row in rows]).with_transform(shout)
+    chosen = datasets.Dataset.from_list([row | {"messages": []} for row in rows]).with_format(columns=[*rows[0]])
+    for name, given, plain in (("transformed", transformed, upper), ("chosen", chosen, rows)):
+        runs = [sft_config(max_steps=2, output_dir=str(tmp_path / f"{name}-{number}")) for number in range(2)]
+        for config, dataset in zip(runs, (given, plain), strict=True):
+            Trainer(config, train_dataset=dataset).train()
+        assert metrics(Path(runs[0].output_dir)) == metrics(Path(runs[1].output_dir)), name
+
+
 def test_a_given_model_is_given_back_as_it_was(sft_config, parts):
     model, before = parts["model"], bits(parts["model"])
     trainable = [parameter.requires_grad for parameter in model.parameters()]
