@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
-_RENAMED = {"group_by_length": "train_sampling_strategy"}
-"""Settings of earlier versions that have another name now."""
 ADVANCED = "advanced"
 """The group of the settings that few people change; it comes last."""
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -273,7 +271,4 @@ def _flag_name(argument: str) -> str:
 
 def _unknown(kind: str, name: str, known: Sequence[str], source: str) -> str:
     name = name.split("=")[0]
-    hint = typos.hint(name, known) or "; see --help"
-    if (renamed := _RENAMED.get(_flag_name(name))) is not None:
-        hint = f"; it is now called {renamed!r}: write '{renamed}: {_flag_name(name)}' for true"
-    return f"{source}: unknown {kind} {name!r}" + hint
+    return f"{source}: unknown {kind} {name!r}" + (typos.hint(name, known) or "; see --help")

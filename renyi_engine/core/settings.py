@@ -114,6 +114,9 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _AsSaved) -> dict[str,
         raise ValueError(f"{path}: not a readable YAML file ({reason})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines; got {type(values).__name__}")
+    if "group_by_length" in values:  # as versions before the first release called it
+        grouped = str(values.pop("group_by_length")).lower() in ("true", "yes", "on")
+        values.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")
     return values
 
 

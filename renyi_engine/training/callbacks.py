@@ -160,6 +160,8 @@ def _callback(given: Any) -> TrainerCallback:
 
 def _integrations(names: Sequence[str]) -> list[TrainerCallback]:
     """transformers' callbacks for `report_to`."""
+    if len(names) > 1 and (alone := {"none", "all"}.intersection(names)):
+        raise ValueError(f"report_to: expected {alone.pop()!r} alone, or names of programs; got {', '.join(names)}")
     try:
         kinds = get_reporting_integration_callbacks(names[0] if len(names) == 1 else [*names])
     except ValueError as error:

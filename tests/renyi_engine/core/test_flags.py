@@ -209,13 +209,16 @@ def test_what_is_saved_reads_back_as_the_same_settings(tmp_path):
     assert parse(SftConfig, ["--config", str(path)], "x")[0] == config
 
 
+@pytest.mark.parametrize(("given", "now"), [(True, "group_by_length"), (False, "random")])
+def test_a_file_may_call_the_order_of_the_examples_as_earlier_versions_did(tmp_path, given, now):
+    assert parsed("--config", config_file(tmp_path, group_by_length=given)).train_sampling_strategy == now
+
+
 def test_an_unknown_key_or_flag_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="unknown key 'num_partcles'; did you mean 'num_particles'"):
         parsed("--config", config_file(tmp_path, num_partcles=3))
     with pytest.raises(ValueError, match="unknown flag '--leraning_rate'; did you mean '--learning_rate'"):
         parse(SftConfig, ["--leraning_rate=1"], "renyi-engine sft")
-    with pytest.raises(ValueError, match="'group_by_length'; it is now called 'train_sampling_strategy'"):
-        parsed("--config", config_file(tmp_path, group_by_length=True))
 
 
 def test_a_file_that_is_no_mapping_or_not_there_is_told_in_one_line(tmp_path):

@@ -106,6 +106,20 @@ def test_r_and_rank_that_differ_are_refused_by_both_names():
         EnsembleConfig(r=4, rank=5)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_rslora": "no"}, "use_rslora: expected True or False; got 'no'"),
+        ({"lora_alpha": True}, "lora_alpha: expected a number above 0; got True"),
+        ({"lora_alpha": "16"}, "lora_alpha: expected a number above 0; got '16'"),
+        ({"seed": 1.5}, r"seed: expected a whole number from 0 to 2\^32 - 1; got 1.5"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        EnsembleConfig(**given)
+
+
 def test_scaling_is_alpha_over_rank_or_its_root():
     assert EnsembleConfig(rank=4, lora_alpha=6).scaling == 1.5
     assert EnsembleConfig(rank=4, lora_alpha=6, use_rslora=True).scaling == 3.0

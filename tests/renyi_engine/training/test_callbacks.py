@@ -483,6 +483,7 @@ def test_tensorboard_and_trackio_hold_the_numbers_of_metrics(evaluated, tmp_path
     [
         (["tensorbord"], r"report_to: tensorbord is not supported.*; did you mean 'tensorboard'\?"),
         (["tensorboard", "nowhere"], "report_to: nowhere is not supported, only .*trackio.* are supported"),
+        (["none", "tensorboard"], "report_to: expected 'none' alone, or names of programs; got none, tensorboard"),
         (["wandb"], r"report_to: wandb is not installed .*; pip install wandb$"),
         (["tensorboard", "comet_ml"], r"report_to: comet_ml is not installed .*; pip install comet-ml$"),
     ],

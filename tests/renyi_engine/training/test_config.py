@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from renyi_engine.core.flags import parse
+from renyi_engine.core.settings import to_yaml
 from renyi_engine.training.config import SftConfig
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
@@ -124,3 +126,9 @@ def test_one_target_that_is_no_name_is_a_regular_expression(given, expected):
 def test_a_value_that_only_python_can_give_is_of_its_kind(setting, value, expected):
     with pytest.raises(ValueError, match=re.escape(f"{setting}: expected {expected}")):
         SftConfig(model_name_or_path="m", dataset_name="d", output_dir="o", **{setting: value})
+
+
+def test_a_path_is_taken_as_its_text():
+    config = SftConfig(model_name_or_path=Path("m"), dataset_name=Path("d") / "rows.jsonl", output_dir=Path("o"))
+    assert (config.model_name_or_path, config.dataset_name, config.output_dir) == ("m", "d/rows.jsonl", "o")
+    assert "dataset_name: d/rows.jsonl" in to_yaml(config)

@@ -63,11 +63,13 @@ def test_config_yaml_begins_with_the_kind_of_the_run(sft_config, dpo_config, dat
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_folder_of_an_earlier_version_without_the_kind_is_read(sft_config, dpo_config, data_file, tmp_path, kind):
+def test_a_folder_of_an_earlier_version_is_read(sft_config, dpo_config, data_file, tmp_path, kind):
     config = replace(make(kind, sft_config, dpo_config, data_file), max_steps=1)
     run = train(config).output_dir
     path = run / "config.yaml"
-    path.write_text(path.read_text().removeprefix(f"kind: {kind}\n"))
+    settings = path.read_text().removeprefix(f"kind: {kind}\n")
+    path.write_text(settings.replace("train_sampling_strategy: random", "group_by_length: false"))
+    assert "group_by_length: false" in path.read_text()
     assert read_run(run).unit == {"sft": "token", "dpo": "pair"}[kind]
     assert export_particles(run, tmp_path / "exported").is_dir()
     assert train(replace(config, resume_from_checkpoint="true", max_steps=2)).global_step == 2

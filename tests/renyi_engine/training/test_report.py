@@ -463,6 +463,20 @@ def test_the_heat_maps_name_their_examples(make_run: MakeRun, tmp_path: Path) ->
         assert f" {at + 1} row {rows[i]} text of {i} {leader}" in listed
 
 
+def test_examples_without_a_finite_logp_are_left_out_of_the_heat_maps(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a", 3, 6, alpha=0.1)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    logp = [[None if i in (1, 4) else value for i, value in enumerate(row)] for row in evaluation["logp_nats"]]
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "logp_nats": logp}))
+    path = write_report([run], tmp_path / "report.html")
+    assert "2 examples are left out: no particle gave them a finite log-likelihood." in Page(path).text
+    assert re.findall(r"text of (\d)</title>", pictures_of(path)[-2]) != []
+    assert not {"1", "4"} & set(re.findall(r"text of (\d)</title>", pictures_of(path)[-2]))
+    nothing = [[None] * len(row) for row in logp]
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "logp_nats": nothing}))
+    assert "No heat map: the evaluation has no finite log-likelihood." in Page(write_report([run], path)).text
+
+
 def test_a_run_writes_the_texts_that_its_heat_maps_show(sft_config: Callable[..., SftConfig]) -> None:
     config = sft_config(max_steps=1)
     train(config)
