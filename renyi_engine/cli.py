@@ -1,6 +1,6 @@
 """renyi-engine: the command line.
 
-Exit codes: 0 done; 1 training failed; 2 bad input, or too little memory or disk for a command that does not train, told
+Exit codes: 0 done; 1 training failed; 2 bad input, or too little memory or disk for a command that does not train,
 in one line; 75 stopped by a signal after saving (resume it); 130 stopped by Ctrl-C before there was anything to save.
 
 The whole command line is checked before torch and transformers are imported, which takes seconds.
@@ -148,7 +148,7 @@ def _export(argv: Sequence[str]) -> None:
         "--trust_remote_code",
         "--trust-remote-code",
         action="store_true",
-        help="run code that comes with the base model; what the run's own settings say about it does not count",
+        help="run code that comes with the base model; the run's own setting for this is ignored",
     )
     options = parser.parse_args(argv)
     export = _imported(parser.prog, "training", "export_particles")

@@ -110,7 +110,7 @@ class DpoTask:
         """The pair of row `number`.
 
         Raises:
-            Dropped: the pair teaches nothing, or where the completions begin cannot be found. It teaches nothing if
+            Dropped: the pair teaches nothing, or the beginning of a completion cannot be found. It teaches nothing if
                 both are the same, a score is missing or too near the other, or a completion is empty or cut off.
             ValueError: a field is missing, or is not what its column should hold.
         """
