@@ -30,7 +30,7 @@ _SPLIT_OF_A_FILE = "train"
 
 @dataclass(frozen=True)
 class Splits:
-    """`of`: the rows of each split of the data set `name`, or of None if there are no splits, as in a file. Errors name
+    """`of`: the rows of each split of the data set `name`; a file has no splits, and one key, None. Errors name
     `argument`, the setting that holds the name.
     """
 

@@ -101,8 +101,8 @@ class NllConfig(EvalConfig):
     ensemble: str = required("Folder of particles, as training writes it (RUN/particles).")
     dataset_name: str = required("Examples: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id.")
     dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
-    dataset_split: str = flag("test", "The split of it that is evaluated.", group="data")
-    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
+    dataset_split: str = flag("test", "The split that is evaluated.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. A longer one loses its end.", group="data")
     min_disagreement: float = flag(
         0.15,
         "An example is called contested if the probabilities that two particles give to one of its tokens differ by "
@@ -117,7 +117,7 @@ class NllConfig(EvalConfig):
     )
     calibration_dataset_split: str = flag("train", "The split of the calibration rows.", group="evaluation")
     calibration_share: float = flag(
-        0.01, "The share of such rows that may wrongly be called out of support.", group="evaluation"
+        0.01, "The share of rows like those of training that may wrongly be called out of support.", group="evaluation"
     )
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class MmluConfig(EvalConfig):
     split: Literal["test", "validation", "dev"] = flag("test", "The split whose questions are asked.", group="data")
     subjects: list[str] | None = flag(None, "Subjects that are asked about; without it, all 57.", group="data")
     limit: int | None = flag(
-        None, "Ask only the first questions of each subject, this many; without it, all.", group="data"
+        None, "How many questions of each subject are asked, from the first on; without it, all.", group="data"
     )
     num_fewshot: int = flag(
         0,
@@ -182,7 +182,7 @@ class RefusalConfig(EvalConfig, SamplingConfig):
         group="data",
     )
     limit: int | None = flag(
-        None, "Use only the first prompts of each split, this many; without it, all.", group="data"
+        None, "How many prompts of each split are used, from the first on; without it, all.", group="data"
     )
     num_samples: int = flag(12, "Responses of each particle to each prompt.", group="sampling")
     max_new_tokens: int = flag(
@@ -201,7 +201,7 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     judge_timeout_s: float = flag(60.0, "Seconds that the endpoint may take for one whole reply.", group="judge")
     judge_max_retries: int = flag(
         4,
-        "How often a failed request is repeated, at growing distances, before the verdict counts as failed.",
+        "How often a failed request is repeated, with growing pauses, before the verdict counts as failed.",
         group="judge",
     )
 

@@ -1,4 +1,4 @@
-"""The training loop, the same for every objective. `train_step` is the method; the loop keeps it going.
+"""The training loop, the same for every objective. `train_step` is the method; the loop repeats it.
 
 Layout: K particles, B sequences, T tokens.
 """
@@ -211,7 +211,7 @@ class Loop:
             self.state.left_out += -self.state.position % self.sampler.steps_per_epoch
 
     def _evaluate_and_save(self) -> None:
-        # before the checkpoint, which vouches for the lines of metrics up to its step
+        # before the checkpoint, because a resumed run keeps the lines of metrics up to the checkpoint's step
         if self.callbacks.control.should_evaluate and not self._is_over():
             self._evaluate()
             self._leave_epoch_if_asked()
@@ -223,7 +223,7 @@ class Loop:
             self.save_is_due = False
 
     def _interrupt(self, signum: int) -> None:
-        """Save at once: whoever sent the signal may not wait for an evaluation."""
+        """Save at once: the sender of the signal may not wait for an evaluation."""
         self._save()
         self._describe("interrupted")
         raise TrainingInterrupted(signum, self.state.step, self.last_checkpoint, self._what_is_saved())
@@ -279,7 +279,7 @@ class Loop:
             f"{summary[self.task.nll.mean_particle.name]:.3f} nats/{self.task.unit}, "
             f"ESS {summary[ESS.name]:.2f}/{config.num_particles}"
         )
-        # a run that is taken up at its end has the line already
+        # a run that is resumed at its end has the line already
         if held_out and not self.run.records.has_evaluation(state.step):
             record = record_contents.evaluation_record(state, summary, self._epoch)
             self.run.records.log(record)
@@ -331,7 +331,7 @@ class Loop:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()  # blocks cut for the larger ones
         if size == 1:
-            state.micro_batch_size = config.per_device_train_batch_size  # whoever resumes has made room
+            state.micro_batch_size = config.per_device_train_batch_size  # a resumed run may have more memory
             checkpointing = "" if config.gradient_checkpointing else "resume with --gradient_checkpointing true, or "
             raise DoesNotFit(
                 f"step {state.step + 1}: {problem}; {checkpointing}start with fewer particles, adapted layers or "

@@ -6,7 +6,7 @@
         skipped.jsonl     a line for every step that some particle did not learn from
         evaluation.json   the newest evaluation: log-likelihoods of every example under every particle
         particles/        the particles, as PEFT adapters
-        report.html       all of it to look at
+        report.html       all of it, as a page to read
 
 Layout: K particles, N examples.
 """
@@ -115,7 +115,7 @@ class Run(NamedTuple):
     Attributes:
         kind: of the training, and its task, which declares the metrics.
         facts: run.json. train, held_out: the lines of metrics.jsonl, by step.
-        rule: what set alpha, of which `alpha` is then the start or the end.
+        rule: what set alpha, in words. With a schedule or a controller, `alpha` is only the end or the start of it.
         target_ess: in particles.
     """
 

@@ -124,7 +124,7 @@ def _draw_margin(run: Run, ax: Any) -> str:
 
 
 def _draw_rewards(run: Run, ax: Any, metric: Metric, limit: float, text: str) -> str:
-    """The particles thin, their mean bold, and at `limit` what knowing nothing gives."""
+    """The particles as thin lines, their mean as a bold one, and a line at `limit`, the value of a guess."""
     if run.unit == "token":
         return "No picture: this run did not train on preferences."
     if run.K > 1:

@@ -57,7 +57,7 @@ class State:
     """What a checkpoint keeps beside the tensors."""
 
     micro_batch_size: int
-    """Examples that the device has memory for at once, as far as is known."""
+    """How many examples fit into the device's memory at once, as far as is known."""
     skipped: list[int]
     """How often each particle was not updated."""
     skipped_in_a_row: list[int]
@@ -67,7 +67,7 @@ class State:
     alpha: float = 0.0
     """Of the last step."""
     recent_nlls: list[float] = field(default_factory=list)
-    """What a spike is told by: see `watchdog`."""
+    """The losses by which a spike is recognised: see `loss_spikes`."""
     window: Window = field(default_factory=Window)
     left_out: int = 0
     """Steps that were not made because a callback ended their epoch early."""
