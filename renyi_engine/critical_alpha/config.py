@@ -49,8 +49,8 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
     )
     subspace_dims: int = flag(
         16,
-        "m, the number of directions in which particles may move apart: half are those leading in G, half those that "
-        "lower the ratio most.",
+        "m, the number of directions in which particles may move apart: half are the leading directions of G, half "
+        "are those that lower the ratio most.",
         group="estimate",
     )
     num_resamples: int = flag(200, "Resamples of the examples for the interval.", group="estimate")

@@ -1,4 +1,4 @@
-"""Settings of evaluations, and of whatever else looks at an ensemble: one class for each command. Names are
+"""Settings of evaluations, and of other commands that use an ensemble: one class for each command. Names are
 transformers' wherever they have one."""
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     split_column: str | None = flag(None, "A column whose values become the splits of the table.", group="data")
     label_column: str | None = flag(
         None,
-        "A column with two values. The report then says how well disagreement between particles tells them apart.",
+        "A column with two values. The report then says how well the particles' disagreement tells the two apart.",
         group="data",
     )
     limit: int | None = flag(

@@ -1,4 +1,4 @@
-"""Who is evaluated: the particles of an ensemble, and the frozen base that they share."""
+"""What is evaluated: the particles of an ensemble, and the frozen base that they share."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class TrainConfig(AdapterConfig):
     )
     per_device_eval_batch_size: int = flag(8, "Examples in a batch of an evaluation.", group="saving and logging")
     save_steps: int = flag(
-        500, "Steps from one checkpoint to the next. The end always has one.", group="saving and logging"
+        500, "Steps from one checkpoint to the next. One is always saved at the end.", group="saving and logging"
     )
     save_total_limit: int = flag(
         2,
@@ -218,7 +218,7 @@ class TrainConfig(AdapterConfig):
         """What sets alpha in a run of so many steps; `estimate` gives the critical alpha before a step.
 
         Raises:
-            ValueError: alpha_controller cannot be read, or does not go with the other settings.
+            ValueError: alpha_controller cannot be read, or contradicts the other settings.
         """
         if self.alpha_controller is None:
             num_steps = steps_of(self.alpha_warmup_steps, total_steps)
@@ -230,8 +230,8 @@ class TrainConfig(AdapterConfig):
             )
         if self.num_particles < 2:
             raise ValueError(
-                f"alpha_controller: {self.alpha_controller!r} has nothing to steer where one particle takes every "
-                f"example whole; expected num_particles of at least 2; got {self.num_particles}"
+                f"alpha_controller: {self.alpha_controller!r} has no effect on a single particle, which learns all "
+                f"of every example; expected num_particles of at least 2; got {self.num_particles}"
             )
         name, value = parse_controller(self.alpha_controller)
         if name == "ess":

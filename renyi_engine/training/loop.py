@@ -413,8 +413,8 @@ class Loop:
         if self.state.step > self.total_steps:
             setting = "max_steps" if self.config.max_steps > 0 else "num_train_epochs"
             raise ValueError(
-                f"{setting}: {self.total_steps} steps are asked for, and {path} is {self.state.step} steps on; give "
-                "more, or resume from an earlier checkpoint"
+                f"{setting}: {self.total_steps} steps are asked for, but {path} is already at step {self.state.step}; "
+                "give more, or resume from an earlier checkpoint"
             )
 
 

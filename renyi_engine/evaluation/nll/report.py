@@ -1,4 +1,4 @@
-"""The page of eval nll: which examples are disputed, which of them nobody explains, and where all examples stand."""
+"""The page of eval nll: which examples are disputed, which of them no particle explains, and where all stand."""
 
 from __future__ import annotations
 
