@@ -72,8 +72,8 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         self.adapters(num_particles=1, seed=self.seed)  # raises ValueError if they cannot be made
         if self.particle and not self.ensemble:
-            raise ValueError(f"particle: expected an ensemble to take it from; got {self.particle} and no --ensemble")
+            raise ValueError(f"particle: expected --ensemble, the folder that it is in; got {self.particle} alone")
         fresh, shared = asdict(AdapterConfig()), asdict(ModelConfig())
         given = [name for name in fresh if name not in shared and getattr(self, name) != fresh[name]]
         if self.ensemble and given:
-            raise ValueError(f"{given[0]}: the adapters in {self.ensemble} say it themselves; leave it out")
+            raise ValueError(f"{given[0]}: the adapters in {self.ensemble} have their own; leave it out")

@@ -195,7 +195,7 @@ def read_run(folder: Path) -> Run:
         controller = config.get("alpha_controller")
         name, value = parse_controller(str(controller)) if controller else ("", 0.0)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: no num_particles and alpha to be read ({reason(error)}); restore it") from None
+        raise ValueError(f"{path}: num_particles and alpha cannot be read ({reason(error)}); restore it") from None
     facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
     if not isinstance(facts, dict):
         raise ValueError(f"{folder / FACTS_FILE}: expected a JSON object; remove the file to do without it")

@@ -166,7 +166,7 @@ def test_as_many_examples_drive_it_as_make_up_half_of_the_pull():
 
 def test_a_particle_of_no_ensemble_is_refused(command, capsys):
     assert command("--particle=3", ensemble=False) == 2
-    assert "particle: expected an ensemble to take it from; got 3" in capsys.readouterr().err
+    assert "particle: expected --ensemble, the folder that it is in; got 3" in capsys.readouterr().err
 
 
 def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(command, tmp_path):
@@ -184,7 +184,7 @@ def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(comma
         (["--subspace_dims=1"], "subspace_dims: expected a whole number of at least 2; got 1"),
         (["--curvature=fisher"], "curvature"),
         (["--prior_std=0"], "prior_std: expected a number above 0"),
-        (["--lora_r=4"], "lora_r: the adapters in .* say it themselves; leave it out"),
+        (["--lora_r=4"], "lora_r: the adapters in .* have their own; leave it out"),
     ],
 )
 def test_what_does_not_do_is_one_line_and_exit_code_2(command, extra, message, capsys):
