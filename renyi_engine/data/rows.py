@@ -30,9 +30,8 @@ _SPLIT_OF_A_FILE = "train"
 
 @dataclass(frozen=True)
 class Splits:
-    """`of`: the rows of each split of the data set `name`; a file has no splits, and one key, None. Errors name
-    `argument`, the setting that holds the name.
-    """
+    """`of`: the rows of each split of the data set `name`. Data without splits, such as a file, have the one split None.
+    Errors name `argument`, the setting that holds the name."""
 
     name: str
     argument: str

@@ -1,5 +1,4 @@
-"""What the report of an MMLU evaluation says: how good the answers are, if uncertainty shows errors, which particle
-answers what.
+"""What the report of an MMLU evaluation says: how good answers and uncertainty are, which particle answers what.
 
 Layout: K particles, N questions, C choices.
 """

@@ -130,24 +130,17 @@ def test_without_an_adapter_it_is_of_a_fresh_one_and_a_downward_curve_is_told(co
     assert (found["alpha_star"] <= 0) == ("curves downwards" in capsys.readouterr().out)
 
 
+APART = "would move apart"
+
+
 @pytest.mark.parametrize(
     ("alpha", "critical", "interval", "answer"),
     [
-        (
-            0.8,
-            0.2,
-            (0.1, 0.3),
-            "the copies would move apart. They would stay together only if they were coupled less than 0.25 times",
-        ),
-        (
-            0.8,
-            1.6,
-            (1.2, 2.0),
-            "would stay together. They would move apart only if they were coupled more than 2 times",
-        ),
-        (0.8, 96.0, (64.0, 99.0), "would move apart only if they were coupled more than 120 times"),
+        (0.8, 0.2, (0.1, 0.3), f"{APART}. They would stay together only if they were coupled less than 0.25 times"),
+        (0.8, 1.6, (1.2, 2.0), f"would stay together. They {APART} only if they were coupled more than 2 times"),
+        (0.8, 96.0, (64.0, 99.0), f"{APART} only if they were coupled more than 120 times"),
         (0.0, 0.2, (0.1, 0.3), "would stay together, as they are not coupled at all. Other"),
-        (0.8, -0.1, (-0.3, 0.3), "would move apart, however weakly they are coupled. The adapter is at no minimum"),
+        (0.8, -0.1, (-0.3, 0.3), f"{APART}, however weakly they are coupled. The adapter is at no minimum"),
         (0.8, 0.2, (0.1, 0.3), "very probably give the same answer. 2 of 9 examples make up half"),
         (0.8, 0.2, (0.1, 0.9), "might well give the opposite answer. 2 of 9 examples make up half"),
     ],
