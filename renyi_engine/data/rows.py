@@ -30,7 +30,7 @@ _SPLIT_OF_A_FILE = "train"
 
 @dataclass(frozen=True)
 class Splits:
-    """`of`: the rows of each split of the data set `name`. Data without splits, such as a file, have the one split None.
+    """`of`: the rows of each split of the data set `name`. Data without splits, as in a file, have one split, None.
     Errors name `argument`, the setting that holds the name."""
 
     name: str
