@@ -111,7 +111,7 @@ class Loop:
             except TrainingInterrupted:
                 raise
             except Exception as error:
-                with contextlib.suppress(OSError):  # the disk may be what failed
+                with contextlib.suppress(OSError):  # perhaps the disk has failed
                     self._describe("failed")
                 if isinstance(error, DoesNotFit) and state.step:
                     self._save()
@@ -185,7 +185,7 @@ class Loop:
                 )
             except DoesNotFit as error:
                 problem = str(error)
-            # only here, with the error gone, is the memory of the attempt free
+            # the memory of the attempt is free only here, where the error is gone
             self._halve_micro_batches(size, problem)
 
     def _after_step(self, signals: StopSignals) -> None:
@@ -229,7 +229,7 @@ class Loop:
         raise TrainingInterrupted(signum, self.state.step, self.last_checkpoint, self._what_is_saved())
 
     def _end(self) -> Evaluation:
-        """Log and save what a callback has left open by ending the run early, and evaluate the particles."""
+        """Log and save what is still open because a callback ended the run early, and evaluate the particles."""
         if self.state.window.examples and self.last_step is not None:
             self._log()
         if self.state.step:
