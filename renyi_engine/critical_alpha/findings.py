@@ -28,7 +28,7 @@ class Driver:
         row: its number in the data set.
         share: its part of v'Gv, the mean squared slope, from 0 to 1.
         slope: d s / d v, nats for a unit of v. Examples whose slopes have opposite signs pull particles apart.
-        curvature: of -s along v, nats for a squared unit of v.
+        curvature: the curvature of -s along v, nats for a squared unit of v.
     """
 
     row: int

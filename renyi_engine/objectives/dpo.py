@@ -49,7 +49,7 @@ MARGIN = Metric("rewards/margins", "nats", better="higher")
 CHOSEN_LOGP, REJECTED_LOGP = Metric("logps/chosen", "nats"), Metric("logps/rejected", "nats")
 ACCURACY = Metric("rewards/accuracies", "fraction of the pairs", better="higher")
 MIXTURE_ACCURACY = Metric("rewards/mixture_accuracies", "fraction of the pairs", better="higher")
-"""Of the particles' mean probability."""
+"""The accuracy of the mixture, which takes the particles' mean probability of the preference."""
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")
 

@@ -78,7 +78,7 @@ def save(
 
 
 def keep_newest(run: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to `step`, remove all but the newest `keep`."""
+    """Remove all checkpoints up to `step` but the newest `keep` of them."""
     from_newest = [path for number, path in reversed(all_of(run)) if number <= step]
     for old in from_newest[keep:]:
         remove(old)

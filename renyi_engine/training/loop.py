@@ -165,7 +165,7 @@ class Loop:
         state.window.add(result, labels, alpha)
 
     def _step_that_fits(self, examples: Sequence[Any], alpha: float, largest_nll: float) -> StepResult:
-        """The same step whatever the micro-batches: they are halved until the device has the memory."""
+        """The step, which does not depend on micro-batches: these are halved until they fit into the memory."""
         config, num_train_examples = self.config, len(self.dataset.train)
         while True:
             size = min(self.state.micro_batch_size, len(examples))

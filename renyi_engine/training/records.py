@@ -113,7 +113,7 @@ class Run(NamedTuple):
     """What was read of a run's folder.
 
     Attributes:
-        kind: of the training, and its task, which declares the metrics.
+        kind: the kind of the training. It names the task, which declares the metrics.
         facts: run.json. train, held_out: the lines of metrics.jsonl, by step.
         rule: what set alpha, in words. With a schedule or a controller, `alpha` is only the end or the start of it.
         target_ess: in particles.
@@ -141,7 +141,7 @@ class Run(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What one negative log-likelihood is of: "token", or "pair" of a preference."""
+        """What a negative log-likelihood is counted per: "token", or "pair" of a preference."""
         return self.task.unit
 
 

@@ -48,7 +48,7 @@ def responsibilities(logp_nats: Array, alpha: float) -> Array:
 
 @pictures.style()
 def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
-    """By section of the page, the picture of each run. One without an SVG says in its caption why there is none."""
+    """For each section of the page, the picture of each run. If it has no SVG, its caption says why."""
     sections = {
         "loss": _line_plots(runs, "loss", LOSS.unit, lambda run, ax: _trace(run, ax, LOSS, [ACCENT])),
         "nll": _line_plots(runs, "nll", "nats a {unit}", _draw_nll),

@@ -51,9 +51,9 @@ UNCERTAINTIES = (
     ("Variation ratio", "Which fraction of the particles does not vote for the most frequent answer."),
 )
 MAX_CHARACTERS = 120
-"""Of a question, and of its right answer, in the list below a picture."""
+"""How many characters of a question, and of its right answer, the list below a picture shows."""
 Named = Mapping[str, Tensor]
-"""Log-probabilities [N, C] of the choices, by who gives them."""
+"""Log-probabilities [N, C] of the choices, under the name of the member that gives them."""
 
 
 def words_for(num_particles: int) -> list[tuple[str, str]]:
