@@ -125,8 +125,8 @@ def _source(config: ModelConfig) -> dict:
 
 @contextmanager
 def _loading(what: str, config: ModelConfig, argument: str) -> Iterator[None]:
-    """Inside, any error but a lack of memory becomes a ValueError of one line. Every kind of file has its own reader,
-    and for a broken file it may raise any error."""
+    """Inside the block, any error but a lack of memory becomes a ValueError of one line. Every kind of file has its own
+    reader, and for a broken file it may raise any error."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
 """renyi-engine: the command line.
 
-Exit codes: 0 done; 1 training failed; 2 bad input, or too little memory or disk for a command that does not train, told
-in one line; 75 stopped by a signal after saving (resume it); 130 stopped by Ctrl-C before there was anything to save.
+Exit codes: 0 done; 1 training failed; 2 bad input, or too little memory or disk outside of training, explained in one
+line; 75 stopped by a signal after saving (resume it); 130 stopped by Ctrl-C before there was anything to save.
 
 The whole command line is checked before torch and transformers are imported, which takes seconds.
 """
@@ -150,7 +150,7 @@ def _export(argv: Sequence[str]) -> None:
         "--trust_remote_code",
         "--trust-remote-code",
         action="store_true",
-        help="run code that comes with the base model; what the run's own settings say about it does not count",
+        help="run code that comes with the base model; the run's own setting for this is ignored",
     )
     options = parser.parse_args(argv)
     export = _imported(parser.prog, "training", "export_particles")
@@ -176,7 +176,7 @@ def _env(argv: Sequence[str]) -> None:
 
 _EVALUATIONS: dict[str, tuple[type[EvalConfig], str, str]] = {
     "nll": (NllConfig, "evaluate_nll", "which examples are contested, and which are out of support"),
-    "mmlu": (MmluConfig, "evaluate_mmlu", "right answers and uncertainty on MMLU, asked as lm-eval asks"),
+    "mmlu": (MmluConfig, "evaluate_mmlu", "right answers and uncertainty on MMLU, with lm-eval's prompts"),
     "refusal": (RefusalConfig, "evaluate_refusal", "how often particles refuse prompts, and where they disagree"),
 }
 _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {

@@ -1,4 +1,4 @@
-"""What this machine is to the software: versions, devices, and the path the ops take, with the reason."""
+"""What the software finds on this machine: versions, devices, and the path that each op takes, with the reason."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Launch:
 
     @classmethod
     def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
-        """The launch as Triton's own launcher sees the call: a 1 is a constant, and multiples of 16 are marked."""
+        """The launch as Triton's own launcher prepares it: a 1 is a constant, and multiples of 16 are marked."""
         launch = cls(mode, kernel)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args, strict=False)) | kwargs

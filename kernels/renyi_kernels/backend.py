@@ -83,9 +83,9 @@ def _obstacle(device_type: str, dtype: torch.dtype) -> str:
 
 
 def _constant_of_a_trace(function: Callable) -> Callable:
-    """What `torch.compiler.assume_constant_result` does, but without importing all of Dynamo.
+    """Does the same as `torch.compiler.assume_constant_result`, but without importing all of Dynamo.
 
-    torch.compile cannot look into these functions. What they answer while it traces holds for the compiled code.
+    torch.compile cannot look into these functions. Their answers while it traces hold for the compiled code.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

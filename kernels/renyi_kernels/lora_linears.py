@@ -27,8 +27,8 @@ def lora_linears(
 ) -> list[Tensor]:
     """Adapted maps that read the same input, e.g. q, k, v: ``y_jk = x_k W_j^T + b_j + scaling * (x_k A_jk^T) B_jk^T``.
 
-    `grouped_lora` sees one map and not its frozen weight. This op sees them all, and saves more: it reads x once for
-    the A of all maps, adds the updates into the base outputs in place, and sums the gradient of x in place.
+    `grouped_lora` works on one map, without its frozen weight. This op works on all maps, and saves more: it reads x
+    once for the A of all maps, adds the updates into the base outputs in place, and sums the gradient of x in place.
 
     Args:
         x: ``[K, M, I]``, one input per particle, or ``[M, I]``, one input that all particles share. Then the frozen

@@ -63,9 +63,9 @@ def linear_logprob(
 def renyi_reduce(logp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], responsibilities [K, B], ess [B]) of sequence log-likelihoods logp [K, B]: (6), (8), 3.4.
 
-    loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k. It neither overflows nor cancels.
-    The value does not depend on m, so derivatives of every order take m as a constant. [K, B] is tiny, so it is always
-    computed in fp64.
+    loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k. It neither overflows nor loses
+    digits. The value does not depend on m, so derivatives of every order take m as a constant. [K, B] is tiny, so it is
+    always computed in fp64.
     """
     s = logp.double()
     impossible = torch.isneginf(s).all(dim=0)  # no particle gives the example any mass

@@ -132,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null in the place of NaN and of infinite numbers, for which JSON has no words."""
+    """`value` with null in the place of NaN and of infinite numbers, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -220,7 +220,7 @@ def fsync(path: Path) -> None:
 
 
 def make_folder(path: Path, argument: str) -> Path:
-    """`path`, made if it is not there. Raises ValueError, which names `argument`, if no file can be written there."""
+    """`path`, made if it is missing. Raises ValueError, which names `argument`, if no file can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -44,7 +44,7 @@ class Source:
     Attributes:
         path: the --config file, or None.
         names: the settings that have their value from that file.
-        setting_of: of an argument of the Python API, the setting that its value comes from, as "lora_r" of "r".
+        setting_of: the setting that gives an argument of the Python API its value, such as "lora_r" for "r".
     """
 
     path: Path | None
@@ -53,7 +53,7 @@ class Source:
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Inside, a ValueError about a setting calls it as the user did, and names the file if the value is from it."""
+        """Inside the block, a ValueError names a setting as the user did, and the file if the value is from it."""
         try:
             yield
         except ValueError as error:
@@ -70,7 +70,7 @@ def parse(
     cls: type[Settings], argv: Sequence[str], prog: str, *, dry_run: bool = False, excused: Collection[str] = ()
 ) -> tuple[Settings, argparse.Namespace]:
     """(settings, options) of a command line; `options` holds print_config, dry_run where that is offered, and `source`,
-    a `Source`. Every required setting has to be given, but for those that are `excused`.
+    a `Source`. Every required setting has to be given, except those in `excused`.
 
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), a value of the wrong type or out of range.
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Help that shows one spelling of each flag, and a default only where it says something."""
+    """Help that shows one spelling of each flag, and a default only where it tells the reader something."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)

@@ -12,19 +12,19 @@ from renyi_engine.core.messages import reason
 if TYPE_CHECKING:
     import torch
 
-# what a RuntimeError says when memory ends: of PyTorch's allocators on GPU and CPU, of Triton, and of cuBLAS
+# messages of a RuntimeError when memory runs out: PyTorch's allocators on GPU and CPU, Triton, and cuBLAS
 _SIGNS = (
     "out of memory", "can't allocate memory", "Storage size calculation overflowed", "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
 
 class DoesNotFit(RuntimeError):
-    """Memory ended during work that changes nothing before it is done: parameters and moments are as they were."""
+    """Memory ran out before the work had changed anything: parameters and moments are as they were."""
 
 
 @contextmanager
 def must_fit(what: str, remedy: str | None = None) -> Iterator[None]:
-    """Raise DoesNotFit, which names `what` and the `remedy`, if memory ends inside the block."""
+    """Raise DoesNotFit, which names `what` and the `remedy`, if memory runs out inside the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -44,7 +44,7 @@ def size_of_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ended: the device's, or this machine's."""
+    """Whether the error says that memory ran out: the device's, or this machine's."""
     # torch.OutOfMemoryError is recognised by its name, because a command line is read without importing torch
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

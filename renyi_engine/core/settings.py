@@ -45,7 +45,7 @@ def required(help: str, *, default: Any = "") -> Any:
 
 
 def require(settings: Any, names: Sequence[str], expected: str, holds: Callable[[Any], bool]) -> None:
-    """ValueError that names the first of these settings whose value is no number or does not hold."""
+    """Raise a ValueError that names the first of these settings whose value is no number or is out of range."""
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, (bool, str)) or not holds(value):
@@ -78,7 +78,7 @@ def require_kinds(settings: Any) -> None:
 
 
 def require_given(settings: Any, *more: str, excused: Collection[str] = ()) -> None:
-    """ValueError that names the first setting that is required, or one of `more`, and is empty, unless `excused`."""
+    """Raise a ValueError that names the first empty setting of those required or in `more`, but not `excused`."""
     of_all = [setting.name for setting in dataclasses.fields(settings) if setting.metadata.get("group") == REQUIRED]
     for name in (*of_all, *more):
         if name not in excused and not getattr(settings, name):
@@ -121,7 +121,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _AsSaved) -> dict[str,
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], may_change: Collection[str]) -> str:
-    """The settings that differ from those that were saved, a line each, but for those that `may_change`."""
+    """The settings that differ from those that were saved, one line each, except those in `may_change`."""
     # through YAML and back, so that both sides have the same types
     values = yaml.safe_load(yaml.safe_dump(dict(now)))
     names = sorted((values.keys() | before.keys()) - set(may_change))

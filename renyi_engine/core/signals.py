@@ -40,7 +40,7 @@ class StopSignals:
 @contextmanager
 def exit_at_once(exit_code: int, message: str) -> Iterator[None]:
     """Inside the block, SIGINT ends the process with `message`. It is meant for imports, as these call C code, which
-    may lose a KeyboardInterrupt or make another error of it."""
+    may lose a KeyboardInterrupt or change it into another error."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         os.write(sys.stderr.fileno(), f"{message}\n".encode())

@@ -36,10 +36,10 @@ def _written_out(found: re.Match[str]) -> str:
 
 @contextmanager
 def only_text() -> Iterator[None]:
-    """Inside the block, everything that is printed is made `visible`: results, warnings, errors, what libraries say.
+    """Inside the block, everything that is printed is made `visible`: results, warnings, errors, messages of libraries.
 
     A progress display has to control the terminal. So it writes to `rich_proxied_file`, the stream itself, under a name
-    that rich knows too. What the display is told, it makes `visible` first.
+    that rich knows too. The display makes each text `visible` first.
     """
     out, err = (cast(IO[str], _Visible(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -51,7 +51,7 @@ def only_text() -> Iterator[None]:
 
 
 class _Visible:
-    """A stream that makes text `visible` and writes it. It says that it is no terminal, so nobody sends colours."""
+    """A stream that makes text `visible` and writes it. It says that it is no terminal, so nothing sends it colours."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

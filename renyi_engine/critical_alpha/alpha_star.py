@@ -1,4 +1,4 @@
-"""`renyi-engine alpha-star`: above which alpha particles that start at one adapter part, and over which examples.
+"""`renyi-engine alpha-star`: from which alpha on particles at one adapter move apart, and for which examples.
 
 Layout: N examples, P parameters of the adapter, m dimensions of the subspace.
 """

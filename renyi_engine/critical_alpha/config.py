@@ -21,7 +21,7 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = flag("float32", "Second derivatives need float32.", group="model")
     ensemble: str = flag(
         "",
-        "Folder of particles, or of one PEFT adapter. Without it, a fresh adapter (B = 0) is looked at.",
+        "Folder of particles, or of one PEFT adapter. Without it, the command examines a fresh adapter (B = 0).",
         group="ensemble",
     )
     particle: int = flag(0, "Which particle of the ensemble, counted from 0.", group="ensemble")
@@ -36,10 +36,10 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
     )
     dataset_name: str = required("Examples: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id.")
     dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
-    dataset_split: str = flag("train", "The split of it that is looked at.", group="data")
-    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
+    dataset_split: str = flag("train", "The split that is used.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. A longer one loses its end.", group="data")
     max_examples: int = flag(
-        128, "Examples that are looked at. If there are more, they are drawn at random.", group="data"
+        128, "How many examples are used. If there are more, they are drawn at random.", group="data"
     )
     curvature: Literal["hessian", "gauss_newton"] = flag(
         "gauss_newton",
@@ -49,8 +49,8 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
     )
     subspace_dims: int = flag(
         16,
-        "m, the directions in which particles may part: half are the leading directions of G, half are those that "
-        "lower the ratio most.",
+        "m, the number of directions in which particles may move apart: half are the leading directions of G, half "
+        "are those that lower the ratio most.",
         group="estimate",
     )
     num_resamples: int = flag(200, "Resamples of the examples for the interval.", group="estimate")
@@ -72,8 +72,8 @@ class AlphaStarConfig(AdapterConfig, EvalConfig):
         require(self, ("prior_lambda",), "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         self.adapters(num_particles=1, seed=self.seed)  # raises ValueError if they cannot be made
         if self.particle and not self.ensemble:
-            raise ValueError(f"particle: expected an ensemble to take it from; got {self.particle} and no --ensemble")
+            raise ValueError(f"particle: expected --ensemble, the folder that it is in; got {self.particle} alone")
         fresh, shared = asdict(AdapterConfig()), asdict(ModelConfig())
         given = [name for name in fresh if name not in shared and getattr(self, name) != fresh[name]]
         if self.ensemble and given:
-            raise ValueError(f"{given[0]}: the adapters in {self.ensemble} say it themselves; leave it out")
+            raise ValueError(f"{given[0]}: the adapters in {self.ensemble} have their own; leave it out")

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Some examples at a point. Each example has a copy of the parameters of its own.
 
     Attributes:
-        copies: of every parameter, each [B or more, ...]; example b depends on copy b alone.
+        copies: the copies of every parameter, each [B or more, ...]; example b depends on copy b alone.
         s: [B] log-likelihoods, nats.
         outputs: z, if the Gauss-Newton part is wanted: s must depend on the parameters through z alone. None if the
             Hessian is wanted.

@@ -1,4 +1,4 @@
-"""What is found about one adapter: its critical alpha, the examples that drive it, and the sentences that say so.
+"""What is found about one adapter: its critical alpha, the examples that contribute most, and sentences about both.
 
 Layout: N examples, m dimensions of the subspace.
 """
@@ -28,7 +28,7 @@ class Driver:
         row: its number in the data set.
         share: its part of v'Gv, the mean squared slope, from 0 to 1.
         slope: d s / d v, nats for a unit of v. Examples whose slopes have opposite signs pull particles apart.
-        curvature: of -s along v, nats for a squared unit of v.
+        curvature: the curvature of -s along v, nats for a squared unit of v.
     """
 
     row: int
@@ -72,7 +72,7 @@ def make_results(projection: Projection, found: CriticalAlpha, resampled: Tensor
 
 
 def say(results: Mapping[str, Any]) -> list[str]:
-    """The answer in lines that an expert reads: see `plainly` for everybody's."""
+    """The answer in lines for an expert. `plainly` gives it for everybody."""
     low, high = results["alpha_star_interval"]
     said = [
         f"alpha* = {results['alpha_star']:.4g} (95 % of resamples: {low:.4g} to {high:.4g}), from "
@@ -101,15 +101,15 @@ def plainly(results: Mapping[str, Any], num_drivers: int) -> str:
     alpha, critical, (low, high) = results["alpha"], results["alpha_star"], results["alpha_star_interval"]
     if critical <= 0:
         return (
-            "Found: the copies would part, however weakly they are coupled. The adapter is at no minimum of its own "
-            "loss: even a single copy would find a better place nearby. Train it further before you ask again."
+            "Found: the copies would move apart, however weakly they are coupled. The adapter is at no minimum of its "
+            "own loss: even a single copy would find a better place nearby. Train it further before you ask again."
         )
     ratio = critical / alpha if alpha else 0.0
     times = f"{f'{ratio:.2g}' if ratio < 10 else f'{ratio:,.0f}'} times as strongly as here"
     if alpha > critical:
-        found = f"the copies would part. They would stay together only if they were coupled less than {times}."
+        found = f"the copies would move apart. They would stay together only if they were coupled less than {times}."
     elif alpha > 0:
-        found = f"the copies would stay together. They would part only if they were coupled more than {times}."
+        found = f"the copies would stay together. They would move apart only if they were coupled more than {times}."
     else:
         found = "the copies would stay together, as they are not coupled at all."
     other = "might well give the opposite" if low <= alpha <= high else "would very probably give the same"

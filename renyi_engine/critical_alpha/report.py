@@ -23,23 +23,23 @@ def write_alpha_star_report(
     lead = (
         f"This page is about one adapter: {who}. It asks: if the adapter were copied several times, and the copies "
         f"were trained together on {results['num_examples']:,} examples of {config.dataset_name}, would the copies "
-        f"stay alike, or would they part and become specialists?"
+        f"stay alike, or would they move apart and become specialists?"
     )
     sections = [
         Section(
-            "Would particles part?",
+            "Would particles move apart?",
             "Particles that start at this adapter stay together while alpha is below the critical alpha, alpha*. Above "
-            "it they part, along one direction. In numbers: "
+            "it they move apart, along one direction. In numbers: "
             + ". ".join(said[0].upper() + said[1:] for said in say(results))
             + ".",
             pictures=_pictures(results),
         ),
         Section(
             "Which examples pull the particles apart",
-            "Along the direction in which particles part, some examples gain what others lose. A positive slope means "
-            "that the example gains when a particle moves forward; a negative one, that it gains when the particle "
-            "moves backward. Examples whose slopes have opposite signs contradict each other. What is scored stands in "
-            "[[ ]].",
+            "Along the direction in which particles move apart, some examples gain what others lose. A positive slope "
+            "means that the example gains when a particle moves forward; a negative one, that it gains when the "
+            "particle moves backward. Examples whose slopes have opposite signs contradict each other. The scored text "
+            "stands in [[ ]].",
             tables=[_table(drivers)],
         ),
     ]
@@ -77,7 +77,7 @@ def _pictures(results: Mapping[str, Any]) -> list[Picture]:
         horizontal={"a spread pays below": 0.0},
         caption="How the loss curves when particles spread around the adapter, in each direction of the subspace. "
         "Above the dashed line a spread costs; below it a spread pays. Where H is below it, the adapter is at no "
-        "minimum of its own loss. Where only S_alpha is below it, the coupling makes particles part.",
+        "minimum of its own loss. Where only S_alpha is below it, the coupling moves particles apart.",
     )
     return [growth, spectrum]
 
@@ -97,7 +97,7 @@ def _words(config: AlphaStarConfig, results: Mapping[str, Any]) -> list[tuple[st
     return [
         glossary.PARTICLE,
         glossary.ALPHA,
-        ("Critical alpha", "alpha*: the alpha from which on particles that start alike part."),
+        ("Critical alpha", "alpha*: above this alpha, particles that start alike move apart."),
         ("To part", "To move in opposite directions, so that each particle serves some of the examples better."),
         ("A spread pays", "Particles spread around the adapter have a lower loss than particles that all stay at it."),
         ("Direction", f"A way to move the adapter's parameters; written v. Here: {moved}."),

@@ -43,7 +43,7 @@ def project(
     Args:
         point: the parameters, P in all.
         prior_curvature: what the prior adds to H, the same in every direction.
-        seed: of the random directions.
+        seed: the seed of the random directions.
         check: compare second derivatives with differences of the gradient. The model must compute in fp32 or better.
 
     Raises:

@@ -43,7 +43,7 @@ def longest_first(lengths: Iterable[int]) -> list[int]:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, or else its end-of-sequence token. Padding is masked, so either does."""
+    """The tokenizer's pad token, or else its end-of-sequence token. Padding is masked, so either of the two will do."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)

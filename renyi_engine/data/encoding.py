@@ -64,7 +64,7 @@ class Encoder:
 
         Raises:
             ValueError: a message, or a column beside the messages, is not what it should be.
-            Dropped: the assistant has no turn, or where a turn begins or ends cannot be found.
+            Dropped: the assistant has no turn, or the beginning or the end of a turn cannot be found.
         """
         messages = read_messages(number, column, row[column])
         if not any(message["role"] == "assistant" for message in messages):
@@ -80,7 +80,7 @@ class Encoder:
 
         Raises:
             ValueError: a field is missing, or prompt and completion are of different kinds.
-            Dropped: where the completion begins cannot be found.
+            Dropped: the beginning of the completion cannot be found.
         """
         if isinstance(completion, str):
             require_field(isinstance(prompt, str), number, "prompt", f"a string, as the {column} is", prompt)
@@ -126,7 +126,7 @@ class Encoder:
         return ids if not end or ids[-len(end) :] == end else [*ids, *end]
 
     def _with_spans(self, text: str, spans: Sequence[Span]) -> Labelled:
-        """The tokens of a conversation as one string. What stands in the spans is learnt."""
+        """The tokens of a conversation as one string. The text in the spans is learnt."""
         tokenized = _Tokenized(self._tokenizer, text)
         labels = [IGNORE_INDEX] * len(tokenized.ids)
         for start, end in spans:

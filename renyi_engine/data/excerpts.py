@@ -1,4 +1,4 @@
-"""Excerpts of an example's text, for a person to read: what is learnt is told from the rest."""
+"""Excerpts of an example's text, for a person to read. They mark the part that is learnt."""
 
 from __future__ import annotations
 

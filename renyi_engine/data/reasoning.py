@@ -1,4 +1,4 @@
-"""Tells a model's answer from its thoughts: many models write down what they think before they answer."""
+"""Separates a model's answer from its thoughts: many models write down what they think before they answer."""
 
 from __future__ import annotations
 

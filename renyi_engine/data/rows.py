@@ -24,14 +24,14 @@ from renyi_engine.data.row_files import SUFFIXES, Row, from_arrow, kind_of, read
 
 # options that a folder's README.md may set for the reader of its files
 _READ_OPTIONS = {"json": {"field"}, "csv": {"sep", "delimiter"}, "parquet": set[str]()}
-# TRL and others call the rows of a file its split train, so whoever asks for that split gets the file
+# TRL and others call the rows of a file its split train, so a request for that split gets the file
 _SPLIT_OF_A_FILE = "train"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows `of` each split of the data set `name`; without splits, as in a file, they stand under None. Errors name
-    `argument`, the setting that holds the name."""
+    """`of`: the rows of each split of the data set `name`. Data without splits, as in a file, have one split, None.
+    Errors name `argument`, the setting that holds the name."""
 
     name: str
     argument: str
@@ -41,7 +41,7 @@ class Splits:
         return split in self.of
 
     def rows(self, split: str, argument: str, default: str) -> list[Row]:
-        """The rows of one split. If the data set has no splits and nobody asked for one, all its rows.
+        """The rows of one split. If the data set has no splits and none is asked for: all its rows.
 
         `argument` is the setting that holds the name of the split, and `default` its default.
 

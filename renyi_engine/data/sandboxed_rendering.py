@@ -33,7 +33,7 @@ _START = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
 )
 _NO_MEMORY = 3
-"""The exit code of a worker whose memory ended while it read a request or wrote a reply."""
+"""The exit code of a worker whose memory ran out while it read a request or wrote a reply."""
 
 
 class TemplateRefuses(Exception):

@@ -26,7 +26,7 @@ def assistant_turns(template: ChatTemplate, messages: Sequence[Message], context
     it. If the template marks with `{% generation %}` what the assistant says, the marked spans are the turns.
 
     Raises:
-        Dropped: where a turn begins or ends cannot be found. The message says why.
+        Dropped: the beginning or the end of a turn cannot be found. The message says why.
     """
     _check_tool_calls(template, messages, context)
     if template.marks_answers(context):

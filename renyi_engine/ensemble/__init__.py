@@ -1,4 +1,4 @@
-"""The ensemble: its settings, how it goes on a frozen model, how it runs and generates text, its folders on disk."""
+"""The ensemble: its settings, how it is put on a frozen model, how it runs and generates text, its folders on disk."""
 
 import lazy_loader
 

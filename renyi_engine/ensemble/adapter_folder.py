@@ -4,10 +4,10 @@
     DIR/p001/...
     DIR/ensemble.json                                           what keeps them together (`ensemble_file`)
 
-Whoever reads such a folder learns of lost and damaged files. ensemble.json is written last. It lists every particle,
-the checksums of its files, and a digest of its own content. Without it, folders named p000, p001 and so on have to be
-all particles of one ensemble: the tensors file of each says which particle it is, and of how many. Adapter folders with
-other names are taken as they are: nobody can tell whether one of them is missing.
+A reader of such a folder notices lost and damaged files. ensemble.json is written last. It lists every particle, the
+checksums of its files, and a digest of its own content. Without it, folders named p000, p001 and so on have to be all
+particles of one ensemble: the tensors file of each says which particle it is, and of how many. Adapter folders with
+other names are loaded as they are: nobody can tell whether one of them is missing.
 
 Layout: K particles, I/O in/out features, R rank.
 """

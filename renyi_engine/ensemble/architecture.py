@@ -171,7 +171,7 @@ def _layer(path: str) -> int:
 
 
 class _Recording:
-    """Inside, it records what every linear map and every decoder layer is given."""
+    """Inside the block, it records the inputs of every linear map and every decoder layer."""
 
     def __init__(self, model: PreTrainedModel, maps: Mapping[str, nn.Module]) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -282,7 +282,7 @@ def _gradient_error(linear: nn.Module, dtype: torch.dtype, device: torch.device)
 
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is in evaluation mode. Under an ensemble it always is, in training too."""
+    """Inside the block, the model is in evaluation mode. With an ensemble on it, it always is, in training too."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -294,7 +294,7 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
-    """Inside, any error but a lack of memory becomes a ValueError, which says that this model cannot do `what`."""
+    """Inside the block, any error but a lack of memory becomes a ValueError: this model cannot do `what`."""
     try:
         yield
     except Exception as error:

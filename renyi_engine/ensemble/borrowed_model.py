@@ -13,7 +13,7 @@ _MARK = "_renyi_ensemble"
 
 @contextmanager
 def claimed(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, an ensemble is put on the model. No other ensemble can be put on it from then on, unless the block fails.
+    """The block puts an ensemble on the model. From then on, no other one can be put on it, unless the block fails.
 
     Raises:
         TypeError: it is no transformers model. ValueError: it already carries an ensemble or PEFT adapters.

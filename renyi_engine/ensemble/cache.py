@@ -103,7 +103,7 @@ def again(
     ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Every sequence is read from its first token, without padding and without a cache, one prompt after the other. So
-    it does not matter what the model does with these. The work grows by the number of tokens in a sequence."""
+    the model's way with padding and caches does not matter. The work grows by the number of tokens in a sequence."""
     K, n = ensemble.num_running, num_samples
     prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
     logits = [ensemble.logits(ensemble(prompt[None])[:, :, -1]) for prompt in prompts]
@@ -119,7 +119,7 @@ def again(
 
 
 def _own_rows(ensemble: Readable) -> AbstractContextManager[None]:
-    """Inside, every row has tokens of its own."""
+    """Inside the block, every row has tokens of its own."""
     return ensemble.running(Rows.OWN if ensemble.rows is Rows.SHARED else ensemble.rows)
 
 

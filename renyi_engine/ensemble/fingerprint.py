@@ -75,7 +75,7 @@ class Difference:
             count, because it may come from another version of transformers.
         weights: names of weights that differ.
         rounded: names of weights that are the same, but which one side holds with fewer digits.
-        unknown: names of weights that cannot be compared: one side has quantised or does not have them.
+        unknown: names of weights that cannot be compared: one side lacks them or has them quantised.
     """
 
     values: list[str]

@@ -39,7 +39,7 @@ class Forwards:
 
     @contextmanager
     def asking(self, rows: Rows) -> Iterator[None]:
-        """Inside, the forwards that this thread or task starts have these rows. Those of others do not change."""
+        """Inside the block, forwards that this thread or task starts have these rows. Others' do not change."""
         mine = (self._key, rows)
         _asked.set((*_asked.get(), mine))
         try:
@@ -54,8 +54,8 @@ class Forwards:
 
     @contextmanager
     def run(self, rows: Rows) -> Iterator[bool]:
-        """Goes around one forward, or a part of one that runs again. Other threads wait. Gives True if this thread is
-        not inside another forward already."""
+        """A block for one forward, or for a part of one that runs again. Other threads wait. Gives True if this thread
+        is not inside another forward already."""
         with self._one_at_a_time:
             before, self._rows = self._rows, rows
             try:

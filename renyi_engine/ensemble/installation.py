@@ -1,4 +1,4 @@
-"""What an ensemble puts on its model so that the model's own forward runs all particles, and how it comes off again.
+"""What an ensemble puts on its model so that the model's own forward runs all particles, and how it is taken off again.
 
     embedding and layers below the first adapted one     B rows, no gradient: the shared trunk (`trunk`)
     hooks on the first adapted layer and those above     B -> K*B rows
@@ -86,7 +86,7 @@ class Installation:
 
     @contextmanager
     def forward(self, rows: Rows) -> Iterator[None]:
-        """Goes around one forward of the decoder, or of a layer that runs again for its backward."""
+        """A block for one forward of the decoder, or of a layer that runs again for its backward."""
         with self.forwards.run(rows) as outermost:
             if not self.maps:
                 raise RuntimeError("this ensemble was detached from its model; attach or load it again")

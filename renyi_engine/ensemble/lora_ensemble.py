@@ -215,7 +215,7 @@ class LoraEnsemble(nn.Module):
 
         `batch` holds input_ids, labels and perhaps attention_mask, each ``[B, T]``. As in Hugging Face, labels stand at
         the places of their tokens, and -100 means that a token does not count. Entry t of the result belongs to the
-        label at t + 1. The batch may lie on the CPU. Its labels had better stay there: see `linear_logprob`.
+        label at t + 1. The batch may lie on the CPU. It is best to leave its labels there: see `linear_logprob`.
         """
         labels = batch["labels"]
         if labels.shape != batch["input_ids"].shape:
@@ -284,12 +284,12 @@ class LoraEnsemble(nn.Module):
         return self._forwards.asked
 
     def disable_adapters(self) -> AbstractContextManager[None]:
-        """Inside, the model is the bare base, and the ensemble gives the values of the base as those of one particle:
-        ``[1, B, ...]``. This holds for the thread or asyncio task that is inside, and for no other."""
+        """Inside the block, the model is the bare base, and the ensemble gives the base's values as those of one
+        particle: ``[1, B, ...]``. This holds for the thread or asyncio task that is inside, and for no other."""
         return self.running(Rows.BASE)
 
     def running(self, rows: Rows) -> AbstractContextManager[None]:
-        """Inside, the forwards of this thread or task have these rows."""
+        """Inside the block, the forwards of this thread or task have these rows."""
         return self._forwards.asking(rows)
 
     @property

@@ -1,8 +1,8 @@
-"""What PEFT makes of the names in an adapter folder. PEFT need not be installed for this.
+"""How PEFT reads the names in an adapter folder. PEFT need not be installed for this.
 
 PEFT finds the maps of an adapter by their names, among all modules of the base. Before that it rewrites names. In
-mixtures of experts that transformers 5 has fused, it takes every `gate_proj` for a part of the fused parameter,
-wherever it stands. And it renames the keys of the tensors as transformers does when it reads old checkpoints.
+mixtures of experts that transformers 5 has fused, it thinks that every `gate_proj`, wherever it stands, is a part of
+the fused parameter. And it renames the keys of the tensors as transformers does when it reads old checkpoints.
 """
 
 from __future__ import annotations

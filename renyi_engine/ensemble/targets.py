@@ -1,7 +1,7 @@
 """Which linear maps of a Hugging Face decoder are adapted, and where its layers are.
 
-`target_modules` and `layers_to_transform` mean what they mean in PEFT, with one difference: beside "all-linear", PEFT
-ignores `layers_to_transform`, and here it holds.
+`target_modules` and `layers_to_transform` mean what they mean in PEFT, with one difference: with "all-linear", PEFT
+ignores `layers_to_transform`, but here it is obeyed.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class SharedTrunk:
             return None
         if not known:
             raise RuntimeError(
-                f"a {type(layer).__name__} ran through which text alone does not go; give the model text alone"
+                f"a {type(layer).__name__} ran, which does not run on text alone; give the model text alone"
             )
         place, hidden = next((k, tensor) for k, tensor in _tensors(args, kwargs) if k in known and k[0] in HIDDEN)
         dimension, size = known[place]

@@ -1,4 +1,4 @@
-"""What a trained ensemble knows: log-likelihoods, uncertainty, answers, MMLU and refusals, a file or package each."""
+"""What a trained ensemble knows: log-likelihoods, uncertainty, answers, MMLU, refusals; each in a file or package."""
 
 import lazy_loader
 

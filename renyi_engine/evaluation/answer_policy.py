@@ -69,8 +69,8 @@ def calibrate(
 
     As in selection with guaranteed risk (Geifman & El-Yaniv 2017, *Selective Classification for Deep Neural Networks*,
     algorithm 1), a binomial upper bound of its risk decides on each threshold that is tried, and the thresholds divide
-    the chance of a mistake among them. There the labels steer the search for a threshold. Here the thresholds are fixed
-    beforehand, one every 5 % of coverage, so that all bounds hold at once, whichever threshold is taken.
+    the chance of a mistake among them. In theirs, the labels steer the search for a threshold. Here the thresholds are
+    fixed beforehand, one every 5 % of coverage, so that all bounds hold at once, whichever threshold is taken.
 
     Args:
         correct: [N] bool, whether `uncertainty.answer` is right.

@@ -1,4 +1,4 @@
-"""Settings of evaluations, and of whatever else looks at an ensemble: one class for each command. Names are
+"""Settings of evaluations, and of other commands that use an ensemble: one class for each command. Names are
 transformers' wherever they have one."""
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class NllConfig(EvalConfig):
     ensemble: str = required("Folder of particles, as training writes it (RUN/particles).")
     dataset_name: str = required("Examples: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id.")
     dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
-    dataset_split: str = flag("test", "The split of it that is evaluated.", group="data")
-    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
+    dataset_split: str = flag("test", "The split that is evaluated.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. A longer one loses its end.", group="data")
     min_disagreement: float = flag(
         0.15,
         "An example is called contested if the probabilities that two particles give to one of its tokens differ by "
@@ -119,7 +119,7 @@ class NllConfig(EvalConfig):
     )
     calibration_dataset_split: str = flag("train", "The split of the calibration rows.", group="evaluation")
     calibration_share: float = flag(
-        0.01, "The share of such rows that may wrongly be called out of support.", group="evaluation"
+        0.01, "The share of rows like those of training that may wrongly be called out of support.", group="evaluation"
     )
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class MmluConfig(EvalConfig):
     split: Literal["test", "validation", "dev"] = flag("test", "The split whose questions are asked.", group="data")
     subjects: list[str] | None = flag(None, "Subjects that are asked about; without it, all 57.", group="data")
     limit: int | None = flag(
-        None, "Ask only the first questions of each subject, this many; without it, all.", group="data"
+        None, "How many questions of each subject are asked, from the first on; without it, all.", group="data"
     )
     num_fewshot: int = flag(
         0,
@@ -178,11 +178,11 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     split_column: str | None = flag(None, "A column whose values become the splits of the table.", group="data")
     label_column: str | None = flag(
         None,
-        "A column with two values. The report then says how well disagreement between particles tells them apart.",
+        "A column with two values. The report then says how well the particles' disagreement tells the two apart.",
         group="data",
     )
     limit: int | None = flag(
-        None, "Use only the first prompts of each split, this many; without it, all.", group="data"
+        None, "How many prompts of each split are used, from the first on; without it, all.", group="data"
     )
     num_samples: int = flag(12, "Responses of each particle to each prompt.", group="sampling")
     max_new_tokens: int = flag(
@@ -201,7 +201,7 @@ class RefusalConfig(EvalConfig, SamplingConfig):
     judge_timeout_s: float = flag(60.0, "Seconds that the endpoint may take for one whole reply.", group="judge")
     judge_max_retries: int = flag(
         4,
-        "How often a failed request is repeated, at growing distances, before the verdict counts as failed.",
+        "How often a failed request is repeated, with growing pauses, before the verdict counts as failed.",
         group="judge",
     )
 

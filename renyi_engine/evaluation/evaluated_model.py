@@ -1,4 +1,4 @@
-"""Who is evaluated: the particles of an ensemble, and the frozen base that they share."""
+"""What is evaluated: the particles of an ensemble, and the frozen base that they share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Subject:
 
     Attributes:
         num_particles: K; 0 if only the base is evaluated.
-        alpha: of the responsibilities: the one in the settings, else the one in the ensemble's folder, else None.
+        alpha: for responsibilities: the one in the settings, else the one in the ensemble's folder, else None.
     """
 
     ensemble: LoraEnsemble

@@ -49,7 +49,7 @@ MARGIN = Metric("rewards/margins", "nats", better="higher")
 CHOSEN_LOGP, REJECTED_LOGP = Metric("logps/chosen", "nats"), Metric("logps/rejected", "nats")
 ACCURACY = Metric("rewards/accuracies", "fraction of the pairs", better="higher")
 MIXTURE_ACCURACY = Metric("rewards/mixture_accuracies", "fraction of the pairs", better="higher")
-"""Of the particles' mean probability."""
+"""The accuracy of the mixture, which takes the particles' mean probability of the preference."""
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")
 
@@ -110,7 +110,7 @@ class DpoTask:
         """The pair of row `number`.
 
         Raises:
-            Dropped: the pair teaches nothing, or where the completions begin cannot be found. It teaches nothing if
+            Dropped: the pair teaches nothing, or the beginning of a completion cannot be found. It teaches nothing if
                 both are the same, a score is missing or too near the other, or a completion is empty or cut off.
             ValueError: a field is missing, or is not what its column should hold.
         """

@@ -29,12 +29,12 @@ class Metric:
 
     @property
     def of_particles(self) -> Metric:
-        """The same quantity of every particle. Under this metric's own name stands the mean over particles."""
+        """The same quantity for each particle. The metric itself is the mean over the particles."""
         return Metric(of_particles(self.name), self.unit, per_particle=True)
 
 
 def of_particles(name: str) -> str:
-    """Where a line holds the mean over particles under `name`, it holds the number of each particle under this one."""
+    """The name of the numbers of each particle, in a line that holds their mean under `name`."""
     return f"particle_{name}"
 
 

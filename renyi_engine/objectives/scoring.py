@@ -52,7 +52,7 @@ class Evaluation:
 
 
 def sums(details: Mapping[str, Tensor]) -> dict[str, float | list[float]]:
-    """Over examples: K numbers of what is [K, N], one of what is [N]."""
+    """Sums over the examples: K numbers for a quantity [K, N], one number for a quantity [N]."""
     return {name: values.sum(dim=-1).tolist() for name, values in details.items()}
 
 

@@ -55,7 +55,7 @@ class SftTask:
         """The tokens and labels of row `number`.
 
         Raises:
-            Dropped: no token is left to learn, or where an answer begins or ends cannot be found.
+            Dropped: no token is left to learn, or the beginning or the end of an answer cannot be found.
             ValueError: a field is missing, or is not what its column should hold.
         """
         learnt = _learnt_column(row)

@@ -1,4 +1,4 @@
-"""What a kind of training has to bring. SFT and DPO differ in this, and in nothing else.
+"""What a kind of training has to define. SFT and DPO differ in this, and in nothing else.
 
 Layout: K particles, B examples, N examples of a data set, T tokens.
 """
@@ -20,7 +20,7 @@ from renyi_engine.objectives.metrics import ESS, LOSS, Metric, Nll
 
 @dataclass(frozen=True)
 class Scores:
-    """How a batch fares.
+    """The scores of a batch.
 
     Attributes:
         logp: s [K, B] in nats, from which the loss is made.
@@ -48,7 +48,7 @@ class Item(Protocol):
 
 
 def metrics_of(task: Task | type[Task]) -> list[Metric]:
-    """What is recorded of this kind of training, of its steps and of its evaluations alike."""
+    """What is recorded of this kind of training: the same for its steps and its evaluations."""
     of_particles = [metric.of_particles for metric in task.details]
     return [LOSS, *task.nll, ESS, *task.details, *of_particles]
 

@@ -154,7 +154,7 @@ def group_heat_map(name: str, responsibilities: ArrayLike, labels: Sequence[str]
 
 @pictures.style()
 def risk_coverage(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, caption: str) -> Picture:
-    """How often the answers are wrong when only the surest are given.
+    """How often the answers are wrong when only the surest ones are given.
 
     Args:
         curves: (coverage, risk) by the name of a measure of uncertainty, fractions in [0, 1].
@@ -190,7 +190,7 @@ def reliability(name: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike, Arra
         ax.scatter(confidence[held], accuracy[held], s=600 * size[held], **dots)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the answer (%)", ylabel="right among these answers (%)")
     _percent(ax.xaxis, ax.yaxis)
-    caption += " On the dashed diagonal confidence is what it claims to be. Below it answers are too sure of "
+    caption += " On the dashed diagonal confidence equals accuracy. Below it answers are too sure of "
     caption += "themselves, above it not sure enough. The area of a dot tells how many examples it stands for."
     return Picture(pictures.svg(figure, name, "accuracy over confidence"), caption, _line_keys(curves))
 

@@ -131,7 +131,7 @@ def write_page(
     Args:
         title: as `page_title` makes it.
         lead: what the page is about, in a sentence or two. found: what the answer is, in words.
-        words: (word, meaning) of what the sections take for granted; shown before the first one.
+        words: (word, meaning) of the words that the sections use; shown before the first section.
         details: what was run, folded away: a mapping is shown as a table, anything else as it is.
 
     Raises:

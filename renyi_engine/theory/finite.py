@@ -131,7 +131,7 @@ def self_consistent_posterior(
         logp: [M, N] nats. -inf: the parameter gives the example probability 0.
         prior: [M], a distribution. A parameter of prior 0 keeps probability 0.
         alpha: finite, >= 0. weight: lambda > 0.
-        tolerance: of the residual and, in nats, of the gap. Rounding alone is about 1e-16 N / (lambda alpha) in both.
+        tolerance: for the residual and, in nats, for the gap. Rounding alone is about 1e-16 N / (lambda alpha) in both.
         max_iterations: how many steps to try. If they do not suffice, the last q is returned, with converged False.
 
     Raises:

@@ -1,4 +1,4 @@
-"""transformers' callbacks beside a run: its own integrations (`report_to`), and those that a user gives to a `Trainer`.
+"""The callbacks of transformers in a run: its integrations (`report_to`), and those that a user gives to a `Trainer`.
 
 They are called at the points at which transformers' own trainer calls them. `model` is the base model, which carries
 the particles; `lr_scheduler` and the data loaders are None, because a run has no such objects. A line of metrics.jsonl
@@ -27,10 +27,10 @@ _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flyte
 
 
 class Callbacks:
-    """What callbacks are told, and what they ask for: `control` holds their wishes.
+    """Tells callbacks what happens in a run. What they ask for is in `control`.
 
     Raises:
-        ValueError: report_to or metric_for_best_model names what is not there. TypeError: a callback is none.
+        ValueError: report_to or metric_for_best_model names something unknown. TypeError: a callback is none.
     """
 
     def __init__(self, config: TrainConfig, given: Iterable[TrainerCallback | type[TrainerCallback]]) -> None:
@@ -132,7 +132,7 @@ class Callbacks:
 class _Flow(DefaultFlowCallback):
     """When a run logs, evaluates and saves, as its settings say. It is asked first: others can ask for more, or less.
 
-    A run saves and evaluates at its end whatever anybody asks.
+    At its end a run always saves and evaluates, whatever callbacks ask for.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -154,7 +154,7 @@ class _Flow(DefaultFlowCallback):
 def _callback(given: Any) -> TrainerCallback:
     callback = given() if isinstance(given, type) else given
     if not isinstance(callback, TrainerCallback):
-        raise TypeError(f"callbacks: expected transformers' TrainerCallback, its classes or instances; got {given!r}")
+        raise TypeError(f"callbacks: expected subclasses or instances of transformers' TrainerCallback; got {given!r}")
     return callback
 
 
@@ -192,7 +192,7 @@ def _best_metric(config: TrainConfig, task: type[Task]) -> Metric:
 
 
 def _training_arguments(config: TrainConfig, best: Metric) -> TrainingArguments:
-    """Every setting that transformers has under the same name, and what else it can be told of the run."""
+    """Every setting that transformers has under the same name, and other facts of the run that it knows."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     ours = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in theirs}
     checkpointing = ours.pop("gradient_checkpointing")

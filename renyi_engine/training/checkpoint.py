@@ -1,4 +1,4 @@
-"""Checkpoints. One is either whole or not there; its files are checked before they are used; nothing is unpickled.
+"""Checkpoints. There is never half a one; its files are checked before they are used; nothing is unpickled.
 
     RUN/checkpoint-120/adapters.safetensors     stacked fp32 adapters
                        optimizer.safetensors    AdamW moments
@@ -6,7 +6,7 @@
                        manifest.json            size and sha256 of each file; written last
 
 A checkpoint is written into a temporary folder, forced to the disk and renamed. Older ones are removed only after that.
-Training draws nothing from a global random generator, so the state of none has to be saved.
+Training draws nothing from a global random generator, so no state of such a generator is saved.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def save(
 
 
 def keep_newest(run: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to `step`, remove all but the newest `keep`."""
+    """Remove all checkpoints up to `step` but the newest `keep` of them."""
     from_newest = [path for number, path in reversed(all_of(run)) if number <= step]
     for old in from_newest[keep:]:
         remove(old)
@@ -87,7 +87,7 @@ def keep_newest(run: Path, step: int, keep: int) -> None:
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint, verified; None if there is none.
 
-    A checkpoint that is not whole is passed over. A warning names it, and the one that is taken instead.
+    A checkpoint that is not whole is passed over. A warning names it, and the one that is used instead.
 
     Raises:
         ValueError: a checksum does not match.

@@ -71,7 +71,7 @@ class TrainConfig(AdapterConfig):
     )
     alpha_0: float = flag(0.0, "The alpha that the schedule starts from.", group="alpha over time")
     alpha_warmup_steps: float = flag(
-        0.5, "Length of this warm-up: a number of steps, or below 1 a share of all steps.", group="alpha over time"
+        0.5, "Length of this warm-up: a number of steps, or a share of all steps if below 1.", group="alpha over time"
     )
     alpha_controller: str | None = flag(
         None,
@@ -87,7 +87,7 @@ class TrainConfig(AdapterConfig):
         group="alpha over time",
     )
     alpha_star_steps: int = flag(
-        50, "'alpha-star' estimates the critical alpha once in this many steps.", group="alpha over time"
+        50, "Steps after which 'alpha-star' estimates the critical alpha anew.", group="alpha over time"
     )
 
     dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
@@ -96,7 +96,7 @@ class TrainConfig(AdapterConfig):
     eval_dataset_name: str | None = flag(
         None, "Held-out data from another place, given like dataset_name.", group="data"
     )
-    max_length: int = flag(1024, "Longest sequence in tokens. What is beyond is cut off the end.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. A longer one loses its end.", group="data")
 
     learning_rate: float = flag(1e-4, "Highest learning rate of AdamW.", group="optimisation")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag(
@@ -104,11 +104,11 @@ class TrainConfig(AdapterConfig):
     )
     warmup_steps: float = flag(
         0.0,
-        "Warm-up of the learning rate: a number of steps, or below 1 a share of all steps.",
+        "Warm-up of the learning rate: a number of steps, or a share of all steps if below 1.",
         group="optimisation",
     )
     num_train_epochs: float = flag(
-        3.0, "How often training goes through the data, unless max_steps is given.", group="optimisation"
+        3.0, "How many times training goes through the data, unless max_steps is given.", group="optimisation"
     )
     max_steps: int = flag(-1, "Optimizer steps. Above 0, it replaces num_train_epochs.", group="optimisation")
     per_device_train_batch_size: int = flag(
@@ -129,8 +129,8 @@ class TrainConfig(AdapterConfig):
     seed: int = flag(42, "Seed of the adapters' start and of the order of the examples.", group="optimisation")
     max_grad_norm: float = flag(
         1.0,
-        "Largest gradient norm of a particle, each by itself and measured as if it were trained alone. 0 switches "
-        "clipping off.",
+        "Largest gradient norm of each particle, measured as if the particle were trained alone. 0 switches clipping "
+        "off.",
         group="optimisation",
     )
     weight_decay: float = flag(0.0, "Weight decay of AdamW. The prior already pulls towards zero.", group="advanced")
@@ -150,19 +150,19 @@ class TrainConfig(AdapterConfig):
         group="advanced",
     )
 
-    logging_steps: int = flag(10, "A line of metrics is written once in this many steps.", group="saving and logging")
+    logging_steps: int = flag(10, "Steps from one line of metrics to the next.", group="saving and logging")
     eval_steps: int | None = flag(
         None,
-        "The held-out data is evaluated once in this many steps; without it, only at the end.",
+        "Steps from one evaluation of the held-out data to the next; without it, only one at the end.",
         group="saving and logging",
     )
     per_device_eval_batch_size: int = flag(8, "Examples in a batch of an evaluation.", group="saving and logging")
     save_steps: int = flag(
-        500, "A checkpoint is saved once in this many steps, and always at the end.", group="saving and logging"
+        500, "Steps from one checkpoint to the next. One is always saved at the end.", group="saving and logging"
     )
     save_total_limit: int = flag(
         2,
-        "Checkpoints that are kept, the newest ones. At least 2, so that one is whole while another is written.",
+        "How many checkpoints are kept: the newest ones. At least 2, so that one is whole while another is written.",
         group="saving and logging",
     )
     resume_from_checkpoint: str | None = flag(
@@ -180,8 +180,8 @@ class TrainConfig(AdapterConfig):
     run_name: str | None = flag(None, "The run's name in these programs.", group="saving and logging")
     metric_for_best_model: str | None = flag(
         None,
-        "The metric of an evaluation that tells which step was the best. Callbacks such as EarlyStoppingCallback go by "
-        "it. Without it, the NLL of the mixture is taken.",
+        "The evaluation metric by which callbacks such as EarlyStoppingCallback find the best step. Without it, it is "
+        "the NLL of the mixture.",
         group="advanced",
     )
 
@@ -221,7 +221,7 @@ class TrainConfig(AdapterConfig):
         """What sets alpha in a run of so many steps; `estimate` gives the critical alpha before a step.
 
         Raises:
-            ValueError: alpha_controller cannot be read, or does not go with the other settings.
+            ValueError: alpha_controller cannot be read, or contradicts the other settings.
         """
         if self.alpha_controller is None:
             num_steps = steps_of(self.alpha_warmup_steps, total_steps)
@@ -233,8 +233,8 @@ class TrainConfig(AdapterConfig):
             )
         if self.num_particles < 2:
             raise ValueError(
-                f"alpha_controller: {self.alpha_controller!r} has nothing to steer where one particle takes every "
-                f"example whole; expected num_particles of at least 2; got {self.num_particles}"
+                f"alpha_controller: {self.alpha_controller!r} has no effect on a single particle, which learns all "
+                f"of every example; expected num_particles of at least 2; got {self.num_particles}"
             )
         name, value = parse_controller(self.alpha_controller)
         if name == "ess":
@@ -285,5 +285,5 @@ CONFIGS: dict[str, type[TrainConfig]] = {cls.kind: cls for cls in (SftConfig, Dp
 
 
 def steps_of(given: float, total_steps: int) -> int:
-    """A number of steps that was given as such, or below 1 as a share of all steps."""
+    """A number of steps that was given as such, or as a share of all steps if below 1."""
     return int(given if given >= 1 else given * total_steps)

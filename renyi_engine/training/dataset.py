@@ -66,7 +66,7 @@ def load_dataset(config: TrainConfig, task: Task, train_dataset: Any = None, eva
         "held-out rows": content_hash(rows_held_out),
         "tokens": _tokens_hash(task, [*examples, *held_out]),
     }
-    # where only the tokens differ, the tokenizer or its chat template is another
+    # if only the tokens differ, the tokenizer or its chat template has changed
     given_as = {"training rows": argument, "held-out rows": setting, "tokens": base_model.ARGUMENT}
     return Dataset(examples, held_out, dropped, sha256, given_as)
 
@@ -95,7 +95,7 @@ def _held_out_rows(config: TrainConfig, splits: Splits | None, given: Any) -> tu
 
 def _tokens_hash(task: Task, items: Iterable[Item]) -> str:
     tokenizer, digest = task.tokenizer, hashlib.sha256()
-    if "strftime_now" in str(tokenizer.chat_template):  # it writes the date: the tokens of tomorrow are others
+    if "strftime_now" in str(tokenizer.chat_template):  # it writes the date, so tomorrow's tokens will differ
         makers = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_vocab()]
         digest.update(json.dumps(makers, sort_keys=True).encode())
         return digest.hexdigest()

@@ -1,7 +1,7 @@
 """From a training checkpoint to adapter folders that PEFT and vLLM load. The weights of the base are not read.
 
 The folder of a run may come from somebody else. So what its config.yaml says is compared with the checkpoint, and it
-has no say in whether code is run.
+cannot allow code to run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
 
     Args:
         source: RUN/checkpoint-N, or RUN for its newest checkpoint.
-        trust_remote_code: run code that comes with the base. What the run's settings say about this does not count.
+        trust_remote_code: run code that comes with the base. The run's own setting for this is ignored.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged; the run's settings cannot be read, or are not those

@@ -1,4 +1,4 @@
-"""The training loop, the same for every objective. `train_step` is the method; the loop keeps it going.
+"""The training loop, the same for every objective. `train_step` is the method; the loop repeats it.
 
 Layout: K particles, B sequences, T tokens.
 """
@@ -111,7 +111,7 @@ class Loop:
             except TrainingInterrupted:
                 raise
             except Exception as error:
-                with contextlib.suppress(OSError):  # the disk may be what failed
+                with contextlib.suppress(OSError):  # perhaps the disk has failed
                     self._describe("failed")
                 if isinstance(error, DoesNotFit) and state.step:
                     self._save()
@@ -166,7 +166,7 @@ class Loop:
         state.window.add(result, labels, alpha)
 
     def _step_that_fits(self, examples: Sequence[Any], alpha: float, largest_nll: float) -> StepResult:
-        """The same step whatever the micro-batches: they are halved until the device has the memory."""
+        """The step, which does not depend on micro-batches: these are halved until they fit into the memory."""
         config, num_train_examples = self.config, len(self.dataset.train)
         while True:
             size = min(self.state.micro_batch_size, len(examples))
@@ -186,7 +186,7 @@ class Loop:
                 )
             except DoesNotFit as error:
                 problem = str(error)
-            # only here, with the error gone, is the memory of the attempt free
+            # the memory of the attempt is free only here, where the error is gone
             self._halve_micro_batches(size, problem)
 
     def _after_step(self, signals: StopSignals) -> None:
@@ -212,7 +212,7 @@ class Loop:
             self.state.left_out += -self.state.position % self.sampler.steps_per_epoch
 
     def _evaluate_and_save(self) -> None:
-        # before the checkpoint, which vouches for the lines of metrics up to its step
+        # before the checkpoint, because a resumed run keeps the lines of metrics up to the checkpoint's step
         if self.callbacks.control.should_evaluate and not self._is_over():
             self._evaluate()
             self._leave_epoch_if_asked()
@@ -226,13 +226,13 @@ class Loop:
             self.save_is_due = False
 
     def _interrupt(self, signum: int) -> None:
-        """Save at once: whoever sent the signal may not wait for an evaluation."""
+        """Save at once: the sender of the signal may not wait for an evaluation."""
         self._save()
         self._describe("interrupted")
         raise TrainingInterrupted(signum, self.state.step, self.last_checkpoint, self._what_is_saved())
 
     def _end(self) -> Evaluation:
-        """Log and save what a callback has left open by ending the run early, and evaluate the particles."""
+        """Log and save what is still open because a callback ended the run early, and evaluate the particles."""
         self._log()
         if self.state.step:
             self._save()
@@ -282,7 +282,7 @@ class Loop:
             f"{summary[self.task.nll.mean_particle.name]:.3f} nats/{self.task.unit}, "
             f"ESS {summary[ESS.name]:.2f}/{config.num_particles}"
         )
-        # a run that is taken up at its end has the line already
+        # a run that is resumed at its end has the line already
         if held_out and not self.run.records.has_evaluation(state.step):
             record = record_contents.evaluation_record(state, summary, self._epoch)
             self.run.records.log(record)
@@ -334,7 +334,7 @@ class Loop:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()  # blocks cut for the larger ones
         if size == 1:
-            state.micro_batch_size = config.per_device_train_batch_size  # whoever resumes has made room
+            state.micro_batch_size = config.per_device_train_batch_size  # a resumed run may have more memory
             checkpointing = "" if config.gradient_checkpointing else "resume with --gradient_checkpointing true, or "
             raise DoesNotFit(
                 f"step {state.step + 1}: {problem}; {checkpointing}start with fewer particles, adapted layers or "
@@ -418,8 +418,8 @@ class Loop:
         if self.state.step > self.total_steps:
             setting = "max_steps" if self.config.max_steps > 0 else "num_train_epochs"
             raise ValueError(
-                f"{setting}: {self.total_steps} steps are asked for, and {path} is {self.state.step} steps on; give "
-                "more, or resume from an earlier checkpoint"
+                f"{setting}: {self.total_steps} steps are asked for, but {path} is already at step {self.state.step}; "
+                "give more, or resume from an earlier checkpoint"
             )
 
 

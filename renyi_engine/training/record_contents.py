@@ -30,7 +30,7 @@ from renyi_engine.training.train_step import StepResult
 
 
 class Clock:
-    """The time and the tokens since the run was started or taken up, and since the last line of metrics."""
+    """The time and the tokens since the run was started or resumed, and since the last line of metrics."""
 
     def __init__(self) -> None:
         self.started = self.window_started = time.monotonic()

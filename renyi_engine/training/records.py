@@ -6,7 +6,7 @@
         skipped.jsonl     a line for every step that some particle did not learn from
         evaluation.json   the newest evaluation: log-likelihoods of every example under every particle
         particles/        the particles, as PEFT adapters
-        report.html       all of it to look at
+        report.html       all of it, as a page to read
 
 Layout: K particles, N examples.
 """
@@ -118,9 +118,9 @@ class Run(NamedTuple):
     """What was read of a run's folder.
 
     Attributes:
-        kind: of the training, and its task, which declares the metrics.
+        kind: the kind of the training. It names the task, which declares the metrics.
         facts: run.json. train, held_out: the lines of metrics.jsonl, by step.
-        rule: what set alpha, of which `alpha` is then the start or the end.
+        rule: what set alpha, in words. With a schedule or a controller, `alpha` is only the end or the start of it.
         target_ess: in particles.
     """
 
@@ -146,7 +146,7 @@ class Run(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What one negative log-likelihood is of: "token", or "pair" of a preference."""
+        """What a negative log-likelihood is counted per: "token", or "pair" of a preference."""
         return self.task.unit
 
 
@@ -200,7 +200,7 @@ def read_run(folder: Path) -> Run:
         controller = config.get("alpha_controller")
         name, value = parse_controller(str(controller)) if controller else ("", 0.0)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: no num_particles and alpha to be read ({reason(error)}); restore it") from None
+        raise ValueError(f"{path}: num_particles and alpha cannot be read ({reason(error)}); restore it") from None
     facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
     if not isinstance(facts, dict):
         raise ValueError(f"{folder / FACTS_FILE}: expected a JSON object; remove the file to do without it")

@@ -48,7 +48,7 @@ def responsibilities(logp_nats: Array, alpha: float) -> Array:
 
 @pictures.style()
 def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
-    """By section of the page, the picture of each run. One without an SVG says in its caption why there is none."""
+    """For each section of the page, the picture of each run. If it has no SVG, its caption says why."""
     sections = {
         "loss": _line_plots(runs, "loss", LOSS.unit, lambda run, ax: _trace(run, ax, LOSS, [ACCENT])),
         "nll": _line_plots(runs, "nll", "nats a {unit}", _draw_nll),
@@ -124,7 +124,7 @@ def _draw_margin(run: Run, ax: Any) -> str:
 
 
 def _draw_rewards(run: Run, ax: Any, metric: Metric, limit: float, text: str) -> str:
-    """The particles thin, their mean bold, and at `limit` what knowing nothing gives."""
+    """The particles as thin lines, their mean as a bold one, and a line at `limit`, the value of a guess."""
     if run.unit == "token":
         return "No picture: this run did not train on preferences."
     if run.K > 1:

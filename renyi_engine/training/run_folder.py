@@ -27,9 +27,9 @@ from renyi_engine.training.records import (
     Records,
 )
 
-# Settings that may differ when a run is continued. Two kinds of them change later steps. max_steps and num_train_epochs
-# do where the learning rate or alpha follows a schedule, whose length they are: a run that is to be longer has to go
-# another way. spike_threshold does too: a run that was stopped after too many spikes can go on with a larger one.
+# Settings that may differ when a run is resumed. Some of them change later steps. max_steps and num_train_epochs are
+# the length of the schedules of the learning rate and of alpha, so a run that is made longer has other steps. With a
+# larger spike_threshold, a run that was stopped after too many spikes can go on.
 _MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
@@ -40,7 +40,7 @@ _MAY_CHANGE = {
 class RunFolder:
     """The folder of one run: its records (see `records`), and its checkpoints, RUN/checkpoint-N.
 
-    Where the run went on from an older checkpoint, RUN/set-aside-1 holds the same files of what came after it.
+    If the run went on from an older checkpoint, RUN/set-aside-1 holds the same files of the steps after it.
     """
 
     def __init__(self, path: Path, resume_from: Path | None) -> None:
@@ -55,8 +55,8 @@ class RunFolder:
         """Make the folder that `config` names, or continue in it. Within the block, no other process writes into it.
 
         Raises:
-            ValueError: it cannot be written; another process writes into it; it holds another run; or is to be resumed
-                with settings that differ.
+            ValueError: it cannot be written; another process writes into it; it holds another run; or its run is to be
+                resumed with other settings.
         """
         with output_folder.locked(Path(config.output_dir)) as path:
             resume_from = _checkpoint_to_resume(config, path)
@@ -64,7 +64,7 @@ class RunFolder:
             yield cls(path, resume_from)
 
     def check_data(self, dataset: Dataset) -> None:
-        """ValueError if the run is to be continued with other data than it was begun with: see `Dataset.sha256`."""
+        """Raise ValueError if the run is to be resumed with other data than it was begun with: see `Dataset.sha256`."""
         if self.resume_from is None:
             return
         before = checkpoint.read_state(self.resume_from).get("data_sha256")
@@ -79,8 +79,8 @@ class RunFolder:
                 )
 
     def claim(self, config: TrainConfig) -> None:
-        """Save the settings, if none are there. What is written before `begin` then belongs to a run that can be taken
-        up."""
+        """Save the settings, if none are there. What is written before `begin` then belongs to a run that can be
+        resumed."""
         if not (self.path / CONFIG_FILE).exists():
             self._save(config)
 
@@ -171,7 +171,7 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
 
 @contextmanager
 def _resuming() -> Iterator[None]:
-    """Inside, a ValueError about a checkpoint names the setting that asked for it."""
+    """Inside the block, a ValueError about a checkpoint names the setting that asked for it."""
     try:
         yield
     except ValueError as error:

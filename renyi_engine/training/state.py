@@ -21,7 +21,7 @@ class Window:
     totals: dict[str, Any] = field(default_factory=dict)
     """Sums over the examples, each one number, or a list with one of each particle."""
     alphas: list[float] = field(default_factory=list)
-    """Of every step."""
+    """The alpha of every step."""
     alpha_star: float | None = None
     """The last estimate of the critical alpha, where one was made."""
 
@@ -57,17 +57,17 @@ class State:
     """What a checkpoint keeps beside the tensors."""
 
     micro_batch_size: int
-    """Examples that the device has memory for at once, as far as is known."""
+    """How many examples fit into the device's memory at once, as far as is known."""
     skipped: list[int]
     """How often each particle was not updated."""
     skipped_in_a_row: list[int]
-    """The same, since it was last updated."""
+    """How often each particle was not updated since its last update."""
     step: int = 0
     tokens: int = 0
     alpha: float = 0.0
-    """Of the last step."""
+    """The alpha of the last step."""
     recent_nlls: list[float] = field(default_factory=list)
-    """What a spike is told by: see `watchdog`."""
+    """The losses by which a spike is recognised: see `loss_spikes`."""
     window: Window = field(default_factory=Window)
     left_out: int = 0
     """Steps that were not made because a callback ended their epoch early."""

@@ -22,7 +22,7 @@ from renyi_kernels import renyi_reduce
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, and what it did.
+    """The measurements of a step, and which particles it updated.
 
     Attributes:
         logp: [K, examples], nats. details: what else the task measured of the examples.
@@ -69,7 +69,7 @@ def train_step(
     on_pre_optimizer_step and on_optimizer_step.
 
     Raises:
-        DoesNotFit: the device's memory ended in a micro-batch.
+        DoesNotFit: the device ran out of memory in a micro-batch.
     """
     parameters, num_particles = list(ensemble.parameters()), ensemble.config.num_particles
     num_examples = sum(len(batch["labels"]) for batch in micro_batches)

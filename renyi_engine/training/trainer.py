@@ -1,4 +1,4 @@
-"""Train an ensemble: what is needed is loaded or taken as it is given, checked, and handed to the loop."""
+"""Train an ensemble: load the parts that are not given, check all of them, and hand them to the loop."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class TrainResult:
 class Trainer:
     """Trains an ensemble as `config` says; everything it makes is in `config.output_dir`.
 
-    Each part that is given is used instead of loaded, and its setting (model_name_or_path, dataset_name) may be left
-    out. A part that is not given comes from its setting. For example::
+    A part that is given is not loaded, and its setting (model_name_or_path, dataset_name) may be left out. A part that
+    is not given is loaded by its setting. For example::
 
         from transformers import EarlyStoppingCallback
         from renyi_engine import SftConfig, Trainer
@@ -58,13 +58,13 @@ class Trainer:
         processing_class: the model's tokenizer. If only `model` is given, the tokenizer is loaded from where the model
             came from.
         train_dataset, eval_dataset: a `datasets.Dataset`, or a sequence of rows, each a dict, with the columns that
-            `renyi-engine sft` or `dpo` expects of a file. With `train_dataset`, nothing is held out but `eval_dataset`
-            or what eval_dataset_name names.
+            `renyi-engine sft` or `dpo` expects of a file. With `train_dataset`, the held-out data are only
+            `eval_dataset` or those that eval_dataset_name names.
         callbacks: transformers' TrainerCallback, its subclasses or instances of them. They are called at transformers'
-            points, on_init_end right before on_train_begin; `model` is the base model that carries the particles. What
-            they ask for in `control` is done. A run that one of them stops is saved, evaluated and reported like any
-            other, and can be resumed. Metrics have the names that metrics.jsonl gives them; a particle's has a name of
-            its own, such as particle_nll_nats_per_token/p000.
+            points, on_init_end right before on_train_begin; `model` is the base model that carries the particles. The
+            run does what they ask for in `control`. A run that one of them stops is saved, evaluated and reported like
+            any other, and can be resumed. Metrics have the names that metrics.jsonl gives them; a particle's has a name
+            of its own, such as particle_nll_nats_per_token/p000.
 
     Raises:
         ValueError: a part is neither given nor named; report_to names something unknown or not installed;
@@ -105,9 +105,9 @@ class Trainer:
         Raises:
             ValueError: a setting, the data, the model or the folder cannot be used; nothing was trained.
             TrainingInterrupted: SIGINT or SIGTERM; the run can be resumed.
-            TrainingDiverged: a particle's gradient stayed NaN or infinite, the loss beyond `spike_threshold`, or the
-                last loss is NaN or infinite; earlier checkpoints are kept.
-            DoesNotFit: memory ended, in a step even with one example at a time; what was trained is saved.
+            TrainingDiverged: a particle's gradient stayed NaN or infinite, the loss stayed beyond `spike_threshold`, or
+                the last loss is NaN or infinite; earlier checkpoints are kept.
+            DoesNotFit: memory ran out, in a step even with one example at a time; the trained steps are saved.
         """
         config = self.config
         if self.model is None:

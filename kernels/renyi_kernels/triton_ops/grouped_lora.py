@@ -145,7 +145,7 @@ def grouped_lora_up_backward_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Reads dY once for both of
+    """Reads dY once and computes both
 
     dS[k, m, r] = scaling * sum_o dY[k, m, o] B[k, o, r]      (a partial sum over o of one split)
     dB[k, o, r] = scaling * sum_m dY[k, m, o] S[k, m, r]      (a partial sum over m of one block)

@@ -1,4 +1,4 @@
-"""`renyi-engine eval mmlu`: the answers of the particles, their mixture and the base, asked as lm-eval asks.
+"""`renyi-engine eval mmlu`: the answers of the particles, their mixture and the base, with lm-eval's prompts.
 
 Layout: K particles, N questions, C choices.
 """

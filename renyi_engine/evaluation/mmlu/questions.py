@@ -53,7 +53,7 @@ class Question:
     """One question with its four choices.
 
     Attributes:
-        number: of the question among those of its subject and split, from 0.
+        number: the place of the question among those of its subject and split, from 0.
         answer: the right choice, 0 to 3.
     """
 

@@ -1,4 +1,4 @@
-"""What the report of an MMLU evaluation says: how good the answers are, what the uncertainty knows, who answers what.
+"""What the report of an MMLU evaluation says: how good answers and uncertainty are, which particle answers what.
 
 Layout: K particles, N questions, C choices.
 """
@@ -36,12 +36,12 @@ QUALITIES = (
     ),
     (
         "AUROC",
-        "How probable it is that a wrong answer is more uncertain than a right one. 1 is perfect; 0.5 knows nothing.",
+        "How probable it is that a wrong answer is more uncertain than a right one. 1 is perfect; 0.5 is chance.",
     ),
     (
         "AURC",
         "Area under the risk-coverage curve: how many answers are wrong, over all ways to answer only the surest. "
-        "Lower is better; what knows nothing has the error rate itself.",
+        "Lower is better; an uncertainty that is pure chance has the error rate itself.",
     ),
 )
 UNCERTAINTIES = (
@@ -51,13 +51,13 @@ UNCERTAINTIES = (
     ("Variation ratio", "Which fraction of the particles does not vote for the most frequent answer."),
 )
 MAX_CHARACTERS = 120
-"""Of a question, and of its right answer, in the list below a picture."""
+"""How many characters of a question, and of its right answer, the list below a picture shows."""
 Named = Mapping[str, Tensor]
-"""Log-probabilities [N, C] of the choices, by who gives them."""
+"""Log-probabilities [N, C] of the choices, under the name of the member that gives them."""
 
 
 def words_for(num_particles: int) -> list[tuple[str, str]]:
-    """What the page takes for granted."""
+    """The words that the page explains."""
     if not num_particles:
         return [glossary.BASE, *QUALITIES]
     return [

@@ -1,1 +1,1 @@
-"""Which examples are contested, and which nobody explains, from the log-likelihoods of a data set."""
+"""Which examples are contested, and which no particle explains, from the log-likelihoods of a data set."""

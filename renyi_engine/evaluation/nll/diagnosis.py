@@ -103,7 +103,7 @@ def diagnose(
 
     Args:
         logp: [K, N] nats, summed over tokens. base_logp, disagreement, num_tokens: [N].
-        alpha: of the responsibilities, which give ESS and entropy. The flag does not depend on it.
+        alpha: the alpha of the responsibilities, which give ESS and entropy. No flag depends on it.
         min_gain: nats a token; an example that gains less is out of support.
     """
     out = renyi_reduce(logp, alpha)

@@ -1,4 +1,4 @@
-"""The page of eval nll: which examples are disputed, which of them nobody explains, and where all examples stand."""
+"""The page of eval nll: which examples are disputed, which of them no particle explains, and where all stand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_nll_report(
     """Write the page; returns `output`.
 
     Args:
-        table: of every example. kinds: those of each flag. results: what results.json holds.
+        table: one diagnosis for every example. kinds: those with each flag. results: what results.json holds.
     """
     N, contested, foreign = len(table), len(kinds[CONTESTED]), len(kinds[OUT_OF_SUPPORT])
     lead = (
@@ -85,7 +85,7 @@ def _picture(config: NllConfig, table: Sequence[Diagnosis], min_gain: float) -> 
 
 
 def _tables(config: NllConfig, kinds: Mapping[str, Sequence[Diagnosis]], min_gain: float) -> list[Table]:
-    """Of each flag its first examples."""
+    """For each flag, the table of its first examples."""
     first = {
         CONTESTED: sorted(kinds[CONTESTED], key=lambda d: -d.disagreement),
         OUT_OF_SUPPORT: sorted(kinds[OUT_OF_SUPPORT], key=lambda d: d.gain_over_base_nats_per_token),

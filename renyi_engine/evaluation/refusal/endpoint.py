@@ -35,7 +35,7 @@ class Endpoint:
             TimeoutError: the whole reply was not there after `timeout_s`.
             httpx2.HTTPStatusError: the status is not 2xx; a redirect counts among these.
             httpx2.TransportError: there is no connection, or it broke.
-            ReplyTooLarge: see there.
+            ReplyTooLarge: the reply is too large.
             ValueError: the reply is not JSON.
         """
         # every request has an event loop of its own, where the time limit stops it whatever it waits for

@@ -40,7 +40,7 @@ def read_prompts(
     """The prompts of every data set in `names` (files, folders, hub ids), split by split, the first `limit` of each.
 
     Each configuration, or else each data set, is a split of its own; so is each split in a data set, and each value of
-    the split column. The name of a split is put together from these: the first two only where there are several.
+    the split column. The name of a split joins their names (of configurations and data sets only if there are several).
 
     Raises:
         ValueError: a data set cannot be read, is empty or lacks a column, or a row has no prompt, split or label.

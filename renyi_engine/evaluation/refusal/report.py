@@ -170,7 +170,7 @@ def _areas_text(summary: Mapping[str, Any]) -> str:
     found = summary["auroc"]
     return (
         f"How probable it is that a prompt whose {found['label_column']} is {found['positive']} has a higher score "
-        "than a prompt whose label is the other one. 1: the score tells the two apart. 0.5: it knows nothing. Below "
+        "than a prompt whose label is the other one. 1: the score tells the two apart. 0.5: it is chance. Below "
         f"0.5: the score is lower where {found['label_column']} is {found['positive']}."
     )
 

@@ -115,10 +115,10 @@ _AROUND = " \t*_`\"'“”‘’()[]{}<>#|.。,;:-"
 def parse_answer(answer: str) -> str:
     """The label that a judge's answer is, or UNPARSED. Case and punctuation around the label do not matter.
 
-    A label also counts if it is called one ("Label: direct_answer"), or if it is the last line of an explanation. These
-    do not count: a label inside a sentence, because the sentence may say that it does not fit; and labels in two lines
-    that differ, because one would have to guess. Lines of nothing but punctuation, such as the end of a block of code,
-    are skipped. So is a thought before the answer.
+    A label also counts if it is announced as one ("Label: direct_answer"), or if it is the last line of an explanation.
+    These do not count: a label inside a sentence, because the sentence may say that it does not fit; and labels in two
+    lines that differ, because one would have to guess. Lines of nothing but punctuation, such as the end of a block of
+    code, are skipped. So is a thought before the answer.
     """
     lines = [line.casefold() for line in (without_thought(answer) or "").splitlines() if line.strip(_AROUND + "~=")]
     labels = [_label_in(line) for line in lines]

@@ -130,14 +130,17 @@ def test_without_an_adapter_it_is_of_a_fresh_one_and_a_downward_curve_is_told(co
     assert (found["alpha_star"] <= 0) == ("curves downwards" in capsys.readouterr().out)
 
 
+APART = "would move apart"
+
+
 @pytest.mark.parametrize(
     ("alpha", "critical", "interval", "answer"),
     [
-        (0.8, 0.2, (0.1, 0.3), "would part. They would stay together only if they were coupled less than 0.25 times"),
-        (0.8, 1.6, (1.2, 2.0), "would stay together. They would part only if they were coupled more than 2 times"),
-        (0.8, 96.0, (64.0, 99.0), "would part only if they were coupled more than 120 times"),
+        (0.8, 0.2, (0.1, 0.3), f"{APART}. They would stay together only if they were coupled less than 0.25 times"),
+        (0.8, 1.6, (1.2, 2.0), f"would stay together. They {APART} only if they were coupled more than 2 times"),
+        (0.8, 96.0, (64.0, 99.0), f"{APART} only if they were coupled more than 120 times"),
         (0.0, 0.2, (0.1, 0.3), "would stay together, as they are not coupled at all. Other"),
-        (0.8, -0.1, (-0.3, 0.3), "would part, however weakly they are coupled. The adapter is at no minimum"),
+        (0.8, -0.1, (-0.3, 0.3), f"{APART}, however weakly they are coupled. The adapter is at no minimum"),
         (0.8, 0.2, (0.1, 0.3), "very probably give the same answer. 2 of 9 examples make up half"),
         (0.8, 0.2, (0.1, 0.9), "might well give the opposite answer. 2 of 9 examples make up half"),
     ],
@@ -156,7 +159,7 @@ def test_as_many_examples_drive_it_as_make_up_half_of_the_pull():
 
 def test_a_particle_of_no_ensemble_is_refused(command, capsys):
     assert command("--particle=3", ensemble=False) == 2
-    assert "particle: expected an ensemble to take it from; got 3" in capsys.readouterr().err
+    assert "particle: expected --ensemble, the folder that it is in; got 3" in capsys.readouterr().err
 
 
 def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(command, tmp_path):
@@ -174,7 +177,7 @@ def test_more_examples_than_wanted_are_drawn_and_the_prior_counts_them_all(comma
         (["--subspace_dims=1"], "subspace_dims: expected a whole number of at least 2; got 1"),
         (["--curvature=fisher"], "curvature"),
         (["--prior_std=0"], "prior_std: expected a number above 0"),
-        (["--lora_r=4"], "lora_r: the adapters in .* say it themselves; leave it out"),
+        (["--lora_r=4"], "lora_r: the adapters in .* have their own; leave it out"),
     ],
 )
 def test_what_does_not_do_is_one_line_and_exit_code_2(command, extra, message, capsys):

@@ -65,7 +65,7 @@ def test_a_bad_value_is_named_with_what_was_expected(flag, value, message):
         (["--alpha_schedule", "cosine"], "alpha_controller: 'ess:0.5' .* excludes alpha_schedule 'cosine'"),
         (
             ["--num_particles", "1"],
-            "alpha_controller: 'ess:0.5' has nothing to steer .*; expected num_particles of at least 2; got 1",
+            "alpha_controller: 'ess:0.5' has no effect on a single .*; expected num_particles of at least 2; got 1",
         ),
         (["--alpha", "0"], r"alpha: expected a number from 0.0001 to alpha_max \(\S+\), .*; got 0$"),
         (["--alpha", "0.9", "--alpha_max", "0.85"], r"alpha: .* to alpha_max \(0.85\), .*; got 0.9$"),

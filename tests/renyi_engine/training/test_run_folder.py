@@ -106,7 +106,7 @@ def test_a_finished_run_without_checkpoints_is_set_aside_before_it_begins_again(
 def test_fewer_steps_than_are_done_are_refused_and_change_nothing(long_run):
     run, config = long_run
     before = contents(run)
-    with pytest.raises(ValueError, match=r"max_steps: 3 steps are asked for, and .*checkpoint-8 is 8 steps on"):
+    with pytest.raises(ValueError, match=r"max_steps: 3 steps are asked for, but .*checkpoint-8 is already at step 8"):
         train(replace(config, resume_from_checkpoint="true", max_steps=3))
     assert contents(run) == before
 
