@@ -119,7 +119,7 @@ def test_one_target_that_is_no_name_is_a_regular_expression(given, expected):
         ("alpha_schedule", "step", "one of constant, linear, cosine; got 'step'"),
         ("use_rslora", "no", "True or False; got 'no'"),
         ("max_steps", 2.5, "a whole number; got 2.5"),
-        ("report_to", "none", "a list; got 'none'"),
+        ("report_to", 1, "a list; got 1"),
         ("layers_to_transform", 1, "a list; got 1"),
     ],
 )
