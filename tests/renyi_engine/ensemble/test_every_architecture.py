@@ -38,7 +38,7 @@ def test_every_particle_is_the_model_alone_with_its_adapter_merged(attached):
     for num_sequences, padding in BATCHES:
         batch = attached.batch(num_sequences, padding)
         if padding == "left" and not ensemble.pads_left:
-            with pytest.raises(ValueError, match="padding on the right"):
+            with pytest.raises(ValueError, match="pad on the right"):
                 ensemble.sequence_logprob(batch)
             continue
         with torch.no_grad():
