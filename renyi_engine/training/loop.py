@@ -122,6 +122,7 @@ class Loop:
             progress.say(f"particles: {self.run.particles}")
             if self.run.records.has_training():  # not if a callback ended the run before its first step
                 progress.say(f"report: {write_report([self.run.path], self.run.path / REPORT_FILE)}")
+            self.callbacks.tell("on_train_end")  # last, so that an error in a callback loses nothing
         return evaluation
 
     # ------------------------------------------------------------------ begin, step, end
@@ -143,10 +144,10 @@ class Loop:
 
     def _one_step(self) -> None:
         config, state = self.config, self.state
-        self.callbacks.tell("on_step_begin")
         learning_rate = config.learning_rate * self.learning_rate_factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.callbacks.tell("on_step_begin")
         alpha = self.coupling.at(state.step)
         examples = [self.dataset.train[i] for i in self.sampler.examples(state.position)]
         labels = sum(example.num_labels for example in examples)
@@ -239,7 +240,6 @@ class Loop:
         self._require_finite_loss()
         self._evaluate()
         assert self.evaluation is not None
-        self.callbacks.tell("on_train_end")
         return self.evaluation[1]
 
     # ------------------------------------------------------------------ what is written

@@ -268,6 +268,31 @@ def test_a_run_that_is_told_to_stop_is_whole(evaluated, event):
     assert [call for call in seen.calls if call[0] == "on_train_end"] == [("on_train_end", last)]
 
 
+def test_an_error_at_the_very_end_loses_nothing(sft_config):
+    def broken(event, state, control):
+        if event == "on_train_end":
+            raise ConnectionError("the tracker is away")
+
+    config = sft_config(max_steps=2)
+    with pytest.raises(ConnectionError):
+        Trainer(config, callbacks=[Recorder(broken)]).train()
+    run = Path(config.output_dir)
+    assert read_json(run / "run.json")["status"] == "finished"
+    assert (run / "particles" / "p002").is_dir()
+    assert (run / "report.html").is_file()
+
+
+def test_a_learning_rate_that_a_callback_sets_before_a_step_is_used_in_it(sft_config):
+    class Frozen(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+
+    result = Trainer(sft_config(max_steps=2), callbacks=[Frozen]).train()
+    assert [line["learning_rate"] for line in metrics(result.output_dir)] == [0.0, 0.0]
+    assert all((B == 0).all() for _, B in result.ensemble.stacked().values())
+
+
 def test_a_stopped_run_is_resumed_exactly(sft_config, tmp_path):
     settings = {"max_steps": 10, "logging_steps": 5, "save_steps": 100, "lr_scheduler_type": "cosine"}
     straight = sft_config(output_dir=str(tmp_path / "straight"), **settings)
