@@ -1,35 +1,33 @@
-from . import files as files
-from . import output_folder as output_folder
-from . import seeding as seeding
-from . import typos as typos
-from .files import read_json as read_json
-from .files import write_text as write_text
-from .flags import Parser as Parser
-from .flags import parse as parse
-from .memory import DoesNotFit as DoesNotFit
-from .memory import is_out_of_memory as is_out_of_memory
-from .memory import must_fit as must_fit
-from .memory import size_of_memory as size_of_memory
-from .messages import reason as reason
-from .messages import some as some
+from . import files as files, output_folder as output_folder, seeding as seeding, typos as typos
+from .files import read_json as read_json, write_text as write_text
+from .flags import Parser as Parser, parse as parse
+from .memory import (
+    DoesNotFit as DoesNotFit,
+    is_out_of_memory as is_out_of_memory,
+    must_fit as must_fit,
+    size_of_memory as size_of_memory,
+)
+from .messages import reason as reason, some as some
 from .output_folder import CONFIG_FILE as CONFIG_FILE
-from .progress import TrainingProgress as TrainingProgress
-from .progress import track as track
-from .settings import SQUARABLE as SQUARABLE
-from .settings import changes as changes
-from .settings import flag as flag
-from .settings import is_squarable as is_squarable
-from .settings import read_yaml as read_yaml
-from .settings import require as require
-from .settings import require_given as require_given
-from .settings import require_kinds as require_kinds
-from .settings import required as required
-from .settings import to_dict as to_dict
-from .settings import to_yaml as to_yaml
-from .signals import StopSignals as StopSignals
-from .signals import exit_at_once as exit_at_once
+from .progress import TrainingProgress as TrainingProgress, track as track
+from .settings import (
+    SQUARABLE as SQUARABLE,
+    changes as changes,
+    flag as flag,
+    is_squarable as is_squarable,
+    read_yaml as read_yaml,
+    require as require,
+    require_given as require_given,
+    require_kinds as require_kinds,
+    required as required,
+    to_dict as to_dict,
+    to_yaml as to_yaml,
+)
+from .signals import StopSignals as StopSignals, exit_at_once as exit_at_once
 from .software_versions import versions as versions
-from .terminal import one_line as one_line
-from .terminal import only_text as only_text
-from .terminal import use_plain_warnings as use_plain_warnings
-from .terminal import visible as visible
+from .terminal import (
+    one_line as one_line,
+    only_text as only_text,
+    use_plain_warnings as use_plain_warnings,
+    visible as visible,
+)

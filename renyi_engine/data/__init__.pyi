@@ -1,34 +1,33 @@
-from .batches import collate as collate
-from .batches import left_padded as left_padded
-from .batches import longest_first as longest_first
-from .batches import pad_token_id as pad_token_id
-from .columns import columns_of as columns_of
-from .columns import missing_column as missing_column
-from .columns import require_field as require_field
-from .columns import unexpected as unexpected
-from .columns import warn_unread as warn_unread
-from .conversation import CONTEXT_COLUMNS as CONTEXT_COLUMNS
-from .conversation import Context as Context
-from .conversation import is_conversation as is_conversation
-from .encoding import Encoder as Encoder
-from .encoding import encode_prompts as encode_prompts
-from .encoding import stop_tokens as stop_tokens
-from .examples import Dropped as Dropped
-from .examples import Example as Example
-from .examples import describe_dropped as describe_dropped
-from .examples import name_rows as name_rows
-from .examples import tokenize as tokenize
-from .excerpts import excerpt as excerpt
-from .excerpts import marked as marked
-from .reasoning import ANALYSIS as ANALYSIS
-from .reasoning import FINAL as FINAL
-from .reasoning import decode_answer as decode_answer
-from .reasoning import without_thought as without_thought
-from .row_files import Row as Row
-from .row_files import csv_cells as csv_cells
-from .rows import Splits as Splits
-from .rows import content_hash as content_hash
-from .rows import given_rows as given_rows
-from .rows import load_splits as load_splits
+from .batches import (
+    collate as collate,
+    left_padded as left_padded,
+    longest_first as longest_first,
+    pad_token_id as pad_token_id,
+)
+from .columns import (
+    columns_of as columns_of,
+    missing_column as missing_column,
+    require_field as require_field,
+    unexpected as unexpected,
+    warn_unread as warn_unread,
+)
+from .conversation import CONTEXT_COLUMNS as CONTEXT_COLUMNS, Context as Context, is_conversation as is_conversation
+from .encoding import Encoder as Encoder, encode_prompts as encode_prompts, stop_tokens as stop_tokens
+from .examples import (
+    Dropped as Dropped,
+    Example as Example,
+    describe_dropped as describe_dropped,
+    name_rows as name_rows,
+    tokenize as tokenize,
+)
+from .excerpts import excerpt as excerpt, marked as marked
+from .reasoning import (
+    ANALYSIS as ANALYSIS,
+    FINAL as FINAL,
+    decode_answer as decode_answer,
+    without_thought as without_thought,
+)
+from .row_files import Row as Row, csv_cells as csv_cells
+from .rows import Splits as Splits, content_hash as content_hash, given_rows as given_rows, load_splits as load_splits
 from .sampling import StepSampler as StepSampler
 from .turns import common_prefix as common_prefix

@@ -1,17 +1,13 @@
-from . import adapter_folder as adapter_folder
-from . import model_limits as model_limits
-from . import targets as targets
+from . import adapter_folder as adapter_folder, model_limits as model_limits, targets as targets
 from .adapted_maps import Rows as Rows
-from .config import AdapterConfig as AdapterConfig
-from .config import EnsembleConfig as EnsembleConfig
-from .config import ModelConfig as ModelConfig
-from .fingerprint import Fingerprint as Fingerprint
-from .fingerprint import difference as difference
-from .fingerprint import is_fingerprint as is_fingerprint
-from .lora_ensemble import LoraEnsemble as LoraEnsemble
-from .lora_ensemble import sum_tokens as sum_tokens
-from .model_limits import changing_positions as changing_positions
-from .model_limits import check_tokens as check_tokens
-from .model_limits import num_positions as num_positions
-from .model_limits import use_a_pad_token_within as use_a_pad_token_within
+from .borrowed_model import require_bare as require_bare
+from .config import AdapterConfig as AdapterConfig, EnsembleConfig as EnsembleConfig, ModelConfig as ModelConfig
+from .fingerprint import Fingerprint as Fingerprint, difference as difference, is_fingerprint as is_fingerprint
+from .lora_ensemble import LoraEnsemble as LoraEnsemble, sum_tokens as sum_tokens
+from .model_limits import (
+    changing_positions as changing_positions,
+    check_tokens as check_tokens,
+    num_positions as num_positions,
+    use_a_pad_token_within as use_a_pad_token_within,
+)
 from .peft_adapter import is_number as is_number

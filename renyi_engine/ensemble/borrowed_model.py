@@ -9,15 +9,11 @@ from transformers import PreTrainedModel
 
 _MARK = "_renyi_ensemble"
 """The attribute of a model that carries an ensemble."""
+_CARRIES = "model: it already carries an ensemble; call detach() on that one first"
 
 
-@contextmanager
-def claimed(model: PreTrainedModel) -> Iterator[None]:
-    """The block puts an ensemble on the model. From then on, no other one can be put on it, unless the block fails.
-
-    Raises:
-        TypeError: it is no transformers model. ValueError: it already carries an ensemble or PEFT adapters.
-    """
+def require_bare(model: PreTrainedModel) -> None:
+    """Raise TypeError if it is no transformers model, ValueError if it already carries an ensemble or PEFT adapters."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers PreTrainedModel; got {type(model).__name__}; "
@@ -25,9 +21,21 @@ def claimed(model: PreTrainedModel) -> Iterator[None]:
         )
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_A" in name for name, _ in model.named_modules()):
         raise ValueError("model: it already carries PEFT adapters; pass the bare base model")
+    if _MARK in vars(model):
+        raise ValueError(_CARRIES)
+
+
+@contextmanager
+def claimed(model: PreTrainedModel) -> Iterator[None]:
+    """The block puts an ensemble on the model. From then on, no other one can be put on it, unless the block fails.
+
+    Raises:
+        TypeError, ValueError: see `require_bare`.
+    """
+    require_bare(model)
     mine = object()
     if vars(model).setdefault(_MARK, mine) is not mine:  # atomic: of two threads, one gets it
-        raise ValueError("model: it already carries an ensemble; call detach() on that one first")
+        raise ValueError(_CARRIES)
     try:
         yield
     except BaseException:

@@ -1,17 +1,14 @@
-from .answer_policy import Policy as Policy
-from .answer_policy import calibrate as calibrate
-from .answer_policy import decide as decide
-from .config import EvalConfig as EvalConfig
-from .config import GenerateConfig as GenerateConfig
-from .config import MmluConfig as MmluConfig
-from .config import NllConfig as NllConfig
-from .config import RefusalConfig as RefusalConfig
+from .answer_policy import Policy as Policy, calibrate as calibrate, decide as decide
+from .config import (
+    EvalConfig as EvalConfig,
+    GenerateConfig as GenerateConfig,
+    MmluConfig as MmluConfig,
+    NllConfig as NllConfig,
+    RefusalConfig as RefusalConfig,
+)
 from .generate import answer as answer
 from .mmlu.evaluate import evaluate_mmlu as evaluate_mmlu
-from .mmlu.questions import COMPLETIONS as COMPLETIONS
-from .mmlu.questions import load_questions as load_questions
-from .mmlu.questions import prompt as prompt
+from .mmlu.questions import COMPLETIONS as COMPLETIONS, load_questions as load_questions, prompt as prompt
 from .nll.evaluate import evaluate_nll as evaluate_nll
 from .refusal.evaluate import evaluate_refusal as evaluate_refusal
-from .uncertainty import Predictive as Predictive
-from .uncertainty import predictive as predictive
+from .uncertainty import Predictive as Predictive, predictive as predictive

@@ -1,35 +1,27 @@
-from .alpha import FINITE_ALPHA as FINITE_ALPHA
-from .alpha import AlphaStarController as AlphaStarController
-from .alpha import Coupling as Coupling
-from .alpha import EssController as EssController
-from .alpha import Schedule as Schedule
-from .alpha import ScheduleName as ScheduleName
-from .alpha import alpha_rule as alpha_rule
-from .alpha import parse_controller as parse_controller
-from .dpo import ACCURACY as ACCURACY
-from .dpo import MARGIN as MARGIN
-from .dpo import DpoTask as DpoTask
+from .alpha import (
+    FINITE_ALPHA as FINITE_ALPHA,
+    AlphaStarController as AlphaStarController,
+    Coupling as Coupling,
+    EssController as EssController,
+    Schedule as Schedule,
+    ScheduleName as ScheduleName,
+    alpha_rule as alpha_rule,
+    parse_controller as parse_controller,
+)
+from .dpo import ACCURACY as ACCURACY, MARGIN as MARGIN, DpoTask as DpoTask
 from .loss import data_term as data_term
-from .metrics import ESS as ESS
-from .metrics import EVAL as EVAL
-from .metrics import LOSS as LOSS
-from .metrics import Metric as Metric
-from .metrics import Nll as Nll
-from .metrics import nll_per as nll_per
-from .prior import PriorName as PriorName
-from .prior import potential_curvature as potential_curvature
-from .prior import prior_term as prior_term
-from .scoring import Evaluation as Evaluation
-from .scoring import evaluate as evaluate
-from .scoring import means as means
-from .scoring import sums as sums
+from .metrics import ESS as ESS, EVAL as EVAL, LOSS as LOSS, Metric as Metric, Nll as Nll, nll_per as nll_per
+from .prior import PriorName as PriorName, potential_curvature as potential_curvature, prior_term as prior_term
+from .scoring import Evaluation as Evaluation, evaluate as evaluate, means as means, sums as sums
 from .sft import SftTask as SftTask
-from .task import Item as Item
-from .task import Scores as Scores
-from .task import Task as Task
-from .task import check_fits as check_fits
-from .task import cut_rows as cut_rows
-from .task import describe_rows as describe_rows
-from .task import length as length
-from .task import metrics_of as metrics_of
-from .task import read_items as read_items
+from .task import (
+    Item as Item,
+    Scores as Scores,
+    Task as Task,
+    check_fits as check_fits,
+    cut_rows as cut_rows,
+    describe_rows as describe_rows,
+    length as length,
+    metrics_of as metrics_of,
+    read_items as read_items,
+)

@@ -1,22 +1,22 @@
-from . import charts as charts
-from . import glossary as glossary
-from . import page as page
-from . import pictures as pictures
-from .charts import lines as lines
-from .charts import scatter as scatter
-from .page import Picture as Picture
-from .page import Section as Section
-from .page import Table as Table
-from .page import as_text as as_text
-from .page import page_title as page_title
-from .page import write_page as write_page
-from .pictures import ACCENT as ACCENT
-from .pictures import COLOURS as COLOURS
-from .pictures import HEAT as HEAT
-from .pictures import INK as INK
-from .pictures import MUTED as MUTED
-from .pictures import PAPER as PAPER
-from .pictures import SMALL as SMALL
-from .pictures import Array as Array
-from .pictures import order_examples as order_examples
-from .pictures import particle_colours as particle_colours
+from . import charts as charts, glossary as glossary, page as page, pictures as pictures
+from .charts import lines as lines, scatter as scatter
+from .page import (
+    Picture as Picture,
+    Section as Section,
+    Table as Table,
+    as_text as as_text,
+    page_title as page_title,
+    write_page as write_page,
+)
+from .pictures import (
+    ACCENT as ACCENT,
+    COLOURS as COLOURS,
+    HEAT as HEAT,
+    INK as INK,
+    MUTED as MUTED,
+    PAPER as PAPER,
+    SMALL as SMALL,
+    Array as Array,
+    order_examples as order_examples,
+    particle_colours as particle_colours,
+)

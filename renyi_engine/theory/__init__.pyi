@@ -1,10 +1,14 @@
-from .finite import Posterior as Posterior
-from .finite import mixture_loss as mixture_loss
-from .finite import objective as objective
-from .finite import reweighted as reweighted
-from .finite import self_consistent_posterior as self_consistent_posterior
-from .finite import threshold as threshold
-from .two_regimes import GaussianPosterior as GaussianPosterior
-from .two_regimes import Prediction as Prediction
-from .two_regimes import TwoRegimes as TwoRegimes
-from .two_regimes import fit as fit
+from .finite import (
+    Posterior as Posterior,
+    mixture_loss as mixture_loss,
+    objective as objective,
+    reweighted as reweighted,
+    self_consistent_posterior as self_consistent_posterior,
+    threshold as threshold,
+)
+from .two_regimes import (
+    GaussianPosterior as GaussianPosterior,
+    Prediction as Prediction,
+    TwoRegimes as TwoRegimes,
+    fit as fit,
+)

@@ -1,11 +1,6 @@
-from .config import DpoConfig as DpoConfig
-from .config import SftConfig as SftConfig
-from .config import TrainConfig as TrainConfig
+from .config import DpoConfig as DpoConfig, SftConfig as SftConfig, TrainConfig as TrainConfig
 from .dry_run import describe_run as describe_run
 from .export import export_particles as export_particles
-from .loop import TrainingDiverged as TrainingDiverged
-from .loop import TrainingInterrupted as TrainingInterrupted
+from .loop import TrainingDiverged as TrainingDiverged, TrainingInterrupted as TrainingInterrupted
 from .report import write_report as write_report
-from .trainer import Trainer as Trainer
-from .trainer import TrainResult as TrainResult
-from .trainer import train as train
+from .trainer import Trainer as Trainer, TrainResult as TrainResult, train as train

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from renyi_engine import base_model
 from renyi_engine.core import require_given
-from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.ensemble import LoraEnsemble, require_bare
 from renyi_engine.objectives import Evaluation, check_fits
 from renyi_engine.training.callbacks import Callbacks
 from renyi_engine.training.config import DpoConfig, SftConfig, TrainConfig
@@ -112,6 +112,8 @@ class Trainer:
         config = self.config
         if self.model is None:
             base_model.load_config(config)
+        else:
+            require_bare(self.model)
         with RunFolder.open(config) as run:
             task = make_task(config, self._tokenizer())
             dataset = load_dataset(config, task, self.train_dataset, self.eval_dataset)

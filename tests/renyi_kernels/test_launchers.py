@@ -11,8 +11,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
 import renyi_kernels.torch_ops.grouped_lora as torch_passes
 import renyi_kernels.triton_ops.grouped_lora as lora_passes

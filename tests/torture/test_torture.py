@@ -14,8 +14,7 @@ import pytest
 from renyi_kernels import grouped_lora
 
 from .kinds import SHARES
-from .ops import attack, drawing
-from .ops import grouped_lora as lora
+from .ops import attack, drawing, grouped_lora as lora
 from .runs import differences
 from .tally import Tally
 

@@ -22,8 +22,7 @@ from renyi_engine.core import files, output_folder, track, versions
 from renyi_engine.evaluation.choices import context_length, encode_choices, score_choices
 from renyi_engine.evaluation.config import MmluConfig
 from renyi_engine.evaluation.evaluated_model import Subject, load_subject
-from renyi_engine.evaluation.mmlu import lm_eval, report
-from renyi_engine.evaluation.mmlu import questions as mmlu_questions
+from renyi_engine.evaluation.mmlu import lm_eval, questions as mmlu_questions, report
 from renyi_engine.evaluation.mmlu.questions import COMPLETIONS, SUBJECTS, Question
 from renyi_engine.evaluation.uncertainty import predictive
 from renyi_engine.reports import as_text, page_title, write_page

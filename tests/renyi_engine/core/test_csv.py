@@ -6,8 +6,7 @@ import csv
 from dataclasses import asdict, dataclass
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from renyi_engine.core.files import write_csv
 

@@ -10,8 +10,7 @@ import unicodedata
 import warnings
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from rich.console import Console
 
 from renyi_engine import cli

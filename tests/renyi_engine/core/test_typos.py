@@ -6,8 +6,7 @@ import dataclasses
 import string
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from renyi_engine.core import typos
 from renyi_engine.evaluation import config as eval_config

@@ -6,8 +6,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from renyi_engine.data import reasoning
 from renyi_engine.data.reasoning import decode_answer, without_thought

@@ -11,8 +11,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.ensemble.lora_ensemble import sum_tokens

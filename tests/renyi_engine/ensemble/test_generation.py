@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.ensemble.generation import draw

@@ -9,8 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from renyi_engine import EnsembleConfig
 from renyi_engine.ensemble.initial_adapters import initial_adapters

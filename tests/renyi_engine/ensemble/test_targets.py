@@ -9,8 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from transformers.pytorch_utils import Conv1D
 
 from renyi_engine import EnsembleConfig, LoraEnsemble

@@ -9,8 +9,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from renyi_engine.evaluation.uncertainty import Predictive, predictive
 

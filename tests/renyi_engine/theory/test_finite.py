@@ -11,8 +11,7 @@ import math
 import mpmath
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 
 from renyi_engine.theory.finite import mixture_loss, objective, reweighted, self_consistent_posterior, threshold

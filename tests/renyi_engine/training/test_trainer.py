@@ -191,6 +191,13 @@ def test_rows_that_cannot_be_used_are_refused_by_name(sft_config, monkeypatch, a
         Trainer(sft_config(), **{argument: value}).train()
 
 
+def test_a_given_model_that_carries_an_ensemble_is_refused_before_the_data_are_read(sft_config, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    LoraEnsemble.attach(model)
+    with pytest.raises(ValueError, match="model: it already carries an ensemble"):
+        Trainer(sft_config(dataset_name="gone.jsonl"), model=model).train()
+
+
 def test_a_given_model_in_float16_is_refused(sft_config, parts):
     with pytest.raises(ValueError, match="is stored in float16, whose range is too small"):
         Trainer(sft_config(), model=parts["model"].half()).train()

@@ -12,8 +12,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch.autograd import gradcheck
 
 from renyi_kernels import linear_logprob

@@ -8,8 +8,7 @@ from __future__ import annotations
 import mpmath
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 
 from ..marks import ALPHAS
 

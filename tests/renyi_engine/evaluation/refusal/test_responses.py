@@ -9,8 +9,7 @@ import re
 import warnings
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from renyi_engine.core import files
 from renyi_engine.evaluation.refusal.responses import BASE, CHECKSUM, Response, ResponseFile

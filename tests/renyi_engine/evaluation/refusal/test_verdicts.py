@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from renyi_engine.evaluation.refusal.verdicts import LABELS, UNPARSED, Exchange, judge_prompt, parse_answer
 
