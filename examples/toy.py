@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
 CHARACTERS = ["\n", *map(chr, range(32, 127))]
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where model/, data/, pairs.jsonl, exam/ and requests.csv go")
     folder = parser.parse_args().folder
     characters = tokenizer()
+    logging.disable_progress_bar()
     characters.save_pretrained(folder / "model")
     model(len(characters)).save_pretrained(folder / "model")
     write(folder / "data" / "train.jsonl", questions(PLACES[:-1]))
