@@ -15,13 +15,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from renyi_engine.core import typos
-from renyi_engine.core.settings import REQUIRED, read_yaml, require_given, short
+from renyi_engine.core.settings import REQUIRED, read_yaml, require_given, short, without_none
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -160,7 +159,7 @@ def make_parser(cls: type[DataclassInstance], prog: str, *, dry_run: bool = Fals
     groups[ADVANCED] = parser.add_argument_group(ADVANCED)
     hints = get_type_hints(cls)
     for setting in settings:
-        _add_flag(groups[setting.metadata["group"]], setting, _without_none(hints[setting.name]))
+        _add_flag(groups[setting.metadata["group"]], setting, without_none(hints[setting.name]))
     general.add_argument(
         "--config", type=Path, metavar="FILE", help="A YAML file with the same names. Flags override what it says."
     )
@@ -201,12 +200,6 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def _without_none(hint: Any) -> Any:
-    """The type of a setting that may have no value: int of int | None."""
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-    return kinds[0] if NoneType in get_args(hint) else hint
-
-
 def _truth(text: str) -> bool:
     for value, words in ((True, ("true", "yes", "on", "y", "t", "1")), (False, ("false", "no", "off", "n", "f", "0"))):
         if text.lower() in words:
@@ -243,6 +236,8 @@ def _as_flags(values: dict[str, Any], cls: type[DataclassInstance], source: Path
             f"{source}: kind: expected the settings of {kind}; got those of {short(values['kind'])}; give the file to "
             "the command that it was made for"
         )
+    if hasattr(cls, "in_todays_words"):
+        values = cls.in_todays_words(values)
     for name, value in values.items():
         if name == "kind" and kind is not None:
             continue

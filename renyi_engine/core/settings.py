@@ -60,7 +60,7 @@ def require_kinds(settings: Any) -> None:
         value, hint = getattr(settings, setting.name), hints[setting.name]
         if value is None and NoneType in get_args(hint):
             continue
-        kind = next((kind for kind in get_args(hint) if NoneType in get_args(hint) and kind is not NoneType), hint)
+        kind = without_none(hint)
         if get_origin(kind) is Literal:
             expected, holds = f"one of {', '.join(get_args(kind))}", value in get_args(kind)
         elif get_origin(kind) is list:
@@ -75,6 +75,12 @@ def require_kinds(settings: Any) -> None:
             continue
         if not holds:
             raise ValueError(f"{setting.name}: expected {expected}; got {short(value)}")
+
+
+def without_none(hint: Any) -> Any:
+    """The type of a setting that may have no value: int of int | None."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) else hint
 
 
 def require_given(settings: Any, *more: str, excused: Collection[str] = ()) -> None:
@@ -114,9 +120,6 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _AsSaved) -> dict[str,
         raise ValueError(f"{path}: not a readable YAML file ({reason})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines; got {type(values).__name__}")
-    if "group_by_length" in values:  # as versions before the first release called it
-        grouped = str(values.pop("group_by_length")).lower() in ("true", "yes", "on")
-        values.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")
     return values
 
 

@@ -8,7 +8,7 @@ reaches them as plain numbers: see `records.numbers`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ class Callbacks:
         self.state.max_steps, self.state.num_train_epochs = max_steps, num_epochs
         self.state.log_history, self.state.best_metric, self.state.best_global_step = [], None, None
         for record in history:
-            self._remember(record)
-            self._compare_with_best(record)
+            self._compare_with_best(self._remember(record))
         self._find_best_checkpoint()
         if self.arguments is not None and not has_held_out:
             self.arguments.eval_strategy = type(self.arguments.eval_strategy)("no")
@@ -85,12 +84,12 @@ class Callbacks:
 
     def log(self, record: Record) -> None:
         """Hand on a line of metrics.jsonl."""
-        logs = self._remember(record)
-        del logs[STEP.name]
+        found = self._remember(record)
+        logs = {name: value for name, value in found.items() if name != STEP.name}
         self.tell("on_log", logs=dict(logs))
         if is_evaluation(record):
             self.tell("on_evaluate", metrics=dict(logs))
-            self._compare_with_best(record)
+            self._compare_with_best(found)
             self._find_best_checkpoint()
 
     def saved(self) -> None:
@@ -112,16 +111,16 @@ class Callbacks:
                     setattr(callback, name, value)
 
     def _remember(self, record: Record) -> dict[str, float]:
-        logs = numbers(record, self.task)
-        self.state.log_history.append(dict(logs))
-        return logs
+        found = numbers(record, self.task)
+        self.state.log_history.append(dict(found))
+        return found
 
-    def _compare_with_best(self, record: Record) -> None:
-        value, best = numbers(record, self.task).get(EVAL + self.best.name), self.state.best_metric
+    def _compare_with_best(self, found: Mapping[str, float]) -> None:
+        value, best = found.get(EVAL + self.best.name), self.state.best_metric
         if value is None:
             return
         if best is None or (value > best if self.best.better == "higher" else value < best):
-            self.state.best_metric, self.state.best_global_step = value, record[STEP.name]
+            self.state.best_metric, self.state.best_global_step = value, int(found[STEP.name])
 
     def _find_best_checkpoint(self) -> None:
         """The checkpoint of the best step, if there is one and it is kept."""

@@ -7,9 +7,9 @@ torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from renyi_engine.core import SQUARABLE, flag, is_squarable, require, require_given, require_kinds, required
 from renyi_engine.ensemble import AdapterConfig, EnsembleConfig
@@ -240,6 +240,16 @@ class TrainConfig(AdapterConfig):
         if name == "ess":
             return EssController(value, self.num_particles, self.alpha, self.alpha_max)
         return AlphaStarController(value, self.alpha_max, self.alpha_star_steps, estimate)
+
+    @classmethod
+    def in_todays_words(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of this kind as a file holds them, of an earlier version too: it saved no kind, and said
+        group_by_length true or false."""
+        values = {"kind": cls.kind} | dict(saved)
+        if "group_by_length" in values:
+            grouped = str(values.pop("group_by_length")).lower() in ("true", "yes", "on")
+            values.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")
+        return values
 
     @property
     def alpha_varies(self) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +271,11 @@ class Loop:
         if self.evaluation is not None and self.evaluation[0] == state.step:
             return
         with must_fit("an evaluation", "lower --per_device_eval_batch_size"):
-            examples = held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
-            found = evaluate(self.ensemble, self.task, examples, config.per_device_eval_batch_size)
+            found = evaluate(self.ensemble, self.task, self._evaluated, config.per_device_eval_batch_size)
         self.evaluation = state.step, found
         summary = found.summary(state.alpha)
         split = "held-out" if held_out else "training"
-        texts = [excerpt(self.task.tokenizer, example.sequences[0]) for example in examples]
-        self.run.records.write_evaluation(state.step, split, state.alpha, found, texts)
+        self.run.records.write_evaluation(state.step, split, state.alpha, found, self._texts)
         self.progress.say(
             f"{'held-out' if held_out else 'training examples:'} {self.task.headline(summary)}, mean particle NLL "
             f"{summary[self.task.nll.mean_particle.name]:.3f} nats/{self.task.unit}, "
@@ -287,6 +286,15 @@ class Loop:
             record = record_contents.evaluation_record(state, summary, self._epoch)
             self.run.records.log(record)
             self.callbacks.log(record)
+
+    @property
+    def _evaluated(self) -> list[Any]:
+        return self.dataset.held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """How each evaluated example begins; every evaluation of the run writes the same."""
+        return [excerpt(self.task.tokenizer, example.sequences[0]) for example in self._evaluated]
 
     def _evaluation_is_missing(self) -> bool:
         """Whether a signal stopped the run at a step at which it evaluates: see `_interrupt`."""

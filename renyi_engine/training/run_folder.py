@@ -146,7 +146,7 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
         raise ValueError(
             f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
         )
-    if diff := changes(to_dict(config), {"kind": config.kind} | read_yaml(path / CONFIG_FILE), _MAY_CHANGE):
+    if diff := changes(to_dict(config), config.in_todays_words(read_yaml(path / CONFIG_FILE)), _MAY_CHANGE):
         raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
     if wanted == "true":
         with _resuming():
