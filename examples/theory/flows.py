@@ -91,7 +91,7 @@ def objective(slopes: Tensor, data: Data, alpha: float, prior: PriorName, bandwi
     """J of slopes [K, 1]: a scalar, in nats per example."""
     loss, _ = data_term(log_likelihood(slopes, data), alpha, NUM_EXAMPLES)
     return loss + prior_term(
-        prior, [slopes], weight=PRIOR_WEIGHT, num_examples=NUM_EXAMPLES, std=PRIOR_STD, bandwidth=bandwidth
+        prior, slopes, weight=PRIOR_WEIGHT, num_examples=NUM_EXAMPLES, std=PRIOR_STD, bandwidth=bandwidth
     )
 
 

@@ -10,4 +10,5 @@ from .model_limits import (
     num_positions as num_positions,
     use_a_pad_token_within as use_a_pad_token_within,
 )
+from .particle_matrix import ParticleMatrix as ParticleMatrix
 from .peft_adapter import is_number as is_number

@@ -5,7 +5,7 @@ Layout: K particles, B sequences, T tokens, I/O in/out features, R rank. Rows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, cast
@@ -26,7 +26,7 @@ class Rows(Enum):
 
 
 class StackedAdapter(nn.Module):
-    """The K adapters of one linear map: A [K, R, I] and B [K, O, R], fp32."""
+    """The K adapters of one linear map: A [K, R, I] and B [K, O, R], fp32. The parameters share the given memory."""
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         super().__init__()
@@ -36,6 +36,48 @@ class StackedAdapter(nn.Module):
     @property
     def num_particles(self) -> int:
         return self.A.shape[0]
+
+
+class AdapterGroup:
+    """The adapters of maps that read one input, and the copies of them that the products read.
+
+    `copies`: the A of all maps as one block [K, R_1 + ... + R_n, I], and the B of each map, in the base's dtype. They
+    are the business of `particle_matrix`.
+    """
+
+    def __init__(self, stacks: Sequence[StackedAdapter]) -> None:
+        self.stacks = list(stacks)
+        self.copies: tuple[Tensor, list[Tensor]] | None = None
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Take the parameters that the adapters hold now as those that were copied."""
+        self._copied = [(stack.A, stack.B) for stack in self.stacks]
+
+    @property
+    def num_particles(self) -> int:
+        return self.stacks[0].num_particles
+
+    def copies_in(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]] | None:
+        """The copies, unless they are of another dtype, or somebody has put other tensors in the parameters' places
+        (as torch.func.functional_call does)."""
+        if self.copies is None or self.copies[0].dtype != dtype:
+            return None
+        same = all(stack.A is A and stack.B is B for stack, (A, B) in zip(self.stacks, self._copied, strict=True))
+        return self.copies if same else None
+
+
+class _Copied(torch.autograd.Function):
+    """A parameter, read from its copy in another dtype. The gradient goes to the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0].to(ctx.dtype), None
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -57,7 +99,7 @@ class MapGroup:
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], adapters: list[StackedAdapter], scaling: float, shared_input: bool
+        self, linears: Mapping[str, nn.Module], adapters: AdapterGroup, scaling: float, shared_input: bool
     ) -> None:
         self._paths, self._linears, self._adapters = list(linears), list(linears.values()), adapters
         self._scaling, self._shared_input = scaling, shared_input
@@ -93,7 +135,7 @@ class MapGroup:
         return output
 
     def _run(self, place: int, x: Tensor, shared: bool) -> dict[int, Tensor]:
-        K = self._adapters[0].num_particles
+        K = self._adapters.num_particles
         if x.shape[0] % K:
             raise _no_whole_sequences(self._paths[place], x, K)
         rows = _rows(x, K, shared)
@@ -107,7 +149,13 @@ class MapGroup:
             weights.append((weight.mT if isinstance(linear, Conv1D) else weight).to(rows.dtype))
             biases.append(None if bias is None else bias.to(rows.dtype))
         outputs = lora_linears(
-            rows, weights, biases, [a.A for a in self._adapters], [a.B for a in self._adapters], self._scaling
+            rows,
+            weights,
+            biases,
+            [stack.A for stack in self._adapters.stacks],
+            [stack.B for stack in self._adapters.stacks],
+            self._scaling,
+            copies=self._adapters.copies_in(rows.dtype),
         )
         return {j: y.view(*x.shape[:-1], -1) for j, y in enumerate(outputs)}
 
@@ -127,9 +175,9 @@ class OpaqueMap:
     """A map that only its own forward can run, such as a quantised one. A hook adds the update to its output."""
 
     def __init__(
-        self, path: str, linear: nn.Module, adapter: StackedAdapter, scaling: float, shared_input: bool
+        self, path: str, linear: nn.Module, adapters: AdapterGroup, scaling: float, shared_input: bool
     ) -> None:
-        self._path, self._linear, self._adapter = path, linear, adapter
+        self._path, self._linear, self._adapters = path, linear, adapters
         self._scaling, self._shared_input = scaling, shared_input
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -149,7 +197,7 @@ class OpaqueMap:
     def _before(self, rows: Callable[[], Rows], linear: nn.Module, args: tuple) -> tuple | None:
         if rows() is Rows.BASE:
             return None
-        K, x = self._adapter.num_particles, args[0]
+        K, x = self._adapters.num_particles, args[0]
         shared = self._shared_input and rows() is Rows.SHARED
         if x.shape[0] % K:
             raise _no_whole_sequences(self._path, x, K)
@@ -158,35 +206,39 @@ class OpaqueMap:
     def _after(self, rows: Callable[[], Rows], linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if rows() is Rows.BASE:
             return None
-        K, x = self._adapter.num_particles, args[0]
-        A, B = self._adapter.A.to(x.dtype), self._adapter.B.to(x.dtype)
+        K, x = self._adapters.num_particles, args[0]
+        A, B = self._in_dtype(x.dtype)
         if self._shared_input and rows() is Rows.SHARED:
             out = grouped_lora(x.flatten(0, -2), A, B, self._scaling, output.flatten(0, -2))
             return out.view(K * output.shape[0], *output.shape[1:])
         by_particle, base = x.reshape(K, -1, x.shape[-1]), output.reshape(K, -1, output.shape[-1])
         return grouped_lora(by_particle, A, B, self._scaling, base).view(output.shape)
 
+    def _in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        (stack,), copies = self._adapters.stacks, self._adapters.copies_in(dtype)
+        if copies is None or dtype == stack.A.dtype:
+            return stack.A.to(dtype), stack.B.to(dtype)
+        block, (B,) = copies
+        return _Copied.apply(stack.A, block), _Copied.apply(stack.B, B)
 
-def by_input(
-    linears: Mapping[str, nn.Module],
-    stacks: Mapping[str, StackedAdapter],
-    scaling: float,
-    inputs: Mapping[str, Tensor],
-    shared_input: Tensor | None,
-) -> Iterator[MapGroup | OpaqueMap]:
-    """Linear maps with their adapters. Plain maps that read the same tensor stand in one group. Mappings are by path.
 
-    `shared_input` is the input that is still the same for every particle, if there is one.
-    """
-    groups: dict[int, dict[str, nn.Module]] = {}
+def by_input(linears: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> list[list[str]]:
+    """The paths of linear maps, in groups. Plain maps that read the same tensor are in one group; any other map is
+    alone. Mappings are by path."""
+    groups: dict[int | str, list[str]] = {}
     for path, linear in linears.items():
-        if is_plain(linear):
-            groups.setdefault(id(inputs[path]), {})[path] = linear
-        else:
-            yield OpaqueMap(path, linear, stacks[path], scaling, inputs[path] is shared_input)
-    for group in groups.values():
-        shared = inputs[next(iter(group))] is shared_input
-        yield MapGroup(group, [stacks[path] for path in group], scaling, shared)
+        groups.setdefault(id(inputs[path]) if is_plain(linear) else path, []).append(path)
+    return list(groups.values())
+
+
+def adapted(
+    linears: Mapping[str, nn.Module], adapters: AdapterGroup, scaling: float, shared_input: bool
+) -> MapGroup | OpaqueMap:
+    """One group of `by_input` with its adapters. `shared_input`: what it reads is still the same for every particle."""
+    path, linear = next(iter(linears.items()))
+    if is_plain(linear):
+        return MapGroup(linears, adapters, scaling, shared_input)
+    return OpaqueMap(path, linear, adapters, scaling, shared_input)
 
 
 def _rows(x: Tensor, num_particles: int, shared_input: bool) -> Tensor:

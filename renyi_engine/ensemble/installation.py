@@ -12,7 +12,7 @@ Layout: K particles, B sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,20 +23,27 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from renyi_engine.ensemble import targets
-from renyi_engine.ensemble.adapted_maps import MapGroup, OpaqueMap, Rows, StackedAdapter, by_input
+from renyi_engine.ensemble.adapted_maps import MapGroup, OpaqueMap, Rows, adapted
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.forwards import Forwards
+from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 from renyi_engine.ensemble.trunk import RowDimensions, SharedTrunk
 
 
 class Installation:
     """The hooks, maps and functions of one ensemble on one model. A deep copy belongs to a copy of the model.
 
-    `stacks` holds the adapters of every adapted map by its path. They are in training mode when the ensemble is.
+    The adapters of `particles` are in training mode when the ensemble is. `groups`: the paths of the maps of each of
+    its groups.
     """
 
     def __init__(
-        self, model: PreTrainedModel, found: Architecture, stacks: Mapping[str, StackedAdapter], scaling: float
+        self,
+        model: PreTrainedModel,
+        found: Architecture,
+        particles: ParticleMatrix,
+        groups: Sequence[Sequence[str]],
+        scaling: float,
     ) -> None:
         layers_path, layers = targets.decoder_layers(model)
         numbers = {path: targets.layer_index(path, layers_path) for path in found.inputs}
@@ -45,10 +52,11 @@ class Installation:
         self.maps: list[MapGroup | OpaqueMap] = []
         self.trunk: SharedTrunk | None = None
         self._handles: list[RemovableHandle | Takeover] = []
-        self._model, self._found, self._stacks, self._scaling = model, found, stacks, scaling
-        self._first_layer = min(numbers[path] for path in stacks)
+        self._model, self._found, self._scaling = model, found, scaling
+        self._particles, self._groups = particles, groups
+        self._first_layer = min(numbers[path] for path in particles.stacks)
         # what the first adapted map reads is still the same for every particle
-        first_paths = (path for path in found.inputs if path in stacks and numbers[path] == self._first_layer)
+        first_paths = (path for path in found.inputs if path in particles.stacks and numbers[path] == self._first_layer)
         self._shared_input = found.inputs[next(first_paths)]
 
     @property
@@ -59,19 +67,18 @@ class Installation:
     def put_on(self, row_dimensions: Sequence[RowDimensions] | None) -> None:
         """Put everything on the model. Without `row_dimensions` there is no shared trunk."""
         found = self._found
-        linears = {path: self._model.get_submodule(path) for path in self._stacks}
-        # a map that runs several times in one forward is a group of its own: the copy of its input is read by no other
-        inputs = {path: x if path in found.once else x.clone() for path, x in found.inputs.items() if path in linears}
-        shared_input = None if row_dimensions is None else self._shared_input
-        for adapted in by_input(linears, self._stacks, self._scaling, inputs, shared_input):
-            adapted.install(self.forwards.rows)
-            self.maps.append(adapted)
+        for paths, adapters in zip(self._groups, self._particles.groups, strict=True):
+            linears = {path: self._model.get_submodule(path) for path in paths}
+            shared = row_dimensions is not None and found.inputs[paths[0]] is self._shared_input
+            group = adapted(linears, adapters, self._scaling, shared and paths[0] in found.once)
+            group.install(self.forwards.rows)
+            self.maps.append(group)
         self._handles.append(Takeover(found.decoder, "forward", self._decode))
         for layer in self.layers:
             for part in layer.children():
                 self._handles.append(part.register_forward_pre_hook(partial(_turn_dropout_off, layer)))
         if row_dimensions is not None:
-            first, K = self._first_layer, next(iter(self._stacks.values())).num_particles
+            first, K = self._first_layer, len(self._particles.values)
             self.trunk = SharedTrunk(self.layers[first:], row_dimensions[first:], K, self.forwards.rows)
 
     def take_off(self) -> None:
@@ -107,6 +114,9 @@ class Installation:
         """Runs in place of the decoder's `forward`, also when the model itself calls it."""
         with self.forward(self.forwards.asked):
             self._set_modes()
+            device = self._particles.values.device.type
+            low = torch.is_autocast_enabled(device)
+            self._particles.refresh(torch.get_autocast_dtype(device) if low else self._model.dtype)
             return forward(*args, **kwargs)
 
     def _set_modes(self) -> None:
@@ -116,7 +126,7 @@ class Installation:
         put into that mode, while the ensemble is in it and gradients are on: a checkpointed layer cannot use a cache.
         """
         self._model.eval()
-        learning = torch.is_grad_enabled() and next(iter(self._stacks.values())).training
+        learning = torch.is_grad_enabled() and next(iter(self._particles.stacks.values())).training
         for layer in self.layers:
             layer.training = learning and getattr(layer, "gradient_checkpointing", False)
             if layer.training and not isinstance(layer._gradient_checkpointing_func, Takeover):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from renyi_engine.core import is_out_of_memory
 from renyi_engine.ensemble import adapter_folder, architecture, base_check, generation, targets
-from renyi_engine.ensemble.adapted_maps import Rows, StackedAdapter
+from renyi_engine.ensemble.adapted_maps import Rows, by_input
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.borrowed_model import Loan, claimed
 from renyi_engine.ensemble.config import EnsembleConfig
 from renyi_engine.ensemble.fingerprint import Fingerprint, fingerprint
 from renyi_engine.ensemble.initial_adapters import initial_adapters
 from renyi_engine.ensemble.installation import Installation
+from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 from renyi_engine.ensemble.trunk import repeat_rows
 from renyi_kernels import IGNORE_INDEX
 
@@ -63,11 +64,16 @@ class LoraEnsemble(nn.Module):
         """Whether `generate` may use the model's cache; None until it has been tried."""
         self._loan = Loan(model)
         self._found = found
+        maps = {path: model.get_submodule(path) for path in adapters}
+        # a map that runs several times in one forward is alone: the copy of its input is read by no other
+        inputs = {path: found.inputs[path] if path in found.once else found.inputs[path].clone() for path in maps}
+        groups = by_input(maps, inputs)
+        self.particles = ParticleMatrix(groups, adapters, _device(maps))
+        """All parameters of all particles, in one matrix."""
         self.adapters = nn.ModuleDict()
-        for path, (A, B) in adapters.items():
-            stack = StackedAdapter(A, B).to(next(model.get_submodule(path).parameters()).device, torch.float32)
+        for path, stack in self.particles.stacks.items():
             self.adapters[path.replace(".", "/")] = stack  # torch allows no dot in a key of a ModuleDict
-        self._installation = Installation(model, found, self._stacks(), config.scaling)
+        self._installation = Installation(model, found, self.particles, groups, config.scaling)
         self._forwards, self.layers = self._installation.forwards, self._installation.layers
 
     # ------------------------------------------------------------------ making and unmaking
@@ -157,7 +163,7 @@ class LoraEnsemble(nn.Module):
     @property
     def paths(self) -> list[str]:
         """Paths of the adapted linear maps, in the model's order."""
-        return [key.replace("/", ".") for key in self.adapters]
+        return list(self.particles.stacks)
 
     @property
     def pads_left(self) -> bool:
@@ -166,10 +172,7 @@ class LoraEnsemble(nn.Module):
 
     def stacked(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [K, R, I], B [K, O, R]) of every adapted map by path."""
-        return {path: (stack.A, stack.B) for path, stack in self._stacks().items()}
-
-    def _stacks(self) -> dict[str, StackedAdapter]:
-        return {key.replace("/", "."): cast(StackedAdapter, stack) for key, stack in self.adapters.items()}
+        return {path: (stack.A, stack.B) for path, stack in self.particles.stacks.items()}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states ``[K, B, T, D]`` of every particle after the final norm, in the model's dtype. While the
@@ -301,6 +304,18 @@ class LoraEnsemble(nn.Module):
         """Drop what a forward or a checkpointed backward left in memory because an error cut it short."""
         self._installation.forget()
 
+    # ------------------------------------------------------------------ as a module
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self.particles.adopt()  # with assign=True the parameters are others now
+        return result
+
+    def _apply(self, *args: Any, **kwargs: Any) -> LoraEnsemble:
+        super()._apply(*args, **kwargs)
+        self.particles.adopt()
+        return self
+
     # ------------------------------------------------------------------ hooks
 
     def _install(self) -> None:
@@ -342,6 +357,15 @@ class LoraEnsemble(nn.Module):
         """Short texts, padded in the ways that the model can read."""
         ids, mask = architecture.batches(self.model)[1]
         return (ids, mask) if self.pads_left else (ids[1:], mask[1:])
+
+
+def _device(maps: Mapping[str, nn.Module]) -> torch.device:
+    """The device of all these maps."""
+    devices = {next(linear.parameters()).device: path for path, linear in maps.items()}
+    if len(devices) > 1:
+        where = ", ".join(f"{path} on {device}" for device, path in devices.items())
+        raise ValueError(f"model: its adapted maps lie on several devices ({where}); load the model onto one of them")
+    return next(iter(devices))
 
 
 def sum_tokens(token_logp: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """The priors on particles. Option B of the paper keeps them near zero; Option A also keeps them apart.
 
-Layout: K particles, P parameters of one particle. The vector phi_k is all A and B of particle k: its part of every
-stacked parameter [K, ...]. Values are in nats. They leave out the constants of the Gaussians, which have no gradient.
+Layout: K particles, P numbers of one particle. The vector phi_k is all A and B of particle k: row k of the matrix of
+particles [K, P]. Values are in nats. They leave out the constants of the Gaussians, which have no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ PriorName = Literal["none", "potential", "smoothed_kl"]
 
 def prior_term(
     name: PriorName,
-    parameters: Iterable[Tensor],
+    particles: Tensor,
     *,
     weight: float,
     num_examples: int,
@@ -28,23 +27,22 @@ def prior_term(
 
     Args:
         name: "potential" (Option B), "smoothed_kl" (Option A) or "none".
-        parameters: the stacked parameters, each ``[K, ...]``.
+        particles: ``[K, P]``.
         weight: lambda. num_examples: N, the number of training examples. std: sigma_0.
         bandwidth: h, or None for the median heuristic.
     """
-    stacked = [p.flatten(1) for p in parameters]
     if name == "none" or weight == 0.0:
-        return stacked[0].new_zeros(())
-    term = potential(stacked, std) if name == "potential" else smoothed_kl(stacked, std, bandwidth)
+        return particles.new_zeros(())
+    term = potential(particles, std) if name == "potential" else smoothed_kl(particles, std, bandwidth)
     return (weight / num_examples) * term
 
 
-def potential(stacked: list[Tensor], std: float) -> Tensor:
-    """(1/K) sum_k ||phi_k||^2 / (2 sigma_0^2): Option B of 4.1. `stacked`: the particles' parameters, each [K, P_i].
+def potential(particles: Tensor, std: float) -> Tensor:
+    """(1/K) sum_k ||phi_k||^2 / (2 sigma_0^2): Option B of 4.1.
 
     The sum leaves out a sick particle, one whose ||phi_k||^2 is not finite. K still counts it.
     """
-    norms = _squared_norms(stacked)
+    norms = particles.square().sum(dim=1)
     return norms.where(_healthy(norms), 0.0).sum() / (2.0 * std**2 * len(norms))
 
 
@@ -53,7 +51,7 @@ def potential_curvature(weight: float, num_examples: int, std: float) -> float:
     return weight / (num_examples * std**2)
 
 
-def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> Tensor:
+def smoothed_kl(particles: Tensor, std: float, bandwidth: float | None) -> Tensor:
     """(1/K) sum_k [log((1/K) sum_j kappa_h(phi_k - phi_j)) - log pi(phi_k)], eq. (22).
 
     kappa_h(d) = exp(-||d||^2 / (2 h^2)). With bandwidth None, h is SVGD's median heuristic, without a gradient of its
@@ -63,12 +61,12 @@ def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> T
     particles, with 1/K' before the sum over j, and log(K' + 1). Only the 1/K before the sum over k stays. As training
     takes K times the term, each healthy particle gets the gradient that it would get without the sick ones.
     """
-    norms = _squared_norms(stacked)
+    norms = particles.square().sum(dim=1)
     healthy = _healthy(norms.detach())
     num_healthy = healthy.sum()
     # the healthy particle that is nearest to zero stands in the place of every sick one
     nearest = norms.detach().where(healthy, torch.inf).argmin().view(1)
-    squared = squared_distances([p.where(healthy[:, None], p.detach().index_select(0, nearest)) for p in stacked])
+    squared = squared_distances(particles.where(healthy[:, None], particles.detach().index_select(0, nearest)))
     if bandwidth is not None:
         h2 = torch.as_tensor(bandwidth**2, dtype=squared.dtype, device=squared.device)
     else:
@@ -76,21 +74,17 @@ def smoothed_kl(stacked: list[Tensor], std: float, bandwidth: float | None) -> T
     h2 = h2.clamp(min=torch.finfo(h2.dtype).tiny)  # else 0, if the bandwidth is tiny or particles are equal
     log_kernel = (-squared / (2.0 * h2)).masked_fill(~healthy, -torch.inf)
     log_density = torch.logsumexp(log_kernel, dim=1) - num_healthy.log()
-    return log_density.where(healthy, 0.0).sum() / len(norms) + potential(stacked, std)
+    return log_density.where(healthy, 0.0).sum() / len(norms) + potential(particles, std)
 
 
-def squared_distances(stacked: list[Tensor]) -> Tensor:
+def squared_distances(particles: Tensor) -> Tensor:
     """||phi_k - phi_j||^2, [K, K]. The particle nearest to zero is subtracted from all first. So the Gram matrix loses
     no digits if particles are close to each other, or if one is far away."""
-    origin = _squared_norms(stacked).argmin().view(1)
-    gram = torch.stack([(c := p - p.detach().index_select(0, origin)) @ c.mT for p in stacked]).sum(dim=0)
+    nearest = particles.square().sum(dim=1).argmin().view(1)
+    centred = particles - particles.detach().index_select(0, nearest)
+    gram = centred @ centred.mT
     norms = gram.diagonal()
     return (norms[:, None] + norms[None, :] - 2.0 * gram).clamp(min=0.0)
-
-
-def _squared_norms(stacked: list[Tensor]) -> Tensor:
-    """||phi_k||^2, [K]."""
-    return torch.stack([p.square().sum(dim=1) for p in stacked]).sum(dim=0)
 
 
 def _healthy(norms: Tensor) -> Tensor:

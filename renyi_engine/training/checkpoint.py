@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from renyi_engine.core import files, some
-from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.ensemble import LoraEnsemble, ParticleMatrix
 
 MANIFEST_FILE = "manifest.json"
 ADAPTERS_FILE, OPTIMIZER_FILE, STATE_FILE = "adapters.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each parameter: a number, and two tensors of the parameter's shape."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of every parameter, beside the number of its steps."""
 
 
 class Incomplete(ValueError):
@@ -55,13 +55,13 @@ def save(
     temporary = files.temporary_name(final)
     temporary.mkdir()
     try:
-        parameters = dict(_named(ensemble))
-        files.write_tensors(temporary / ADAPTERS_FILE, parameters)
-        moments = {
-            f"{name}.{entry}": value
-            for name, parameter in parameters.items()
-            for entry, value in optimizer.state.get(parameter, {}).items()
-        }
+        particles = ensemble.particles
+        files.write_tensors(temporary / ADAPTERS_FILE, _named(particles, particles.values.detach()))
+        state_of_optimizer = optimizer.state[particles.values]
+        moments = {"step": state_of_optimizer["step"]} if state_of_optimizer else {}
+        for entry in _MOMENTS if moments else ():
+            named = _named(particles, state_of_optimizer[entry])
+            moments |= {f"{name}.{entry}": tensor for name, tensor in named.items()}
         files.write_tensors(temporary / OPTIMIZER_FILE, moments)
         files.write_json(temporary / STATE_FILE, {"step": step, **state})
         written = sorted(temporary.iterdir())
@@ -168,26 +168,24 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
     """
     verify(path)
     state = read_state(path)
-    parameters = dict(_named(ensemble))
+    particles = ensemble.particles
+    parameters = _named(particles, particles.values.detach())
     saved = files.read_tensors(path / ADAPTERS_FILE, stacked=True)
     moments = files.read_tensors(path / OPTIMIZER_FILE, stacked=True)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    _require_fitting(path / ADAPTERS_FILE, saved, shapes)
+    _require_fitting(path / ADAPTERS_FILE, saved, {name: tensor.shape for name, tensor in parameters.items()})
     if moments:  # none before the first update
-        of_moments = {
-            f"{name}.{entry}": torch.Size() if entry == "step" else shape
-            for name, shape in shapes.items()
-            for entry in _MOMENTS
-        }
-        _require_fitting(path / OPTIMIZER_FILE, moments, of_moments)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    for key, value in moments.items():
-        name, _, entry = key.rpartition(".")
-        parameter = parameters[name]
-        # the fused AdamW keeps its step counter beside its moments
-        optimizer.state[parameter][entry] = value.to(parameter.device)
+        _count_steps_once(path / OPTIMIZER_FILE, moments)
+        of_moments = {f"{name}.{entry}": tensor.shape for name, tensor in parameters.items() for entry in _MOMENTS}
+        _require_fitting(path / OPTIMIZER_FILE, moments, {"step": torch.Size(), **of_moments})
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+    if moments:
+        values, of_optimizer = particles.values, optimizer.state[particles.values]
+        of_optimizer["step"] = moments["step"].to(values.device)  # the fused AdamW keeps it beside its moments
+        for entry in _MOMENTS:
+            of_optimizer[entry] = torch.zeros_like(values)
+            for name, moment in _named(particles, of_optimizer[entry]).items():
+                moment.copy_(moments[f"{name}.{entry}"])
     return state
 
 
@@ -229,7 +227,17 @@ def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _named(ensemble: LoraEnsemble) -> Iterator[tuple[str, Tensor]]:
-    for path, (A, B) in ensemble.stacked().items():
-        yield f"{path}.lora_A", A
-        yield f"{path}.lora_B", B
+def _count_steps_once(file: Path, moments: dict[str, Tensor]) -> None:
+    """In older checkpoints, every parameter has a counter of its steps. They are all the same."""
+    counters = [name for name in moments if name.endswith(".step")]
+    steps = [moments.pop(name) for name in counters]
+    if steps:
+        if any(not step.equal(steps[0]) for step in steps):
+            raise ValueError(f"{file}: damaged; its parameters have made different numbers of steps")
+        moments["step"] = steps[0]
+
+
+def _named(particles: ParticleMatrix, matrix: Tensor) -> dict[str, Tensor]:
+    """The A and B of every map, as views of a matrix [K, P], by the names that they have in a checkpoint."""
+    sides = particles.named(matrix).items()
+    return {f"{path}.lora_{side}": tensor for path, pair in sides for side, tensor in zip("AB", pair, strict=True)}

@@ -75,7 +75,7 @@ class Loop:
         epochs = round(config.num_train_epochs * self.sampler.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else max(1, epochs)
         self.optimizer = torch.optim.AdamW(
-            ensemble.parameters(),
+            [ensemble.particles.values],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -183,6 +183,7 @@ class Loop:
                     alpha,
                     config,
                     num_train_examples,
+                    len(examples),
                     largest_nll,
                     self.callbacks.tell,
                 )
@@ -339,7 +340,6 @@ class Loop:
     def _halve_micro_batches(self, size: int, problem: str) -> None:
         """After an attempt with micro-batches of `size`; DoesNotFit if that was one."""
         config, state = self.config, self.state
-        self.optimizer.zero_grad()
         torch.cuda.empty_cache()  # blocks cut for the larger ones
         if size == 1:
             state.micro_batch_size = config.per_device_train_batch_size  # a resumed run may have more memory

@@ -1,61 +1,42 @@
 """One optimizer for K particles that do not touch each other: each is clipped, checked and skipped by itself.
 
-AdamW works on each number alone, so it does not couple the particles of a stacked tensor. Clipping them together would
-couple them: one particle with a large gradient would make the gradients of all others small.
+AdamW works on each number alone, so it does not couple the particles of one matrix. Clipping them together would couple
+them: one particle with a large gradient would make the gradients of all others small.
 
-Layout: K particles; parameters are stacked, [K, ...].
+Nothing here asks the device for a value: a particle that is not updated is chosen by a mask.
+
+Layout: K particles, P numbers of one particle.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def grad_norms(parameters: Sequence[Tensor]) -> Tensor:
-    """Norm of each particle's gradient over all stacked parameters, [K]."""
-    per_parameter = [p.grad.flatten(1).norm(dim=1) for p in parameters if p.grad is not None]
-    return torch.stack(per_parameter).norm(dim=0)
-
-
-def clip_grad_norms_(parameters: Sequence[Tensor], norms: Tensor, max_norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_` for each particle by itself. `norms` [K]; max_norm 0 leaves all as they are."""
-    if max_norm == 0.0:
-        return
-    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.mul_(factors.view(-1, *[1] * (p.grad.dim() - 1)))
+def clip_grad_norms_(gradients: Tensor, norms: Tensor, max_norm: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_` for each particle by itself. `gradients` [K, P], `norms` [K]; max_norm 0 leaves
+    all as they are."""
+    if max_norm > 0.0:
+        gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
 
 
 @torch.no_grad()
 def step_healthy(optimizer: torch.optim.Optimizer, healthy: Tensor) -> None:
-    """One optimizer step for the particles for which `healthy` [K] is true. The others keep their parameters and
-    moments bit for bit. If no particle is healthy, no step is made, and none is counted.
+    """One AdamW step of the particles for which `healthy` [K] is true. The others keep their parameters and moments bit
+    for bit. If no particle is healthy, no step is counted.
+
+    `optimizer` has one parameter, the matrix [K, P] of all particles, which has a gradient.
     """
-    sick = ~healthy
-    num_sick = int(sick.sum())
-    if num_sick == len(sick):
-        return
-    if num_sick == 0:
-        optimizer.step()
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    before = [(p[sick].clone(), _moments(optimizer, p, sick)) for p in parameters]
-    for p in parameters:
-        p.grad[sick] = 0.0
+    (values,) = optimizer.param_groups[0]["params"]
+    state = optimizer.state[values]
+    if not state:  # AdamW would make the same ones in its first step
+        state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
+    rows, of_rows = healthy[:, None], (values, state["exp_avg"], state["exp_avg_sq"])
+    before, step = [tensor.clone() for tensor in of_rows], state["step"].clone()
+    values.grad.masked_fill_(~rows, 0.0)
     optimizer.step()
-    for p, (values, moments) in zip(parameters, before, strict=True):
-        p[sick] = values
-        for name, moment in _stacked_state(optimizer, p).items():
-            moment[sick] = moments.get(name, 0.0)  # no moments yet: they start at zero
-
-
-def _moments(optimizer: torch.optim.Optimizer, p: Tensor, sick: Tensor) -> dict[str, Tensor]:
-    return {name: moment[sick].clone() for name, moment in _stacked_state(optimizer, p).items()}
-
-
-def _stacked_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
-    return {name: value for name, value in optimizer.state.get(p, {}).items() if value.shape == p.shape}
+    for tensor, kept in zip(of_rows, before, strict=True):
+        torch.where(rows, tensor, kept, out=tensor)
+    torch.where(healthy.any(), state["step"], step, out=state["step"])

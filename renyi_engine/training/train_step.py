@@ -1,5 +1,8 @@
 """One optimizer step. The whole method is here.
 
+From the batches to the measurements, nothing asks the device for a value: what depends on a value is a mask. So the
+step does not wait for the device, and `StepResult` holds tensors that may not be computed yet.
+
 Layout: K particles, B sequences, T tokens.
 """
 
@@ -16,7 +19,7 @@ from renyi_engine.core import must_fit
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives import Task, data_term, prior_term
 from renyi_engine.training.config import TrainConfig
-from renyi_engine.training.particle_optim import clip_grad_norms_, grad_norms, step_healthy
+from renyi_engine.training.particle_optim import clip_grad_norms_, step_healthy
 from renyi_kernels import renyi_reduce
 
 
@@ -49,10 +52,11 @@ def train_step(
     task: Task,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[Mapping[str, Tensor]],
-    alpha: float,
+    alpha: float | Tensor,
     config: TrainConfig,
     num_train_examples: int,
-    largest_nll: float = math.inf,
+    num_examples: int,
+    largest_nll: float | Tensor = math.inf,
     tell: Callable[[str], object] = lambda event: None,
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
@@ -61,6 +65,9 @@ def train_step(
     particle would get, at alpha = 0, only 1/K of the gradient that it has when it is trained alone. With the factor, a
     particle's norm, its clipping and the epsilon of AdamW mean the same as for one adapter that is trained alone, and
     at alpha = 0 the step is exactly K steps of single adapters.
+
+    `num_examples` is the number of examples in all micro-batches together. `optimizer` has one parameter, the matrix of
+    all particles.
 
     A particle whose gradient is not finite is not updated. No particle is updated if the mean NLL of the mixture, in
     nats, is above `largest_nll`.
@@ -71,31 +78,30 @@ def train_step(
     Raises:
         DoesNotFit: the device ran out of memory in a micro-batch.
     """
-    parameters, num_particles = list(ensemble.parameters()), ensemble.config.num_particles
-    num_examples = sum(len(batch["labels"]) for batch in micro_batches)
-    optimizer.zero_grad()
+    particles, num_particles = ensemble.particles, ensemble.config.num_particles
+    particles.zero_gradients()
     reductions, details = [], []
     for number, batch in enumerate(micro_batches, start=1):
-        with must_fit(f"a micro-batch of {list(batch['labels'].shape)} tokens"):
+        with must_fit(f"a micro-batch of {list(batch['input_ids'].shape)} tokens"):
             scores = task.score(ensemble, batch)
             loss, reduction = data_term(scores.logp, alpha, num_examples)
-            (num_particles * loss).backward()
+            particles.accumulate(num_particles * loss)
         reductions.append(reduction)
         details.append(scores.details)
         if number < len(micro_batches):
             tell("on_substep_end")
     prior = prior_term(
         config.prior,
-        parameters,
+        particles.values,
         weight=config.prior_lambda,
         num_examples=num_train_examples,
         std=config.prior_std,
         bandwidth=config.kernel_bandwidth,
     )
     if prior.requires_grad:
-        (num_particles * prior).backward()
-    norms = grad_norms(parameters)
-    clip_grad_norms_(parameters, norms, config.max_grad_norm)
+        particles.accumulate(num_particles * prior)
+    norms = torch.linalg.vector_norm(particles.gradients, dim=1)
+    clip_grad_norms_(particles.gradients, norms, config.max_grad_norm)
     logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()
     mixture_nll = _mixture_nll(logp, healthy)
     spike = healthy.any() & (mixture_nll.mean() > largest_nll)

@@ -1,0 +1,178 @@
+"""All particles in one matrix: row k holds every A and B of particle k.
+
+So whatever is done to all parameters is one operation on one tensor: the optimizer's step, the norms and the clipping
+of the particles' gradients, the priors, and the copy in the base's dtype that the products read. To everybody else, the
+A and B of a map are ordinary parameters. They are views of the matrix, and their gradients are views of a second one.
+
+Maps that read one input lie side by side: first all of their A, which are one block [K, R_1 + ... + R_n, I], then each
+B. Every block begins at a multiple of `ALIGNMENT` numbers, as the kernels' loads like it; what is left free stays zero.
+
+Layout: K particles, P numbers of one particle, I/O in/out features, R rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from renyi_engine.ensemble.adapted_maps import AdapterGroup, StackedAdapter
+
+ALIGNMENT = 64
+
+
+class ParticleMatrix:
+    """The matrix of some adapters, and what is done to all of them at once.
+
+    Attributes:
+        values: ``[K, P]``, fp32. It is a leaf, so an optimizer takes it.
+        groups: the adapters of maps that read one input, in the order of the matrix.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[str]],
+        adapters: Mapping[str, tuple[Tensor, Tensor]],
+        device: torch.device,
+    ) -> None:
+        """`groups`: the paths of maps that read one input. `adapters`: (A [K, R, I], B [K, O, R]) of every map."""
+        self._blocks: list[tuple[int, list[tuple[int, torch.Size]], list[tuple[int, torch.Size]]]] = []
+        """Of each group: the place of its block of A, and (place, shape of one particle) of each A and of each B."""
+        end = 0
+        for paths in groups:
+            block, places = end, ([], [])
+            for side in (0, 1):
+                for path in paths:
+                    shape = adapters[path][side].shape[1:]
+                    places[side].append((end, shape))
+                    end += shape.numel()
+                    if side == 1:
+                        end = _aligned(end)
+                end = _aligned(end)
+            self._blocks.append((block, *places))
+        K = len(next(iter(adapters.values()))[0])
+        self.values = nn.Parameter(torch.zeros(K, end, dtype=torch.float32, device=device))
+        self._gradients: Tensor | None = None
+        self._gradient_views: list[Tensor] = []
+        self._copy: Tensor | None = None
+        self.groups, self.stacks = [], {}
+        for paths, views in zip(groups, self._views(self.values.detach()), strict=True):
+            stacks = []
+            for path, A, B in zip(paths, *views, strict=True):
+                A.copy_(adapters[path][0])
+                B.copy_(adapters[path][1])
+                stacks.append(StackedAdapter(A, B))
+            self.groups.append(AdapterGroup(stacks))
+            self.stacks |= dict(zip(paths, stacks, strict=True))
+        self.stacks = {path: self.stacks[path] for path in adapters}  # in the model's order
+        self._own = self._parameters()
+
+    def named(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The part of every map, by path, of a matrix ``[K, P]`` that is laid out as `values`: views like A and B."""
+        places = {id(stack): path for path, stack in self.stacks.items()}
+        found = {
+            places[id(stack)]: (A, B)
+            for group, (As, Bs) in zip(self.groups, self._views(matrix), strict=True)
+            for stack, A, B in zip(group.stacks, As, Bs, strict=True)
+        }
+        return {path: found[path] for path in self.stacks}
+
+    # ------------------------------------------------------------------ the copy that the products read
+
+    @torch.no_grad()
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Bring the copy in `dtype` up to date. It is called before every forward, because nobody can see all the ways
+        in which parameters are changed."""
+        self.link()
+        if dtype == self.values.dtype:
+            source = self._copy = self.values.detach()
+        else:
+            if self._copy is None or self._copy.dtype != dtype or self._copy.device != self.values.device:
+                with torch.inference_mode(False):  # training could not write into a tensor of the inference mode
+                    self._copy = torch.empty_like(self.values, dtype=dtype, requires_grad=False)
+            source = self._copy.copy_(self.values)
+        if (copies := self.groups[0].copies) is not None and _share_memory(copies[0], source):
+            return
+        for group, (block, A, _), (_, Bs) in zip(self.groups, self._blocks, self._views(source), strict=True):
+            num_ranks = sum(shape[0] for _, shape in A)
+            group.copies = _view(source, block, torch.Size([num_ranks, A[0][1][1]])), Bs
+
+    # ------------------------------------------------------------------ gradients
+
+    def zero_gradients(self) -> None:
+        """Set all gradients to zero, and let autograd add the next ones into one matrix."""
+        self.link()
+        if self._gradients is None or self._gradients.device != self.values.device:
+            self._gradients = torch.zeros_like(self.values, requires_grad=False)
+            self._gradient_views = [view for pair in self.named(self._gradients).values() for view in pair]
+        else:
+            self._gradients.zero_()
+        self.values.grad = self._gradients
+        for parameter, view in zip(self._own, self._gradient_views, strict=True):
+            if parameter.grad is not view:
+                parameter.grad = view
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a scalar, to `gradients`."""
+        with warnings.catch_warnings():
+            # a parameter that is strided over K, as its gradient is: torch says that this may be slower
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+            loss.backward()
+
+    @property
+    def gradients(self) -> Tensor:
+        """The gradients ``[K, P]``, fp32, of everything since `zero_gradients`."""
+        assert self._gradients is not None, "zero_gradients comes first"
+        return self._gradients
+
+    # ------------------------------------------------------------------ parameters that were put elsewhere
+
+    def link(self) -> None:
+        """Let every parameter be a view of the matrix again. A copy of a module, `module.to` and `parameter.data = ...`
+        give a parameter memory of its own. Its values are taken over."""
+        values = self.values
+        if all(_share_memory(parameter, values) for parameter in self._own):
+            return
+        first = self._own[0]
+        with torch.no_grad():
+            if first.device != values.device or first.dtype != values.dtype:
+                values.data = values.to(first.device, first.dtype)
+                values.grad = self._gradients = self._copy = None
+            views = [view for pair in self.named(values.detach()).values() for view in pair]
+            for parameter, view in zip(self._own, views, strict=True):
+                if not _share_memory(parameter, values):
+                    view.copy_(parameter)
+                    gradient, parameter.grad = parameter.grad, None
+                    parameter.data = view
+                    parameter.grad = gradient
+
+    def adopt(self) -> None:
+        """Take the parameters that the adapters hold now in place of those that they held before."""
+        self._own = self._parameters()
+        for group in self.groups:
+            group.adopt()
+        self.link()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [side for stack in self.stacks.values() for side in (stack.A, stack.B)]
+
+    def _views(self, matrix: Tensor) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Of every group (its A, its B), as views of `matrix`."""
+        return [
+            ([_view(matrix, *place) for place in A], [_view(matrix, *place) for place in B]) for _, A, B in self._blocks
+        ]
+
+
+def _view(matrix: Tensor, start: int, shape: torch.Size) -> Tensor:
+    """[K, *shape] at column `start` of a matrix [K, P]."""
+    return matrix[:, start : start + shape.numel()].unflatten(1, shape)
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def _aligned(place: int) -> int:
+    return -(-place // ALIGNMENT) * ALIGNMENT
