@@ -166,7 +166,7 @@ class DpoTask:
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         """s of (24), and the details that `details` declares."""
         logp = _completion_logp(ensemble, batch)
-        reference = batch["reference_logp"].to(logp.device)
+        reference = batch["reference_logp"].to(logp.device, non_blocking=True)
         rewards = self.beta * (logp - reference.view(-1, *logp.shape[1:]))
         margins = rewards[..., 0] - rewards[..., 1]
         s = nn.functional.logsigmoid(margins)

@@ -51,6 +51,11 @@ class Callbacks:
         )
         self.control = TrainerControl()
 
+    @property
+    def given(self) -> bool:
+        """Whether there are any beside the one that follows the settings."""
+        return self.arguments is not None
+
     def begin(
         self,
         model: PreTrainedModel,

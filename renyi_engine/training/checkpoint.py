@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def load(path: Path, ensemble: LoraEnsemble, optimizer: torch.optim.Optimizer) -
     moments = files.read_tensors(path / OPTIMIZER_FILE, stacked=True)
     _require_fitting(path / ADAPTERS_FILE, saved, {name: tensor.shape for name, tensor in parameters.items()})
     if moments:  # none before the first update
-        _count_steps_once(path / OPTIMIZER_FILE, moments)
+        _count_steps_once(path / OPTIMIZER_FILE, moments, parameters)
         of_moments = {f"{name}.{entry}": tensor.shape for name, tensor in parameters.items() for entry in _MOMENTS}
         _require_fitting(path / OPTIMIZER_FILE, moments, {"step": torch.Size(), **of_moments})
     for name, parameter in parameters.items():
@@ -227,14 +227,15 @@ def adapters(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _count_steps_once(file: Path, moments: dict[str, Tensor]) -> None:
+def _count_steps_once(file: Path, moments: dict[str, Tensor], parameters: Collection[str]) -> None:
     """In older checkpoints, every parameter has a counter of its steps. They are all the same."""
-    counters = [name for name in moments if name.endswith(".step")]
+    counters = [f"{name}.step" for name in parameters]
+    if "step" in moments or not moments.keys() >= set(counters):
+        return
     steps = [moments.pop(name) for name in counters]
-    if steps:
-        if any(not step.equal(steps[0]) for step in steps):
-            raise ValueError(f"{file}: damaged; its parameters have made different numbers of steps")
-        moments["step"] = steps[0]
+    if not all(step.equal(steps[0]) for step in steps):
+        raise ValueError(f"{file}: damaged; its parameters have made different numbers of steps")
+    moments["step"] = steps[0]
 
 
 def _named(particles: ParticleMatrix, matrix: Tensor) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def train_step(
     alpha: float | Tensor,
     config: TrainConfig,
     num_train_examples: int,
-    num_examples: int,
+    num_examples: int | Tensor,
     largest_nll: float | Tensor = math.inf,
     tell: Callable[[str], object] = lambda event: None,
 ) -> StepResult:
@@ -66,8 +66,8 @@ def train_step(
     particle's norm, its clipping and the epsilon of AdamW mean the same as for one adapter that is trained alone, and
     at alpha = 0 the step is exactly K steps of single adapters.
 
-    `num_examples` is the number of examples in all micro-batches together. `optimizer` has one parameter, the matrix of
-    all particles.
+    `num_examples` is the number of examples in all micro-batches together. It, `alpha` and `largest_nll` may be scalars
+    on the device. `optimizer` has one parameter, the matrix of all particles.
 
     A particle whose gradient is not finite is not updated. No particle is updated if the mean NLL of the mixture, in
     nats, is above `largest_nll`.

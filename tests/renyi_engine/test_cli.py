@@ -19,7 +19,7 @@ import renyi_engine
 from renyi_engine.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED, main
 from renyi_engine.core.files import read_json, sha256_of
 from renyi_engine.ensemble.adapter_folder import read
-from renyi_engine.training import loop, trainer
+from renyi_engine.training import journal, loop, trainer
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flag
     assert message in last
 
 
-@pytest.mark.parametrize(("module", "place"), [(loop, "evaluate"), (trainer, "LoraEnsemble")])
+@pytest.mark.parametrize(("module", "place"), [(journal, "evaluate"), (trainer, "LoraEnsemble")])
 def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, module, place):
     remedies = {"evaluate": "lower --per_device_eval_batch_size", "LoraEnsemble": "fewer particles need less memory"}
 

@@ -89,8 +89,8 @@ def test_a_step_descends_the_objective_of_all_its_micro_batches(
 ):
     alpha, weight, std, N = 0.6, 40.0, 0.7, 31
     config = sft_config(prior=prior, prior_lambda=weight, prior_std=std, kernel_bandwidth=bandwidth, max_grad_norm=0.0)
-    optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.0)
-    step = train_step(ensemble, SftTask(tokenizer, 64), optimizer, batches, alpha, config, N)
+    optimizer = torch.optim.AdamW([ensemble.particles.values], lr=0.0)
+    step = train_step(ensemble, SftTask(tokenizer, 64), optimizer, batches, alpha, config, N, 5)
 
     s = torch.stack([torch.cat([naive_logprob(particle, batch) for batch in batches]) for particle in particles])
     loss = -torch.log(torch.exp(alpha * s).mean(dim=0)) / alpha

@@ -63,7 +63,7 @@ def skips(run: Path) -> list[tuple]:
 def loaded(config):
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
     ensemble = LoraEnsemble.attach(model, config.ensemble_config())
-    return ensemble, torch.optim.AdamW(ensemble.parameters())
+    return ensemble, torch.optim.AdamW([ensemble.particles.values])
 
 
 # ---------------------------------------------------------------------- interference

@@ -16,6 +16,8 @@ from renyi_engine import LoraEnsemble, train
 from renyi_engine.core.files import sha256_of
 from renyi_engine.training import checkpoint
 
+from .runs import fingerprint
+
 
 @pytest.fixture(scope="module")
 def finished(model_folder, data_file, tmp_path_factory):
@@ -75,7 +77,7 @@ def test_a_manifest_that_does_not_vouch_for_every_file_is_passed_over_naming_bot
 def test_moments_that_do_not_fit_are_refused(finished, run, entry, damage):
     folder = run / "checkpoint-4"
     moments = load_file(folder / "optimizer.safetensors")
-    name = next(key for key in moments if key.endswith(f".{entry}"))
+    name = next(key for key in moments if key.endswith(entry))
     if damage == "another shape":
         moments[name] = torch.zeros(3, 5)
     elif damage == "another type":
@@ -87,6 +89,41 @@ def test_moments_that_do_not_fit_are_refused(finished, run, entry, damage):
     save_file(moments, folder / "optimizer.safetensors")
     bless(folder)
     with pytest.raises(ValueError, match=r"optimizer\.safetensors: does not fit this ensemble"):
+        resume(finished, run)
+
+
+def in_the_old_format(folder: Path) -> dict[str, torch.Tensor]:
+    """The moments of a checkpoint as earlier versions wrote them: every parameter has a counter of its own."""
+    moments = load_file(folder / "optimizer.safetensors")
+    step = moments.pop("step")
+    names = [name.removesuffix(".exp_avg") for name in moments if name.endswith(".exp_avg")]
+    return moments | {f"{name}.step": step.clone() for name in names}
+
+
+def test_a_checkpoint_that_counts_the_steps_of_every_parameter_goes_on_bit_for_bit(finished, run, tmp_path):
+    older = shutil.copytree(run, tmp_path / "older")
+    save_file(in_the_old_format(older / "checkpoint-4"), older / "checkpoint-4" / "optimizer.safetensors")
+    bless(older / "checkpoint-4")
+    for folder in (run, older):
+        resume(finished, folder, max_steps=6)
+    assert fingerprint(older, 6) == fingerprint(run, 6)
+
+
+@pytest.mark.parametrize("damage", ["another number", "gone", "of nobody", "both kinds"])
+def test_counters_of_steps_that_disagree_are_refused(finished, run, damage):
+    folder = run / "checkpoint-4"
+    moments = in_the_old_format(folder)
+    name = next(key for key in moments if key.endswith(".step"))
+    if damage == "another number":
+        moments[name] += 1
+    elif damage == "gone":
+        del moments[name]
+    else:
+        moments["other.lora_A.step" if damage == "of nobody" else "step"] = moments[name].clone()
+    save_file(moments, folder / "optimizer.safetensors")
+    bless(folder)
+    problem = "have made different numbers of steps" if damage == "another number" else "does not fit this ensemble"
+    with pytest.raises(ValueError, match=rf"optimizer\.safetensors: .*{problem}"):
         resume(finished, run)
 
 
@@ -131,7 +168,7 @@ def test_a_checkpoint_that_is_saved_again_is_never_away(finished, run):
     ensemble = LoraEnsemble.attach(
         AutoModelForCausalLM.from_pretrained(finished.model_name_or_path), finished.ensemble_config()
     )
-    optimizer = torch.optim.AdamW(ensemble.parameters())
+    optimizer = torch.optim.AdamW([ensemble.particles.values])
     before = (run / "checkpoint-4").stat().st_ino
     assert checkpoint.save(run, 4, ensemble, optimizer, {}, keep=2) == run / "checkpoint-4"
     assert (run / "checkpoint-4").stat().st_ino == before
@@ -142,6 +179,6 @@ def test_retention_counts_back_from_what_was_just_written(finished, run, keep):
     ensemble = LoraEnsemble.attach(
         AutoModelForCausalLM.from_pretrained(finished.model_name_or_path), finished.ensemble_config()
     )
-    optimizer = torch.optim.AdamW(ensemble.parameters())
+    optimizer = torch.optim.AdamW([ensemble.particles.values])
     assert checkpoint.save(run, 3, ensemble, optimizer, {}, keep=keep).is_dir()
     assert [step for step, _ in checkpoint.all_of(run)] == [2, 3, 4]

@@ -46,7 +46,8 @@ def test_a_step_of_one_particle_is_a_plain_peft_step(sft_config, tokenizer, alph
     def adamw(parameters):
         return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
-    result = train_step.train_step(ensemble, task, adamw(ensemble.parameters()), batches, alpha, config, 5)
+    optimizer = adamw([ensemble.particles.values])
+    result = train_step.train_step(ensemble, task, optimizer, batches, alpha, config, 5, 5)
 
     trainable = [p for p in peft.parameters() if p.requires_grad]
     losses = []
@@ -83,9 +84,9 @@ def test_at_alpha_0_three_particles_are_three_trainings_of_one(sft_config, token
     parts = [collate(examples[start : start + 2], 0) for start in range(0, 20, 2)]
 
     def trained(ensemble):
-        optimizer = torch.optim.AdamW(ensemble.parameters(), lr=1e-3, eps=epsilon, weight_decay=0.1)
+        optimizer = torch.optim.AdamW([ensemble.particles.values], lr=1e-3, eps=epsilon, weight_decay=0.1)
         steps = [
-            train_step.train_step(ensemble, task, optimizer, parts[at : at + 2], 0.0, config, 20)
+            train_step.train_step(ensemble, task, optimizer, parts[at : at + 2], 0.0, config, 20, 4)
             for at in range(0, 10, 2)
         ]
         return torch.stack([step.norms for step in steps])
@@ -136,11 +137,9 @@ def test_the_prior_enters_once_a_step_whatever_the_accumulation(sft_config, toke
         model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
         ensemble = LoraEnsemble.attach(model, replace(config.ensemble_config(), init="spread"))
         before = {name: p.detach().clone() for name, p in ensemble.named_parameters()}
-        optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.0)
+        optimizer = torch.optim.AdamW([ensemble.particles.values], lr=0.0)
         batches = [collate(examples[:2], 0), collate(examples[2:], 0)]
-        train_step.train_step(
-            ensemble, task, optimizer, batches, 0.7, replace(config, prior=prior), num_train_examples=40
-        )
+        train_step.train_step(ensemble, task, optimizer, batches, 0.7, replace(config, prior=prior), 40, 4)
         gradients[prior] = {name: p.grad for name, p in ensemble.named_parameters()}
     for name, value in before.items():
         # the gradient of the prior on one particle alone: without the 1/K of the mean over three

@@ -84,7 +84,7 @@ def test_a_step_above_the_largest_nll_changes_nothing(sft_config, tokenizer, alp
         s = torch.cat([ensemble.sequence_logprob(batch) for batch in batches], dim=1)
     largest = factor * -s.double().exp().mean(dim=0).log().mean().item()
     before = [p.detach().clone() for p in ensemble.parameters()]
-    result = train_step.train_step(ensemble, task, optimizer, batches, alpha, config, 5, largest)
+    result = train_step.train_step(ensemble, task, optimizer, batches, alpha, config, 5, 5, largest)
     unchanged = [p.equal(q) for p, q in zip(ensemble.parameters(), before, strict=True)]
     assert result.spike.item() == is_spike
     assert result.updated.tolist() == [not is_spike] * 3
@@ -103,7 +103,7 @@ def test_the_nll_of_a_step_is_that_of_the_healthy_particles(sft_config, tokenize
     factor = torch.ones(3, 1, 1)
     factor[sick] = float("nan")
     next(iter(ensemble.parameters())).register_hook(lambda gradient: gradient * factor)
-    result = train_step.train_step(ensemble, task, optimizer, [batch], 0.8, config, 4, largest_nll=0.0)
+    result = train_step.train_step(ensemble, task, optimizer, [batch], 0.8, config, 4, 4, largest_nll=0.0)
     expected = -s[healthy].exp().mean(dim=0).log() if healthy else torch.full((4,), torch.inf).double()
     torch.testing.assert_close(result.mixture_nll.double(), expected, rtol=1e-5, atol=1e-5)
     assert result.spike.item() == bool(healthy)

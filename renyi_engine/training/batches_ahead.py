@@ -1,0 +1,50 @@
+"""The batches of the next step are made while this step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+
+class BatchesAhead:
+    """Makes batches in a thread of its own, which lives as long as the `with` block.
+
+    `collate` makes one micro-batch. With `pinned`, the batches lie in memory from which a GPU can copy while Python
+    goes on.
+    """
+
+    def __init__(self, examples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], pinned: bool) -> None:
+        self._examples, self._collate, self._pinned = examples, collate, pinned
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._begun: tuple[tuple[list[int], int], Future[list[Batch]]] | None = None
+
+    def __enter__(self) -> BatchesAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._begun = None
+        self._thread.shutdown(cancel_futures=True)
+
+    def begin(self, chosen: list[int], size: int) -> None:
+        """Begin to make the micro-batches of the `chosen` examples, each of `size` examples at most."""
+        self._begun = (chosen, size), self._thread.submit(self._make, chosen, size)
+
+    def take(self, chosen: list[int], size: int) -> list[Batch]:
+        """These micro-batches. If others were begun, they are dropped. Raises what `collate` raises."""
+        if self._begun is None or self._begun[0] != (chosen, size):
+            self.begin(chosen, size)
+        assert self._begun is not None
+        batches, self._begun = self._begun[1], None
+        return batches.result()
+
+    def _make(self, chosen: list[int], size: int) -> list[Batch]:
+        examples = [self._examples[i] for i in chosen]
+        batches = [self._collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+        if self._pinned:
+            return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return batches
