@@ -2,6 +2,7 @@ from .batches import (
     collate as collate,
     left_padded as left_padded,
     longest_first as longest_first,
+    pack as pack,
     pad_token_id as pad_token_id,
 )
 from .columns import (

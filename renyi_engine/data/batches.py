@@ -1,10 +1,11 @@
-"""From token sequences to batches: sorts them by length, and pads them.
+"""From token sequences to batches: sorts them by length, and pads them, or packs them into one row without padding.
 
-Layout: B sequences, T tokens.
+Layout: B sequences, T tokens; N tokens of a packed row, L labels.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,6 +23,57 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         "input_ids": _pad((e.input_ids for e in examples), pad_token_id, "right"),
         "attention_mask": _pad(([1] * len(e.input_ids) for e in examples), 0, "right"),
         "labels": _pad((e.labels for e in examples), IGNORE_INDEX, "right"),
+    }
+
+
+def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
+    """All sequences of a batch, one after the other in one row. A family is examples that may begin alike: what all of
+    them begin with stands in the row once, and each of them goes on from it. Tokens after the last label are left out.
+
+    Returns:
+        input_ids, position_ids: ``[1, N]``; positions count from the beginning of each sequence.
+        segments: ``[n, 2]``, for the host. The row is n parts, each of so many tokens; they see themselves and the
+            tokens of the part with the second number, where it is not -1.
+        labels: ``[L]``, the labels that count. label_rows: ``[L]``, the places in the row that predict them.
+        label_places: ``[B, T]``: of every sequence, in the given order, which of the L labels are its first, second
+            and so on; L where it has no more.
+    """
+    input_ids: list[int] = []
+    positions: list[int] = []
+    segments: list[tuple[int, int]] = []
+    labels: list[int] = []
+    label_rows: list[int] = []
+    label_places: list[Tensor] = []
+
+    def add(ids: Sequence[int], start: int, prefix: int) -> int:
+        """Add a part of the row. Returns the place of its first token."""
+        first = len(input_ids)
+        if ids:
+            segments.append((len(ids), prefix))
+            input_ids.extend(ids)
+            positions.extend(range(start, start + len(ids)))
+        return first
+
+    for family in families:
+        # the last token of a sequence predicts nothing, so nobody reads it
+        ends = [max((t for t, label in enumerate(e.labels) if label != IGNORE_INDEX), default=0) for e in family]
+        reads = [e.input_ids[:end] for e, end in zip(family, ends, strict=True)]
+        shared = len(os.path.commonprefix(reads)) if len(reads) > 1 else 0
+        beginning = add(reads[0][:shared], 0, -1)
+        prefix = len(segments) - 1 if shared else -1
+        for example, read in zip(family, reads, strict=True):
+            rest = add(read[shared:], shared, prefix)
+            counted = [t for t, label in enumerate(example.labels) if t and label != IGNORE_INDEX]
+            label_places.append(torch.arange(len(labels), len(labels) + len(counted)))
+            labels.extend(example.labels[t] for t in counted)
+            label_rows.extend(beginning + t - 1 if t <= shared else rest + t - 1 - shared for t in counted)
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([positions]),
+        "segments": torch.tensor(segments),
+        "labels": torch.tensor(labels),
+        "label_rows": torch.tensor(label_rows),
+        "label_places": pad_sequence(label_places, batch_first=True, padding_value=len(labels)),
     }
 
 

@@ -97,7 +97,7 @@ def observe(model: PreTrainedModel) -> Architecture:
 def batches(model: PreTrainedModel) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(two texts, three texts), each as (input_ids, attention_mask). The three texts are the short text padded on the
     left, the short text padded on the right, and the long text. The two texts are the first and the last of these."""
-    ids = _ordinary_tokens(model, LONG)
+    ids = ordinary_tokens(model, LONG)
     mask = torch.ones(3, LONG, dtype=torch.int64, device=ids.device)
     mask[0, : LONG - SHORT], mask[1, SHORT:] = 0, 0
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
@@ -205,7 +205,7 @@ def _whole_sequences(two: Tensor, three: Tensor | None) -> bool:
     return close(three.chunk(3)[-1], two.chunk(2)[-1])
 
 
-def _ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:
+def ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:
     """Token ids that have no special meaning for the model."""
     special = {
         value

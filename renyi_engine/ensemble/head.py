@@ -76,7 +76,7 @@ class Head:
         """[..., D] -> [..., V], in the dtype of hidden."""
         return _cap(nn.functional.linear(hidden, self.weight, self.bias) * self.scale, self.softcap)
 
-    def logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def logprob(self, hidden: Tensor, labels: Tensor, *, all_labelled: bool = False) -> Tensor:
         """Log-probabilities of the labels, fp32, in nats; see `linear_logprob`."""
         return linear_logprob(
             hidden,
@@ -85,6 +85,7 @@ class Head:
             bias=self.bias,
             logit_softcap=self.softcap,
             logit_scale=self.scale,
+            all_labelled=all_labelled,
         )
 
 

@@ -13,7 +13,7 @@ Layout: K particles, B sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from renyi_engine.ensemble import targets
 from renyi_engine.ensemble.adapted_maps import MapGroup, OpaqueMap, Rows, adapted
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.forwards import Forwards
+from renyi_engine.ensemble.packed_attention import Packing
 from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 from renyi_engine.ensemble.trunk import RowDimensions, SharedTrunk
 
@@ -52,6 +53,7 @@ class Installation:
         self.maps: list[MapGroup | OpaqueMap] = []
         self.trunk: SharedTrunk | None = None
         self._handles: list[RemovableHandle | Takeover] = []
+        self._packing: Packing | None = None
         self._model, self._found, self._scaling = model, found, scaling
         self._particles, self._groups = particles, groups
         self._first_layer = min(numbers[path] for path in particles.stacks)
@@ -85,21 +87,25 @@ class Installation:
         """Take everything off the model."""
         if self.trunk is not None:
             self.trunk.remove()
-        for adapted in [*self.maps, *self._handles]:
-            adapted.remove()
+        for part in [*self.maps, *self._handles]:
+            part.remove()
         self.trunk = None
         self.maps.clear()
         self._handles.clear()
 
     @contextmanager
-    def forward(self, rows: Rows) -> Iterator[None]:
-        """A block for one forward of the decoder, or of a layer that runs again for its backward."""
+    def forward(self, rows: Rows, packing: Packing | None = None) -> Iterator[None]:
+        """A block for one forward of the decoder, or of a layer that runs again for its backward. `packing`: of the
+        packed row that it runs on."""
         with self.forwards.run(rows) as outermost:
             if not self.maps:
                 raise RuntimeError("this ensemble was detached from its model; attach or load it again")
+            before, self._packing = self._packing, packing
             try:
-                yield
+                with packing.running() if packing else nullcontext():
+                    yield
             finally:
+                self._packing = before
                 if outermost:
                     self.forget()
 
@@ -107,12 +113,12 @@ class Installation:
         """Drop what a forward or a checkpointed backward left behind, if it was cut short."""
         if self.trunk is not None:
             self.trunk.forget()
-        for adapted in self.maps:
-            adapted.forget()
+        for group in self.maps:
+            group.forget()
 
     def _decode(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs in place of the decoder's `forward`, also when the model itself calls it."""
-        with self.forward(self.forwards.asked):
+        with self.forward(self.forwards.asked, self._packing):
             self._set_modes()
             device = self._particles.values.device.type
             low = torch.is_autocast_enabled(device)
@@ -134,11 +140,11 @@ class Installation:
 
     def _checkpoint(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
         """Runs in place of the function by which Hugging Face checkpoints a layer. The backward runs the layer again,
-        often in a thread of autograd's, which does not know the rows of the first run."""
-        return checkpoint(partial(self._run_layer, self.forwards.rows(), layer), *args)
+        often in a thread of autograd's, which does not know the rows and the packing of the first run."""
+        return checkpoint(partial(self._run_layer, self.forwards.rows(), self._packing, layer), *args)
 
-    def _run_layer(self, rows: Rows, layer: Callable[..., Any], *args: Any) -> Any:
-        with self.forward(rows):
+    def _run_layer(self, rows: Rows, packing: Packing | None, layer: Callable[..., Any], *args: Any) -> Any:
+        with self.forward(rows, packing):
             return layer(*args)
 
 

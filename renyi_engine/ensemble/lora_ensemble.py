@@ -8,6 +8,7 @@ particle-major: [K, B, ...] flattened to [K*B, ...].
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from renyi_engine.core import is_out_of_memory
-from renyi_engine.ensemble import adapter_folder, architecture, base_check, generation, targets
+from renyi_engine.ensemble import adapter_folder, architecture, base_check, generation, packing_trial, targets
 from renyi_engine.ensemble.adapted_maps import Rows, by_input
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.borrowed_model import Loan, claimed
@@ -27,6 +28,7 @@ from renyi_engine.ensemble.config import EnsembleConfig
 from renyi_engine.ensemble.fingerprint import Fingerprint, fingerprint
 from renyi_engine.ensemble.initial_adapters import initial_adapters
 from renyi_engine.ensemble.installation import Installation
+from renyi_engine.ensemble.packed_attention import Packing
 from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 from renyi_engine.ensemble.trunk import repeat_rows
 from renyi_kernels import IGNORE_INDEX
@@ -190,8 +192,8 @@ class LoraEnsemble(nn.Module):
             )
         device = self.model.get_input_embeddings().weight.device
         with self._installation.forward(self.rows):  # no other thread can detach the model before this is over
-            input_ids = input_ids.to(device, non_blocking=True)
-            input_ids, positions = self._for_all(input_ids), None
+            input_ids = self._for_all(input_ids.to(device, non_blocking=True))
+            positions = None
             if attention_mask is not None:
                 attention_mask = attention_mask.to(device, non_blocking=True)
                 if not self.pads_left and not attention_mask[:, 0].all():
@@ -206,6 +208,40 @@ class LoraEnsemble(nn.Module):
             ).last_hidden_state
         return hidden.view(self.num_running, -1, *hidden.shape[1:])
 
+    def packed_hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states ``[K, N, D]`` of a packed row, as `forward` gives those of a batch. `batch`: see `data.pack`.
+
+        Raises:
+            RuntimeError: every particle has rows of its own (`Rows.OWN`). ValueError: see `packs`.
+        """
+        if self.rows is Rows.OWN:
+            raise RuntimeError("a packed row is one for all particles, but here every particle has rows of its own")
+        device = self.model.get_input_embeddings().weight.device
+        packing = Packing(self._found.decoder.config, batch["segments"].tolist())
+        with self._installation.forward(self.rows, packing):
+            ids, positions = (batch[name].to(device, non_blocking=True) for name in ("input_ids", "position_ids"))
+            ids, positions = self._for_all(ids), self._for_all(positions)
+            # a mask without padding: given none, transformers would look for sequences in the positions
+            hidden: Tensor = self._found.decoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+            ).last_hidden_state
+        return hidden.view(self.num_running, *hidden.shape[-2:])
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the model can read packed rows (see `data.pack`): whether a sequence in such a row gets the hidden
+        states that it gets alone, whatever the other sequences are. It is tried once. Models whose layers mix tokens in
+        other ways than by attention cannot, and those whose attention is not the one of transformers' interface."""
+        with self.running(Rows.SHARED):
+            obstacle = packing_trial.obstacle(self)
+        if obstacle is not None:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot read packed rows ({obstacle}): its batches are padded, which takes "
+                "more time and memory",
+                stacklevel=2,
+            )
+        return obstacle is None
+
     def _for_all(self, rows: Tensor) -> Tensor:
         """The rows that the model is given: B of them, or K*B if there is no shared trunk."""
         if self.rows is Rows.SHARED and self._installation.trunk is None:
@@ -219,7 +255,11 @@ class LoraEnsemble(nn.Module):
         `batch` holds input_ids, labels and perhaps attention_mask, each ``[B, T]``. As in Hugging Face, labels stand at
         the places of their tokens, and -100 means that a token does not count. Entry t of the result belongs to the
         label at t + 1. The batch may lie on the CPU. It is best to leave its labels there: see `linear_logprob`.
+
+        Or `batch` is a packed row: see `data.pack`. Then entry t belongs to the t-th label of a sequence.
         """
+        if "segments" in batch:
+            return self._packed_logprob(batch)
         labels = batch["labels"]
         if labels.shape != batch["input_ids"].shape:
             raise ValueError(
@@ -234,6 +274,17 @@ class LoraEnsemble(nn.Module):
         labelled = shifted != IGNORE_INDEX
         logp = self.label_logprob(hidden[labelled], shifted[labelled])
         return logp.new_zeros(shifted.shape).masked_scatter(labelled.to(logp.device), logp)
+
+    def _packed_logprob(self, batch: Mapping[str, Tensor]) -> Tensor:
+        hidden = self.packed_hidden(batch)
+        labels, rows, places = (
+            batch[name].to(hidden.device, non_blocking=True) for name in ("labels", "label_rows", "label_places")
+        )
+        predicting = hidden.index_select(1, rows)
+        logp = self._found.head.logprob(predicting, labels.expand(predicting.shape[:-1]), all_labelled=True)
+        # a place of its own for those that have no more labels
+        logp = nn.functional.pad(logp, (0, 1))
+        return logp.index_select(1, places.flatten()).unflatten(1, places.shape)
 
     def label_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities ``[K, ...]`` of labels by the model's head, fp32, in nats.

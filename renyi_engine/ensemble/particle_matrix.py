@@ -42,7 +42,8 @@ class ParticleMatrix:
         """Of each group: the place of its block of A, and (place, shape of one particle) of each A and of each B."""
         end = 0
         for paths in groups:
-            block, places = end, ([], [])
+            block = end
+            places: tuple[list[tuple[int, torch.Size]], ...] = ([], [])
             for side in (0, 1):
                 for path in paths:
                     shape = adapters[path][side].shape[1:]
@@ -57,7 +58,8 @@ class ParticleMatrix:
         self._gradients: Tensor | None = None
         self._gradient_views: list[Tensor] = []
         self._copy: Tensor | None = None
-        self.groups, self.stacks = [], {}
+        self.groups: list[AdapterGroup] = []
+        self.stacks: dict[str, StackedAdapter] = {}
         for paths, views in zip(groups, self._views(self.values.detach()), strict=True):
             stacks = []
             for path, A, B in zip(paths, *views, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine.data import Encoder, longest_first
+from renyi_engine.data import Encoder, Example, longest_first, pack
 from renyi_engine.ensemble import LoraEnsemble, changing_positions, check_tokens, num_positions
 from renyi_kernels import IGNORE_INDEX
 
@@ -72,12 +72,12 @@ def score_choices(
 ) -> Tensor:
     """The log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
 
-    If every completion is one token, the model reads each prompt once for all completions. A sequence that is longer
-    than the model's context loses its beginning. Inside `ensemble.disable_adapters()` the result is the base's, K = 1.
+    The model reads each prompt once for all completions, where it can read packed rows (`LoraEnsemble.packs`) or every
+    completion is one token. A sequence that is longer than the model's context loses its beginning. Inside `ensemble.disable_adapters()` the result is the base's, K = 1.
 
     Args:
         choices: N prompts, each with the same number C of completions.
-        batch_size: prompts of a batch. A batch holds prompts of similar length and is padded on the right.
+        batch_size: prompts of a batch. A batch holds prompts of similar length. It is packed, or padded on the right.
         track: iterates over the batches in place of `iter`, to show progress.
 
     Raises:
@@ -95,6 +95,10 @@ def score_choices(
     longest = max(len(ids) for one in choices for ids in one.completions)
     if longest > context:
         raise ValueError(f"completions: one has {longest} tokens, but the model reads {context} at once; shorten it")
+    if ensemble.packs:
+        families = [[_example(one.prompt, ids, context) for ids in one.completions] for one in choices]
+        score = partial(_packed_logprob, ensemble, families)
+        return _score_sequences(ensemble.model, [one.num_tokens for one in choices], batch_size, track, score)
     if longest == 1:
         labels = torch.tensor([[ids[0] for ids in one.completions] for one in choices])
         prompts = [one.prompt[-context:] for one in choices]
@@ -127,6 +131,18 @@ def _score_sequences(
     batches = [kind[start : start + batch_size] for kind in kinds for start in range(0, len(kind), batch_size)]
     scores = torch.cat([score(batch).cpu() for batch in track(batches)], dim=1)
     return scores[:, torch.tensor(order).argsort()]
+
+
+def _example(prompt: list[int], completion: list[int], context: int) -> Example:
+    """A completion after as much of its prompt as the model can read. Its last token is predicted, never read."""
+    input_ids = (prompt + completion)[-context - 1 :]
+    return Example(0, input_ids, [IGNORE_INDEX] * (len(input_ids) - len(completion)) + completion)
+
+
+def _packed_logprob(ensemble: LoraEnsemble, families: Sequence[Sequence[Example]], batch: list[int]) -> Tensor:
+    """[K, B, C]: the logp of the completions of each prompt of the batch."""
+    logp = ensemble.sequence_logprob(pack(families[i] for i in batch))
+    return logp.unflatten(1, (len(batch), -1))
 
 
 def _last_logprob(ensemble: LoraEnsemble, prompts: Sequence[list[int]], labels: Tensor, batch: list[int]) -> Tensor:

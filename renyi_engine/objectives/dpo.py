@@ -33,6 +33,7 @@ from renyi_engine.data import (
     is_conversation,
     longest_first,
     missing_column,
+    pack,
     pad_token_id,
     require_field,
     unexpected,
@@ -40,7 +41,7 @@ from renyi_engine.data import (
 )
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives.metrics import Metric, nll_per
-from renyi_engine.objectives.task import Scores, length
+from renyi_engine.objectives.task import Scores, batch_of, length
 from renyi_kernels import IGNORE_INDEX
 
 # as TRL names them; a reward is beta times the log-ratio to the base
@@ -158,10 +159,11 @@ class DpoTask:
     def collate(self, items: Sequence[Pair]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels [B, 2, T], and for pairs that are prepared reference_logp [B, 2]."""
         rows = collate([sequence for pair in items for sequence in pair.sequences], self.pad_token_id)
-        batch = {name: value.view(len(items), 2, -1) for name, value in rows.items()}
-        if items[0].reference is not None:
-            batch["reference_logp"] = torch.tensor([pair.reference for pair in items])
-        return batch
+        return {name: value.view(len(items), 2, -1) for name, value in rows.items()} | _reference_logp(items)
+
+    def pack(self, items: Sequence[Pair]) -> dict[str, Tensor]:
+        """All completions in one row, where the prompt of a pair stands once; and reference_logp as in `collate`."""
+        return pack(pair.sequences for pair in items) | _reference_logp(items)
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         """s of (24), and the details that `details` declares."""
@@ -202,7 +204,8 @@ class DpoTask:
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         with ensemble.disable_adapters():
             for part in track(parts, "reference log-probabilities of the base"):
-                logp[part] = _completion_logp(ensemble, self.collate([items[i] for i in part]))[0].float().cpu()
+                batch = batch_of(self, ensemble, [items[i] for i in part])
+                logp[part] = _completion_logp(ensemble, batch)[0].float().cpu()
         return logp
 
 
@@ -237,8 +240,16 @@ def _score(number: int, column: str, value: Any) -> float:
 
 def _completion_logp(ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Tensor:
     """The log-probabilities [K, B, 2] of the completions, in nats."""
-    rows = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
-    return ensemble.sequence_logprob(rows).unflatten(1, (-1, 2))
+    if "segments" not in batch:  # it is padded
+        batch = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+    return ensemble.sequence_logprob(batch).unflatten(1, (-1, 2))
+
+
+def _reference_logp(items: Sequence[Pair]) -> dict[str, Tensor]:
+    """The reference log-probabilities [B, 2] of pairs that are prepared; nothing for others."""
+    if items[0].reference is None:
+        return {}
+    return {"reference_logp": torch.tensor([pair.reference for pair in items])}
 
 
 def _with_prompt(number: int, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:

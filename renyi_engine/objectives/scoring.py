@@ -15,7 +15,7 @@ from torch import Tensor
 from renyi_engine.data import longest_first
 from renyi_engine.ensemble import LoraEnsemble
 from renyi_engine.objectives.metrics import ESS, LOSS, nll_per, of_particles
-from renyi_engine.objectives.task import Item, Task, length
+from renyi_engine.objectives.task import Item, Task, batch_of, length
 from renyi_kernels import renyi_reduce
 
 
@@ -74,7 +74,9 @@ def evaluate(ensemble: LoraEnsemble, task: Task, examples: Sequence[Item], batch
     order = longest_first(map(length, examples))
     parts = []
     for start in range(0, len(order), batch_size):
-        scores = task.score(ensemble, task.collate([examples[i] for i in order[start : start + batch_size]]))
+        scores = task.score(
+            ensemble, batch_of(task, ensemble, [examples[i] for i in order[start : start + batch_size]])
+        )
         parts.append({"logp": scores.logp, **scores.details})
     back = torch.tensor(order).argsort()
     scored = {name: torch.cat([part[name].float().cpu() for part in parts], dim=-1)[..., back] for name in parts[0]}

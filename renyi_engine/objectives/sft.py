@@ -19,6 +19,7 @@ from renyi_engine.data import (
     Example,
     collate,
     missing_column,
+    pack,
     pad_token_id,
     require_field,
     warn_unread,
@@ -89,6 +90,9 @@ class SftTask:
 
     def collate(self, items: Sequence[Example]) -> dict[str, Tensor]:
         return collate(items, self.pad_token_id)
+
+    def pack(self, items: Sequence[Example]) -> dict[str, Tensor]:
+        return pack([item] for item in items)
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         return Scores(ensemble.sequence_logprob(batch))

@@ -78,12 +78,20 @@ class Task(Protocol):
         """The items, with what has to be computed before training. The run's `folder` may keep it."""
 
     def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """A batch of the items. Its "labels" have one entry for each item."""
+        """A padded batch of the items. Its "labels" have one entry for each item."""
+
+    def pack(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """The items in one packed row, see `data.pack`. `score` takes both."""
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores: ...
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """The few words of a line of metrics that a person wants to see while training."""
+
+
+def batch_of(task: Task, ensemble: LoraEnsemble, items: Sequence[Any]) -> dict[str, Tensor]:
+    """A batch of the items for `task.score`: a packed row if the model can read one, else padded."""
+    return task.pack(items) if ensemble.packs else task.collate(items)
 
 
 def read_items(task: Task, rows: Sequence[Row], argument: str) -> tuple[list[Any], dict[str, list[int]]]:

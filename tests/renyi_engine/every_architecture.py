@@ -138,12 +138,26 @@ def generates(subject: Subject) -> str:
     return "from its cache" if subject.ensemble.reads_from_cache else "reading all again"
 
 
+def reads_packed_rows(subject: Subject) -> str:
+    """`test_every_architecture` checks that it reads them right."""
+    if subject.ensemble is None:
+        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return "yes" if subject.ensemble.packs else "no, padded"
+
+
 def peft_loads(subject: Subject) -> str:
     """`test_every_class_in_use` checks this for every class that is not refused."""
     return "" if subject.ensemble is None else "yes"
 
 
-COLUMNS: dict[str, Callable[[Subject], str]] = {"trains": trains, "generates": generates, "PEFT loads": peft_loads}
+COLUMNS: dict[str, Callable[[Subject], str]] = {
+    "trains": trains,
+    "packs": reads_packed_rows,
+    "generates": generates,
+    "PEFT loads": peft_loads,
+}
 """What the list says of a class."""
 
 
@@ -166,6 +180,9 @@ def page(rows: list[str]) -> str:
             "",
             "- trains: every particle has the log-probabilities, hidden states and gradients of the model alone with "
             "that particle's adapter. After `no` stands the message with which the model is refused.",
+            "- packs: the sequences of a batch stand in one row without padding, and get the log-probabilities and "
+            "gradients that they get alone. `no, padded`: they are padded, because the model's layers mix tokens in other "
+            "ways than by attention, or its attention is not told by transformers' interface where sequences end.",
             "- generates: the log-probabilities are those of decoding without a cache. `from its cache`: the model's "
             "own cache gives them. `reading all again`: it does not, so the whole sequence is read again for every new "
             "token, which is slow.",

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 
+from renyi_engine.data import Example, collate, pack
+
 from .. import every_architecture, tiny_models
 from ..every_architecture import LIST, Subject
 
@@ -58,6 +60,30 @@ def test_gradients_are_those_of_the_model_alone(attached):
             for ours, theirs in zip(stack, truth.gradients[path], strict=True):
                 found = torch.zeros_like(theirs) if ours.grad is None else ours.grad
                 assert (found - theirs).norm() <= 1e-3 * theirs.norm() + 1e-4, path
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot read packed rows")
+def test_a_packed_row_equals_its_sequences_one_by_one(attached):
+    """Four sequences, and two that begin alike; the log-likelihoods of all and their gradients."""
+    ensemble, tokens = attached.ensemble, [sequence.tolist() for sequence in attached.sequences]
+    if not ensemble.packs:
+        pytest.skip("its batches are padded")
+    families = [[Example(0, ids, ids)] for ids in tokens]
+    beginning, unlearnt = tokens[0], [-100] * len(tokens[0])
+    families.append([Example(0, beginning + ids, unlearnt + ids) for ids in tokens[1:3]])
+    found = []
+    for batches in ([pack(families)], [collate([example], 0) for family in families for example in family]):
+        ensemble.zero_grad()
+        logp = torch.cat([ensemble.sequence_logprob(batch) for batch in batches], dim=1)
+        logp.sum().backward()
+        found.append((logp.detach(), [parameter.grad for parameter in ensemble.parameters()]))
+    (packed, of_packed), (alone, of_alone) = found
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(of_packed, of_alone, strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
 
 
 def test_the_list_in_the_docs_says_what_is_found(subject):

@@ -1,0 +1,109 @@
+"""Attention in a packed row, where several sequences stand one after the other.
+
+transformers asks an attention implementation of ours for masks and for attention. It answers with the model's own
+implementation, which it calls once for each sequence. So sliding windows, soft caps and attention sinks are the
+model's own, and no sequence sees another one. The exception is a shared prefix: the sequences that continue it attend to
+its keys and values, which are computed once.
+
+On a GPU, plain causal attention without shared prefixes is one call for the whole row (`torch.nn.attention.varlen`).
+
+Layout: K particles (the rows of the model), N tokens of a packed row, H heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "renyi_packed"
+
+
+class Segment(NamedTuple):
+    """A part of a packed row: `length` tokens, which see themselves and the segment number `prefix` (-1: none)."""
+
+    length: int
+    prefix: int
+
+
+class PackedMask:
+    """What layers are given in place of a mask. `own(q_length, kv_length)` is the model's own mask, for one sequence
+    whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal."""
+
+    def __init__(self, segments: Sequence[Segment], attention: str, own: Callable[[int, int], Any]) -> None:
+        self.segments, self.attention = segments, attention
+        self._own, self._made = own, dict[tuple[int, int], Any]()
+
+    def of(self, q_length: int, kv_length: int) -> Any:
+        if (q_length, kv_length) not in self._made:
+            self._made[q_length, kv_length] = self._own(q_length, kv_length)
+        return self._made[q_length, kv_length]
+
+
+class Packing:
+    """The sequences of one packed row, and the attention implementation that the model has without packing."""
+
+    def __init__(self, config: PreTrainedConfig, segments: Sequence[Sequence[int]]) -> None:
+        AttentionInterface.register(NAME, _attend)
+        AttentionMaskInterface.register(NAME, _mask)
+        self.segments = [Segment(*segment) for segment in segments]
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        self._configs = [config, *(part for part in parts if isinstance(part, PreTrainedConfig))]
+        self.attention: str = config._attn_implementation
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block, the model attends within the sequences of this row."""
+        before = [config._attn_implementation for config in self._configs]
+        token = _running.set(self)
+        try:
+            for config in self._configs:
+                config._attn_implementation = NAME
+            yield
+        finally:
+            _running.reset(token)
+            for config, attention in zip(self._configs, before, strict=True):
+                config._attn_implementation = attention
+
+
+_running: ContextVar[Packing] = ContextVar("renyi_engine_packing")
+"""The packed row of the forward that this thread runs."""
+
+
+def _mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, **options: Any) -> PackedMask:
+    """What transformers takes for the mask of a kind of layer; its `mask_function` says who sees whom."""
+    packing = _running.get()
+    make = AttentionMaskInterface()[packing.attention]
+
+    def own(q_length: int, kv_length: int) -> Any:
+        alone = {"attention_mask": None, "q_offset": kv_length - q_length}
+        return make(batch_size=1, q_length=q_length, kv_length=kv_length, **options | alone)
+
+    return PackedMask(packing.segments, packing.attention, own)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention [K, N, H, D] of query, key and value, each [K, H, N, D]."""
+    if not isinstance(attention_mask, PackedMask):
+        raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
+    segments = attention_mask.segments
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.attention, eager)
+    lengths = [segment.length for segment in segments]
+    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+    outputs = []
+    for (length, prefix), q, k, v in zip(segments, queries, keys, values, strict=True):
+        if prefix >= 0:
+            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        outputs.append(attend(module, q, k, v, attention_mask.of(length, k.shape[2]), **options)[0])
+    return torch.cat(outputs, dim=1), None
