@@ -129,6 +129,12 @@ class ParticleMatrix:
         assert self._gradients is not None, "zero_gradients comes first"
         return self._gradients
 
+    def gradient_norms(self) -> Tensor:
+        """The norm of each particle's gradient, ``[K]``: of each stretch of `ALIGNMENT` numbers first, then of these
+        norms, because a CPU that adds up a million squares in fp32 one after the other loses three digits."""
+        stretches = self.gradients.unflatten(1, (-1, ALIGNMENT))
+        return torch.linalg.vector_norm(torch.linalg.vector_norm(stretches, dim=2), dim=1)
+
     # ------------------------------------------------------------------ parameters that were put elsewhere
 
     def link(self) -> None:

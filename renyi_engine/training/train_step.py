@@ -100,7 +100,7 @@ def train_step(
     )
     if prior.requires_grad:
         particles.accumulate(num_particles * prior)
-    norms = torch.linalg.vector_norm(particles.gradients, dim=1)
+    norms = particles.gradient_norms()
     clip_grad_norms_(particles.gradients, norms, config.max_grad_norm)
     logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()
     mixture_nll = _mixture_nll(logp, healthy)
