@@ -208,9 +208,10 @@ def registered(lora, two_maps, head, tokens):
                 cases.append(("linear_logprob", (leaf, weight, labels, bias, 4.0, 1.5, 1.0, need_grad, path)))
         cases.append(("linear_logprob_backward", (torch.ones(6, device=hidden.device), hidden, labels)))
         logp, mask = tokens(3, 4, 9)
-        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, ALPHA)
+        alpha = torch.tensor(ALPHA, dtype=torch.float64, device=logp.device)
+        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, alpha)
         for some_mask in (mask, None):
-            cases.append(("renyi_reduce", (*trained(logp), some_mask, ALPHA)))
+            cases.append(("renyi_reduce", (*trained(logp), some_mask, alpha)))
             cases.append(("renyi_reduce_backward", (torch.ones_like(loss), r, s, some_mask, 9, logp.dtype)))
         return cases
 
