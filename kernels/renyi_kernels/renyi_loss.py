@@ -22,7 +22,7 @@ def renyi_loss(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float | Te
         weight: ``[V, D]``, the frozen head.
         labels: ``[B, T]`` int64, already shifted; -100 where no token counts. All particles share them.
         alpha: finite, >= 0; a number or a tensor, as in `renyi_reduce`.
-        **head: `bias`, `logit_softcap`, `logit_scale`, `chunk_mib`, `backend`, as in `linear_logprob`.
+        **head: `bias`, `logit_softcap`, `logit_scale`, `chunk_mib`, `all_labelled`, `backend`, as in `linear_logprob`.
 
     Returns:
         RenyiOutput. Its `loss` ``[B]``, in nats, is differentiable in hidden.

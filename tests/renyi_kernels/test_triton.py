@@ -205,7 +205,9 @@ def registered(lora, two_maps, head, tokens):
         for path in ("triton", "torch"):
             for need_grad in (True, False):
                 leaf = trained(hidden)[0] if need_grad else hidden
-                cases.append(("linear_logprob", (leaf, weight, labels, bias, 4.0, 1.5, 1.0, need_grad, path)))
+                cases.append(("linear_logprob", (leaf, weight, labels, bias, 4.0, 1.5, 1.0, False, need_grad, path)))
+                every = (leaf, weight, labels.clamp(min=0), bias, 4.0, 1.5, 1.0, True, need_grad, path)
+                cases.append(("linear_logprob", every))
         cases.append(("linear_logprob_backward", (torch.ones(6, device=hidden.device), hidden, labels)))
         logp, mask = tokens(3, 4, 9)
         alpha = torch.tensor(ALPHA, dtype=torch.float64, device=logp.device)
