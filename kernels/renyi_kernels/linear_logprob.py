@@ -29,7 +29,6 @@ def linear_logprob(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_mib: float = CHUNK_MIB,
-    all_labelled: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability, in nats, of each label: ``log softmax(z)[label]``, ``z = softcap(scale * (h W^T + b))``.

@@ -23,7 +23,6 @@ def lora_linears(
     B: Sequence[Tensor],
     scaling: float,
     *,
-    copies=None,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Adapted maps that read the same input, e.g. q, k, v: ``y_jk = x_k W_j^T + b_j + scaling * (x_k A_jk^T) B_jk^T``.
