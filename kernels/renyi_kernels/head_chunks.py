@@ -39,29 +39,34 @@ def linear_logprob(
     logit_softcap: float | None,
     logit_scale: float,
     chunk_mib: float,
+    all_labelled: bool,
     need_grad: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
     """(logprob [N], G [N, D] = d logprob / d hidden) of hidden [N, D]. G is empty if it is not needed. Where there is
     no label, both are 0.
 
-    A chunk takes two matrix products and at most `chunk_mib` of logits. Only rows with a label take part.
+    A chunk takes two matrix products and at most `chunk_mib` of logits. Only rows with a label take part. If
+    `all_labelled`, these are all rows, and nothing looks for them.
     """
     (N, D), V = hidden.shape, weight.shape[0]
     logprob = hidden.new_zeros(N, dtype=at_least_fp32(hidden.dtype))
     gradient = hidden.new_zeros((N, D) if need_grad else (0, D))
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
-    chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad), rows.numel())
+    rows, num_rows = None, N
+    if not all_labelled:
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1).to(hidden.device, non_blocking=True)
+        num_rows = rows.numel()
+    chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad), num_rows)
     labels = labels.to(hidden.device, non_blocking=True)
-    rows = rows.to(hidden.device, non_blocking=True)
     # all chunks use the same buffers: to allocate new ones each time would cost as much as the arithmetic
     buffer = hidden.new_empty((chunk, V), dtype=logprob.dtype)
     widened = None
     if hidden.device.type != "cuda" and weight.dtype != buffer.dtype:
         widened = buffer.new_empty((min(_VOCAB_BLOCK, V), D))
-    for start in range(0, rows.numel(), max(chunk, 1)):
-        part = rows[start : start + chunk]
-        products = buffer[: part.numel()]
+    for start in range(0, num_rows, max(chunk, 1)):
+        end = min(start + chunk, num_rows)
+        part = slice(start, end) if rows is None else rows[start:end]
+        products = buffer[: end - start]
         _products_into(products, hidden[part], weight, widened)
         head = (bias, logit_softcap, logit_scale)
         logprob[part], slope = pass_of(path)(products, labels[part], *head, hidden.dtype if need_grad else None)

@@ -29,6 +29,7 @@ def linear_logprob(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_mib: float = CHUNK_MIB,
+    all_labelled: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability, in nats, of each label: ``log softmax(z)[label]``, ``z = softcap(scale * (h W^T + b))``.
@@ -46,6 +47,9 @@ def linear_logprob(
         logit_softcap: c from 1e-30 to 1e30, or None. logit_scale: multiplies the logits; at most 1e30.
         chunk_mib: how many MiB of logits and copies of them exist at a time, except on the "reference" path. Without
             CUDA, a head in low precision takes 8192 of its rows in fp32 besides.
+        all_labelled: True promises that no label is -100. Then the op does not look for labels, and it never waits for
+            the device, wherever they lie. A -100 is then like any token id that is not in the vocabulary: a ValueError
+            for labels on the CPU; for labels on a GPU the kernels give NaN.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
@@ -61,12 +65,13 @@ def linear_logprob(
     path = resolve("linear_logprob", hidden, backend)
     head = (bias, logit_softcap, float(logit_scale))
     if path == "reference":
-        _check_labels(labels, weight.shape[0])
+        _check_labels(labels, weight.shape[0], all_labelled)
         return reference.linear_logprob(hidden, weight, labels.to(hidden.device), *head)
     refuse_tangents("linear_logprob", hidden, weight, bias)
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logprob: Tensor = _forward(rows, weight, labels.reshape(-1), *head, float(chunk_mib), need_grad, path)[0]
+    how = (float(chunk_mib), all_labelled, need_grad, path)
+    logprob: Tensor = _forward(rows, weight, labels.reshape(-1), *head, *how)[0]
     return logprob.view(labels.shape)
 
 
@@ -106,14 +111,18 @@ def _check(
         raise ValueError(f"chunk_mib: expected a finite number of MiB above 0; got {chunk_mib}")
 
 
-def _check_labels(labels: Tensor, num_vocabulary: int) -> None:
+def _check_labels(labels: Tensor, num_vocabulary: int, all_labelled: bool) -> None:
     # on a GPU this check would wait for the device; there the log-probability of an unknown label is NaN
     if labels.device.type == "cpu" and labels.numel():
-        stray = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_vocabulary))]
+        unknown = (labels < 0) | (labels >= num_vocabulary)
+        if not all_labelled:
+            unknown &= labels != IGNORE_INDEX
+        stray = labels[unknown]
         if stray.numel():
+            no_label, remedy = ("", ", or all_labelled=False for labels of -100") if all_labelled else ("-100 or ", "")
             raise ValueError(
-                f"labels: expected -100 or a token id in [0, {num_vocabulary}); got {int(stray[0])}; "
-                "use the tokenizer that belongs to this model"
+                f"labels: expected {no_label}a token id in [0, {num_vocabulary}); got {int(stray[0])}; "
+                f"use the tokenizer that belongs to this model{remedy}"
             )
 
 
@@ -129,18 +138,19 @@ def _forward(
     logit_softcap: float | None,
     logit_scale: float,
     chunk_mib: float,
+    all_labelled: bool,
     need_grad: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_labels(labels, weight.shape[0])
+    _check_labels(labels, weight.shape[0], all_labelled)
     with torch.autocast(hidden.device.type, enabled=False):
         return head_chunks.linear_logprob(
-            hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, need_grad, path
+            hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, all_labelled, need_grad, path
         )
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, need_grad, path):
+def _(hidden, weight, labels, bias, logit_softcap, logit_scale, chunk_mib, all_labelled, need_grad, path):
     N, D = hidden.shape
     logprob = hidden.new_empty(N, dtype=at_least_fp32(hidden.dtype))
     return logprob, hidden.new_empty((N, D) if need_grad else (0, D))
@@ -174,7 +184,7 @@ def _differentiate(ctx, upstream, _):
                 f"{name}.requires_grad_(False), or use backend='reference'"
             )
     gradient, labels = ctx.saved_tensors
-    return (_backward(upstream, gradient, labels) if need_hidden else None, *[None] * 8)
+    return (_backward(upstream, gradient, labels) if need_hidden else None, *[None] * 9)
 
 
 def _refuse_second_derivative(ctx, *_):

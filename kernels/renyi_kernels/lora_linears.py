@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ def lora_linears(
     B: Sequence[Tensor],
     scaling: float,
     *,
+    copies: tuple[Tensor, Sequence[Tensor]] | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Adapted maps that read the same input, e.g. q, k, v: ``y_jk = x_k W_j^T + b_j + scaling * (x_k A_jk^T) B_jk^T``.
@@ -37,6 +39,11 @@ def lora_linears(
         A: n times ``[K, R_j, I]``; B: n times ``[K, O_j, R_j]``, in any floating dtypes. The products are computed in
             the dtype of x, and each gradient has the dtype of its adapter.
         scaling: the LoRA scaling, usually ``lora_alpha / R``.
+        copies: (A_block, [B_1, ..., B_n]), the values of A and B in the dtype of x, if the caller holds them: A_block
+            ``[K, R_1 + ... + R_n, I]`` has the A of all maps, one below the other. Then the op makes no copies of its
+            own (but one of A_block if the particles share x and A_block is not contiguous). The gradients go to A and
+            B, and a change of A, B or the copies before the backward is an error there. All of them may be views of
+            one matrix ``[K, P]``. The "reference" path takes A and B themselves.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
@@ -45,21 +52,21 @@ def lora_linears(
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not.
-        RuntimeError: in the backward, if a weight or a bias requires a gradient.
+        RuntimeError: in the backward, if a weight or a bias requires a gradient, or a saved tensor was changed.
     """
     weights, biases, A, B = list(weights), list(biases), list(A), list(B)
     _check(x, weights, biases, A, B)
+    values = [] if copies is None else _check_copies(copies, x, A, B)
     path = resolve("lora_linears", x, backend)
     if path == "reference":
         return reference.lora_linears(x, weights, biases, A, B, float(scaling))
     # autograd sees the tensors in a list only if the list holds nothing else, so an empty tensor stands for no bias
     present = [weight.new_empty(0) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
-    A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     x = x.contiguous()
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
-        refuse_tangents("lora_linears", x, *weights, *present, *A, *B)
-        return list(_forward(x, weights, present, A, B, float(scaling), path)[:-1])
-    return list(_Eager.apply(float(scaling), path, x, *weights, *present, *A, *B))
+        refuse_tangents("lora_linears", x, *weights, *present, *A, *B, *values)
+        return list(_forward(x, weights, present, A, B, values, float(scaling), path)[:-1])
+    return list(_Eager.apply(float(scaling), path, len(A), x, *weights, *present, *A, *B, *values))
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: list[Tensor], B: list[Tensor]) -> None:
@@ -94,8 +101,25 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: lis
                 raise TypeError(f"{name}[{j}]: expected a floating dtype; got {tensor.dtype}")
 
 
-# the work. x, A and B are contiguous, and an empty tensor stands for no bias. `_outputs` also returns x A^T of all
-# maps, which the backward needs
+def _check_copies(copies: tuple[Tensor, Sequence[Tensor]], x: Tensor, A: list[Tensor], B: list[Tensor]) -> list[Tensor]:
+    """The copies one after the other: A_block, B_1, ..., B_n."""
+    if len(copies) != 2 or len(copies[1]) != len(B):
+        expected = f"(A_block, [B_1, ..., B_n]) with a B for each of the {len(B)} maps"
+        raise ValueError(f"copies: expected {expected}; got a sequence of another length")
+    K, _, I = A[0].shape
+    shapes = {"copies[0]": [K, sum(a.shape[1] for a in A), I]}
+    shapes |= {f"copies[1][{j}]": list(b.shape) for j, b in enumerate(B)}
+    values = [copies[0], *copies[1]]
+    for (name, shape), tensor in zip(shapes.items(), values, strict=True):
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, as A and B have it; got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}; got {tensor.dtype}")
+    return values
+
+
+# the work. x is contiguous, and an empty tensor stands for no bias. `values` is A_block, B_1, ..., B_n in the dtype of
+# x; if it is empty, they are made here. `_outputs` also returns x A^T of all maps, which the backward needs
 
 
 def _outputs(
@@ -104,16 +128,17 @@ def _outputs(
     biases: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    values: Sequence[Tensor],
     scaling: float,
     path: str,
 ) -> list[Tensor]:
     passes = lora_products.passes_of(path)
     K, M, I = A[0].shape[0], *x.shape[-2:]
     with torch.autocast(x.device.type, enabled=False):
-        S = lora_products.shrink(passes, x, lora_products.stack(A, x.dtype))
+        S = lora_products.shrink(passes, x, values[0] if values else lora_products.stack(A, x.dtype))
         by_map = lora_products.split(lora_products.particle_major(S, x), A)
         outs = []
-        for weight, bias, b, s in zip(weights, biases, B, by_map, strict=True):
+        for weight, bias, b, s in zip(weights, biases, values[1:] or B, by_map, strict=True):
             # no view, because a model may change an output in place
             out = x.new_empty((K, M, weight.shape[0]))
             base = out if x.dim() == 3 else x.new_empty((1, M, weight.shape[0]))
@@ -134,6 +159,7 @@ def _gradients(
     weights: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    values: Sequence[Tensor],
     scaling: float,
     need_dx: bool,
     path: str,
@@ -142,18 +168,19 @@ def _gradients(
     passes = lora_products.passes_of(path)
     dY = [dy.contiguous() for dy in dY]
     dS = torch.empty_like(S)
-    dB = [torch.empty_like(b) for b in B]
+    dB = [b.new_empty(b.shape) for b in B]
     dx = x.new_empty(x.shape if need_dx else 0)
     with torch.autocast(x.device.type, enabled=False):
         by_map = [lora_products.split(lora_products.particle_major(s, x), A) for s in (S, dS)]
-        for dy, b, db, s, ds in zip(dY, B, dB, *by_map, strict=True):
+        for dy, b, db, s, ds in zip(dY, values[1:] or B, dB, *by_map, strict=True):
             passes.up_backward(dy, s, b.to(x.dtype), scaling, ds, db)
         if need_dx:
             rows = dx.view(-1, x.shape[-1])
             for j, (dy, weight) in enumerate(zip(dY, weights, strict=True)):
                 dy = dy.flatten(0, 1) if x.dim() == 3 else dy.sum(dim=0)
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
-            lora_products.add_input_gradient(passes, dx, dS, lora_products.stack(A, x.dtype))
+            A_block = values[0] if values else lora_products.stack(A, x.dtype)
+            lora_products.add_input_gradient(passes, dx, dS, A_block)
         # one tensor for all maps, in a dtype that can hold the values of each
         dA = lora_products.gradient_of_A(passes, x, dS, _common_dtype(A))
     return [dx, dA, *dB]
@@ -172,8 +199,8 @@ def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
                 "call requires_grad_(False) on it, or use backend='reference'"
             )
     x, S, *maps = ctx.saved_tensors
-    weights, A, B = _in_parts(maps, 3)
-    dx, dA, *dB = run(dY, x, S, weights, A, B, ctx.scaling, need_dx, ctx.path)
+    weights, A, B, values = _in_parts(maps, 3, len(dY))
+    dx, dA, *dB = run(dY, x, S, weights, A, B, values, ctx.scaling, need_dx, ctx.path)
     dA = [da.to(a.dtype) for da, a in zip(dA.split([a.shape[1] for a in A], dim=1), A, strict=True)]
     return dx if need_dx else None, dA, dB
 
@@ -186,10 +213,9 @@ def _refuse_forward_mode(ctx, *_):
     raise RuntimeError(no_forward_mode("lora_linears"))
 
 
-def _in_parts(tensors: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
-    """The tensors cut into `count` parts of the same length."""
-    n = len(tensors) // count
-    return [tensors[i * n : (i + 1) * n] for i in range(count)]
+def _in_parts(tensors: Sequence[Any], count: int, n: int) -> list[Sequence[Any]]:
+    """The tensors cut into `count` parts, one of n for each map, and what is left: the values of A and B."""
+    return [*(tensors[i * n : (i + 1) * n] for i in range(count)), tensors[count * n :]]
 
 
 # what eager autograd sees: tensors, and no lists of them. An operator would go through its lists in Python twice for
@@ -198,32 +224,32 @@ def _in_parts(tensors: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scaling, path, x, *maps):
-        weights, biases, A, B = _in_parts(maps, 4)
-        *outs, S = _outputs(x, weights, biases, A, B, scaling, path)
+    def forward(ctx, scaling, path, num_maps, x, *maps):
+        weights, biases, A, B, values = _in_parts(maps, 4, num_maps)
+        *outs, S = _outputs(x, weights, biases, A, B, values, scaling, path)
         ctx.scaling, ctx.path = scaling, path
-        ctx.save_for_backward(x, S, *weights, *A, *B)
+        ctx.save_for_backward(x, S, *weights, *A, *B, *values)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *dY):
-        _, _, need_dx, *needed = ctx.needs_input_grad
-        need_weights, need_biases, *_ = _in_parts(needed, 4)
+        _, _, _, need_dx, *needed = ctx.needs_input_grad
+        need_weights, need_biases, _, _, values = _in_parts(needed, 4, len(dY))
         dx, dA, dB = _differentiate(ctx, _EagerBackward.run, dY, need_dx, need_weights, need_biases)
-        return None, None, dx, *[None] * (2 * len(dY)), *dA, *dB
+        return None, None, None, dx, *[None] * (2 * len(dY)), *dA, *dB, *[None] * len(values)
 
     jvp = staticmethod(_refuse_forward_mode)
 
 
 class _EagerBackward(torch.autograd.Function):
     @staticmethod
-    def run(dY, x, S, weights, A, B, *options):
-        return _EagerBackward.apply(*options, x, S, *dY, *weights, *A, *B)
+    def run(dY, x, S, weights, A, B, values, *options):
+        return _EagerBackward.apply(*options, len(dY), x, S, *dY, *weights, *A, *B, *values)
 
     @staticmethod
-    def forward(ctx, scaling, need_dx, path, x, S, *maps):
-        dY, weights, A, B = _in_parts(maps, 4)
-        return tuple(_gradients(dY, x, S, weights, A, B, scaling, need_dx, path))
+    def forward(ctx, scaling, need_dx, path, num_maps, x, S, *maps):
+        dY, weights, A, B, values = _in_parts(maps, 4, num_maps)
+        return tuple(_gradients(dY, x, S, weights, A, B, values, scaling, need_dx, path))
 
     backward = staticmethod(_refuse_second_derivative)
     jvp = staticmethod(_refuse_forward_mode)
@@ -236,29 +262,29 @@ _backward = torch.library.custom_op("renyi_kernels::lora_linears_backward", _gra
 
 
 @_forward.register_fake
-def _(x, weights, biases, A, B, scaling, path):
+def _(x, weights, biases, A, B, values, scaling, path):
     K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
     outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
     return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
 
 
 @_backward.register_fake
-def _(dY, x, S, weights, A, B, scaling, need_dx, path):
+def _(dY, x, S, weights, A, B, values, scaling, need_dx, path):
     dA = A[0].new_empty((A[0].shape[0], sum(a.shape[1] for a in A), x.shape[-1]), dtype=_common_dtype(A))
-    return [x.new_empty(x.shape if need_dx else 0), dA, *(torch.empty_like(b) for b in B)]
+    return [x.new_empty(x.shape if need_dx else 0), dA, *(b.new_empty(b.shape) for b in B)]
 
 
 def _keep(ctx, inputs, output):
-    x, weights, _, A, B, ctx.scaling, ctx.path = inputs
-    ctx.save_for_backward(x, output[-1], *weights, *A, *B)
+    x, weights, _, A, B, values, ctx.scaling, ctx.path = inputs
+    ctx.save_for_backward(x, output[-1], *weights, *A, *B, *values)
 
 
 def _differentiate_operator(ctx, gradients):
-    need_dx, need_weights, need_biases, *_ = ctx.needs_input_grad
+    need_dx, need_weights, need_biases, _, _, values, *_ = ctx.needs_input_grad
     dY = gradients[:-1]
     refuse_tangents("lora_linears", *dY)
     dx, dA, dB = _differentiate(ctx, _backward, dY, need_dx, need_weights, need_biases)
-    return dx, [None] * len(dY), [None] * len(dY), dA, dB, None, None
+    return dx, [None] * len(dY), [None] * len(dY), dA, dB, [None] * len(values), None, None
 
 
 _forward.register_autograd(_differentiate_operator, setup_context=_keep)

@@ -43,15 +43,15 @@ def particle_major(S: Tensor, x: Tensor) -> Tensor:
 
 
 def shrink(passes: ModuleType, x: Tensor, A: Tensor) -> Tensor:
-    """x A_k^T, for an input of each particle [K, M, I] or a shared one [M, I], which is read once. The result lies in
-    memory as `particle_major` says."""
+    """x A_k^T, for an input of each particle [K, M, I] or a shared one [M, I], which is read once. Then A has to be one
+    matrix [K R, I], and is copied if it is not. The result lies in memory as `particle_major` says."""
     (K, R, I), M = A.shape, x.shape[-2]
     if x.dim() == 3:
         S = x.new_empty((K, M, R))
         passes.shrink(x, A, S)
     else:
         S = x.new_empty((M, K, R))
-        passes.shrink(x[None], A.view(1, K * R, I), S.view(1, M, K * R))
+        passes.shrink(x[None], A.reshape(1, K * R, I), S.view(1, M, K * R))
     return S
 
 
@@ -62,7 +62,7 @@ def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) ->
         passes.expand(dS, A.mT, 1.0, dx, dx)
     else:
         dx = dx[None]
-        passes.expand(dS.view(1, dx.shape[1], K * R), A.view(1, K * R, I).mT, 1.0, dx, dx)
+        passes.expand(dS.view(1, dx.shape[1], K * R), A.reshape(1, K * R, I).mT, 1.0, dx, dx)
 
 
 def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dtype: torch.dtype) -> Tensor:

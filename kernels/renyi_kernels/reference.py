@@ -60,29 +60,29 @@ def linear_logprob(
     return torch.where(labelled, logprob, 0.0)
 
 
-def renyi_reduce(logp: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def renyi_reduce(logp: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], responsibilities [K, B], ess [B]) of sequence log-likelihoods logp [K, B]: (6), (8), 3.4.
 
     loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k. It neither overflows nor loses
     digits. The value does not depend on m, so derivatives of every order take m as a constant. [K, B] is tiny, so it is
-    always computed in fp64.
+    always computed in fp64. Nothing asks for the value of alpha: the formula and the mean, its limit at alpha = 0, are
+    both computed, and `where` takes one.
     """
     s = logp.double()
+    if not isinstance(alpha, Tensor):
+        alpha = torch.full((), alpha, dtype=s.dtype, device=s.device)
+    independent = alpha == 0.0
     impossible = torch.isneginf(s).all(dim=0)  # no particle gives the example any mass
-    if alpha == 0.0:
-        loss = -s.mean(dim=0)
-    else:
-        m = s.detach().amax(dim=0)
-        m = torch.where(impossible, 0.0, m)
-        excess = torch.expm1(alpha * (s - m)).mean(dim=0)
-        # the gradient of an impossible example is zero; the inner `where` keeps log1p'(-1) = inf out of it
-        loss = -m - torch.log1p(torch.where(impossible, 0.0, excess)) / alpha
-    loss = torch.where(impossible, torch.inf, loss)
-    with torch.no_grad():
-        scores = torch.zeros_like(s) if alpha == 0.0 else alpha * (s - s.amax(dim=0))
-        scores = torch.where(impossible, 0.0, scores)
-        responsibilities = torch.softmax(scores, dim=0)
-        ess = 1.0 / responsibilities.square().sum(dim=0)
+    m = s.detach().amax(dim=0)
+    # where the formula is not used, its input is 0, so that neither 0 * inf nor NaN comes out of its derivative
+    scores = alpha * torch.where(independent | impossible, 0.0, s - m)
+    excess = torch.expm1(scores).mean(dim=0)
+    loss = -m - torch.log1p(excess) / torch.where(independent, 1.0, alpha)
+    loss = torch.where(independent, -s.mean(dim=0), loss)
+    # a constant, because the gradient of an impossible example is zero; NaN if alpha is NaN
+    loss = torch.where(impossible, alpha + torch.inf, loss)
+    responsibilities = torch.softmax(scores.detach(), dim=0)
+    ess = 1.0 / responsibilities.square().sum(dim=0)
     dtype = at_least_fp32(logp.dtype)
     return loss.to(dtype), responsibilities.to(dtype), ess.to(dtype)
 

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from renyi_kernels.linear_logprob import linear_logprob
 from renyi_kernels.reference import IGNORE_INDEX
-from renyi_kernels.renyi_reduce import RenyiOutput, check_alpha, renyi_reduce
+from renyi_kernels.renyi_reduce import RenyiOutput, check_alpha_for, renyi_reduce
 
 
-def renyi_loss(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float, **head: Any) -> RenyiOutput:
+def renyi_loss(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float | Tensor, **head: Any) -> RenyiOutput:
     """The coupled loss of K particles from their hidden states: `renyi_reduce` of `linear_logprob`.
 
     Args:
         hidden: ``[K, B, T, D]``, the final-norm output of each particle.
         weight: ``[V, D]``, the frozen head.
         labels: ``[B, T]`` int64, already shifted; -100 where no token counts. All particles share them.
-        alpha: finite, >= 0.
-        **head: `bias`, `logit_softcap`, `logit_scale`, `chunk_mib`, `backend`, as in `linear_logprob`.
+        alpha: finite, >= 0; a number or a tensor, as in `renyi_reduce`.
+        **head: `bias`, `logit_softcap`, `logit_scale`, `chunk_mib`, `all_labelled`, `backend`, as in `linear_logprob`.
 
     Returns:
         RenyiOutput. Its `loss` ``[B]``, in nats, is differentiable in hidden.
@@ -30,7 +30,7 @@ def renyi_loss(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float, **h
     Raises:
         ValueError, TypeError: as the two ops.
     """
-    alpha = check_alpha(alpha)
+    alpha = check_alpha_for(hidden, alpha)
     if hidden.dim() != 4:
         raise ValueError(f"hidden: expected [K, B, T, D]; got {list(hidden.shape)}")
     if labels.shape != hidden.shape[1:3]:

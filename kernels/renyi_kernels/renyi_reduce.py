@@ -34,7 +34,9 @@ class RenyiOutput(NamedTuple):
     """[K, B], nats: the log-likelihoods of the sequences, which were reduced."""
 
 
-def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, backend: str | None = None) -> RenyiOutput:
+def renyi_reduce(
+    logp: Tensor, alpha: float | Tensor, *, mask: Tensor | None = None, backend: str | None = None
+) -> RenyiOutput:
     """Couple K particles: ``loss_i = -(1/alpha) log((1/K) sum_k exp(alpha s_ki))``, eqs. (6), (18) of arXiv 2605.27747.
 
     alpha = 0 is the limit: the mean of the particles' nll. alpha = 1 is the nll of the predictive mixture (Lemma 1).
@@ -48,6 +50,9 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
         logp: log-likelihoods in nats: ``[K, B]`` of sequences, or ``[K, B, T]`` of tokens, which are summed over T.
         alpha: finite, >= 0. Unless it is 0, it is brought into the range from 1e-200 to 1e200, so that 1 / alpha is a
             number too. Beyond that range the loss changes by less than 1e-199 nats, or only where it is above 1e100.
+            It may be a floating tensor without dimensions, on the device of logp or on the CPU. Then nothing asks for
+            its value, so a captured graph can be replayed with another one. If it is negative, NaN or infinite, the
+            whole loss is NaN.
         mask: ``[B, T]`` of any dtype, nonzero where a token counts, for log-likelihoods of tokens. None: all count.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
@@ -57,12 +62,11 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
         on the "triton" path, where they raise a RuntimeError.
 
     Raises:
-        ValueError: alpha is negative, NaN or infinite, or a shape does not fit.
-        TypeError: alpha is no number, or logp is not floating point.
+        ValueError: a number alpha is negative, NaN or infinite; a tensor alpha has dimensions, lies on another device
+            or requires a gradient; or a shape does not fit.
+        TypeError: alpha is neither a number nor a floating tensor, or logp is not floating point.
     """
-    alpha = check_alpha(alpha)
-    if alpha:
-        alpha = min(max(alpha, _LEAST_ALPHA), 1 / _LEAST_ALPHA)
+    alpha = check_alpha_for(logp, alpha)
     if not logp.is_floating_point():
         raise TypeError(f"logp: expected a floating-point tensor; got {logp.dtype}")
     if logp.dim() not in (2, 3) or logp.shape[0] < 1:
@@ -71,16 +75,18 @@ def renyi_reduce(logp: Tensor, alpha: float, *, mask: Tensor | None = None, back
         raise ValueError(
             f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}"
         )
-    if resolve("renyi_reduce", logp, backend) == "triton":
+    path = resolve("renyi_reduce", logp, backend)
+    in_range = _in_range(alpha, logp.device)
+    if path == "triton":
         refuse_tangents("renyi_reduce", logp)
         tokens = logp if logp.dim() == 3 else logp.unsqueeze(-1)
-        loss, responsibilities, ess, logp = _forward(tokens, mask, alpha)
+        loss, responsibilities, ess, logp = _forward(tokens, mask, in_range)
         return RenyiOutput(loss, responsibilities.detach(), ess.detach(), logp.detach())
     if logp.dim() == 3:
         logp = _sum_tokens(logp, mask)
     logp = logp.to(at_least_fp32(logp.dtype))
     # [K, B] is tiny, so the reference serves as the "torch" path too
-    loss, responsibilities, ess = reference.renyi_reduce(logp, alpha)
+    loss, responsibilities, ess = reference.renyi_reduce(logp, in_range)
     return RenyiOutput(loss, responsibilities, ess, logp.detach())
 
 
@@ -94,6 +100,31 @@ def check_alpha(alpha: float) -> float:
     return alpha
 
 
+def check_alpha_for(logp: Tensor, alpha: float | Tensor) -> float | Tensor:
+    """alpha as a float or as the tensor that it is. The errors are those of `renyi_reduce`."""
+    if not isinstance(alpha, Tensor):
+        return check_alpha(alpha)
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha: expected a floating tensor; got {alpha.dtype}")
+    if alpha.dim():
+        raise ValueError(f"alpha: expected a tensor without dimensions; got the shape {list(alpha.shape)}")
+    if alpha.device not in (logp.device, torch.device("cpu")):
+        raise ValueError(f"alpha: expected a tensor on {logp.device} or on the CPU; got one on {alpha.device}")
+    if alpha.requires_grad:
+        raise ValueError("alpha: the loss has no derivative in it; pass alpha.detach()")
+    return alpha
+
+
+def _in_range(alpha: float | Tensor, device: torch.device) -> Tensor:
+    """alpha as an fp64 tensor on the device: 0, or from `_LEAST_ALPHA` to its inverse, or NaN for what is refused."""
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(device, torch.float64, non_blocking=True)
+    else:
+        alpha = torch.full((), alpha, dtype=torch.float64, device=device)
+    alpha = alpha.where((alpha >= 0.0) & (alpha < torch.inf), torch.nan)
+    return alpha.where(alpha == 0.0, alpha.clamp(_LEAST_ALPHA, 1 / _LEAST_ALPHA))
+
+
 def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
     logp = logp.to(at_least_fp32(logp.dtype))
     if mask is not None:
@@ -102,18 +133,19 @@ def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
     return logp.sum(dim=-1)
 
 
-# the kernels as one operator, for autograd and torch.compile; log-likelihoods of tokens, [K, B, T]
+# the kernels as one operator, for autograd and torch.compile; log-likelihoods of tokens, [K, B, T]; alpha as
+# `_in_range` gives it
 
 
 @torch.library.custom_op("renyi_kernels::renyi_reduce", mutates_args=())
-def _forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from renyi_kernels.triton_ops import renyi_reduce  # needs triton
 
     return renyi_reduce.forward(token_logp, mask, alpha)
 
 
 @_forward.register_fake
-def _(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K, B, _ = token_logp.shape
     dtype = at_least_fp32(token_logp.dtype)
     per_example, per_pair = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty((K, B), dtype=dtype)

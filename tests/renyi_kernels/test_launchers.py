@@ -108,7 +108,8 @@ def test_the_reduction_and_its_gradient_take_any_layout(draw, mask_dtype, dtype,
     gold = reference.renyi_reduce(s, alpha)
     (gradient,) = torch.autograd.grad(gold[0], s, upstream.cpu().double())
 
-    ours = reduce_passes.forward(lie(tokens, layouts[0]), mask, alpha)
+    given_alpha = torch.tensor(alpha, dtype=torch.float64, device=tokens.device)
+    ours = reduce_passes.forward(lie(tokens, layouts[0]), mask, given_alpha)
     for x, truth in zip(ours, (*gold, s), strict=True):
         assert_close(x.cpu(), truth.detach(), torch.float32)
     pairs = [lie(x, layout) for x, layout in ((ours[1], layouts[2]), (ours[3], layouts[3]))]

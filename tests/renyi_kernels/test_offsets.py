@@ -133,21 +133,26 @@ def test_only_a_far_tile_pays_for_long_offsets(draw):
     assert lora_passes._far(256 * 2**23)
 
 
+@pytest.fixture(scope="module")
+def alpha(device):
+    return torch.tensor(0.8, dtype=torch.float64, device=device)
+
+
 @pytest.mark.parametrize("strides", [(PARTICLE, 64, 1), (8, 2**25, 1), (2**25, 8, 2**29)], ids=["K", "B", "T"])
-def test_the_reduction_reads_far_log_likelihoods(spread, draw, strides):
+def test_the_reduction_reads_far_log_likelihoods(spread, draw, alpha, strides):
     K, B = (2, 65) if strides[0] == 8 else (3, 2)
     logp = -draw(K, B, 5).abs()
-    expected = reduce_passes.forward(logp, None, 0.8)
-    for ours, theirs in zip(reduce_passes.forward(spread(logp, *strides), None, 0.8), expected, strict=True):
+    expected = reduce_passes.forward(logp, None, alpha)
+    for ours, theirs in zip(reduce_passes.forward(spread(logp, *strides), None, alpha), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("strides", [(FAR, 1), (1, 2**29)], ids=["B", "T"])
-def test_the_reduction_reads_a_far_mask(spread, draw, device, strides):
+def test_the_reduction_reads_a_far_mask(spread, draw, device, alpha, strides):
     logp, mask = -draw(3, 2, 6).abs(), torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 1]], device=device).bool()
     far = spread(mask, *strides)
-    expected = reduce_passes.forward(logp, mask, 0.8)
-    ours = reduce_passes.forward(logp, far, 0.8)
+    expected = reduce_passes.forward(logp, mask, alpha)
+    ours = reduce_passes.forward(logp, far, alpha)
     assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
     options = (expected[1], expected[3], 6, torch.float32)
     upstream = torch.ones(2, device=device)

@@ -196,21 +196,28 @@ def registered(lora, two_maps, head, tokens):
             x, weights, biases, A, B = two_maps(2, 3, 5, 4, 2, shared_x)
             biases = [weights[0].new_empty(0) if bias is None else bias for bias in biases]
             for path in ("triton",) if shared_x else ("triton", "torch"):
-                *outs, S = torch.ops.renyi_kernels.lora_linears(x, weights, biases, A, B, SCALING, path)
-                leaves = (*trained(x), weights, biases, trained(*A), trained(*B), SCALING, path)
+                *outs, S = torch.ops.renyi_kernels.lora_linears(x, weights, biases, A, B, [], SCALING, path)
+                leaves = (*trained(x), weights, biases, trained(*A), trained(*B), [], SCALING, path)
                 cases.append(("lora_linears", leaves))
-                backward = (outs, x, S, weights, A, B, SCALING, path == "triton" and not shared_x, path)
+                need_dx = path == "triton" and not shared_x
+                backward = (outs, x, S, weights, A, B, [], SCALING, need_dx, path)
                 cases.append(("lora_linears_backward", backward))
+                values = [torch.cat(A, dim=1), *(b.clone() for b in B)]
+                cases.append(("lora_linears", (*leaves[:5], values, *leaves[6:])))
+                cases.append(("lora_linears_backward", (*backward[:6], values, *backward[7:])))
         hidden, weight, labels, bias = head((6,), 5, 7)
         for path in ("triton", "torch"):
             for need_grad in (True, False):
                 leaf = trained(hidden)[0] if need_grad else hidden
-                cases.append(("linear_logprob", (leaf, weight, labels, bias, 4.0, 1.5, 1.0, need_grad, path)))
+                cases.append(("linear_logprob", (leaf, weight, labels, bias, 4.0, 1.5, 1.0, False, need_grad, path)))
+                every = (leaf, weight, labels.clamp(min=0), bias, 4.0, 1.5, 1.0, True, need_grad, path)
+                cases.append(("linear_logprob", every))
         cases.append(("linear_logprob_backward", (torch.ones(6, device=hidden.device), hidden, labels)))
         logp, mask = tokens(3, 4, 9)
-        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, ALPHA)
+        alpha = torch.tensor(ALPHA, dtype=torch.float64, device=logp.device)
+        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, alpha)
         for some_mask in (mask, None):
-            cases.append(("renyi_reduce", (*trained(logp), some_mask, ALPHA)))
+            cases.append(("renyi_reduce", (*trained(logp), some_mask, alpha)))
             cases.append(("renyi_reduce_backward", (torch.ones_like(loss), r, s, some_mask, 9, logp.dtype)))
         return cases
 
@@ -239,8 +246,11 @@ def calls(lora, two_maps, head, tokens):
         if name.startswith("lora_linears"):
             x, weights, biases, A, B = two_maps(2, 3, 5, 4, 2, shared_x="shared" in name)
 
+            copies = (torch.cat(A, dim=1), [b.clone() for b in B]) if "copies" in name else None
+
             def maps(x, A0, A1, B0, B1, **k):
-                return torch.cat(lora_linears(x, weights, biases, [A0, A1], [B0, B1], SCALING, **k), dim=-1)
+                adapters = [A0, A1], [B0, B1]
+                return torch.cat(lora_linears(x, weights, biases, *adapters, SCALING, copies=copies, **k), dim=-1)
 
             return maps, trained(x, *A, *B)
         if name == "linear_logprob":
@@ -263,6 +273,7 @@ CALLS = [
     "grouped_lora shared x",
     "lora_linears",
     "lora_linears shared x",
+    "lora_linears copies",
     "linear_logprob",
     "renyi_loss",
     "renyi_reduce",

@@ -41,7 +41,7 @@ def renyi_reduce_forward_kernel(
     responsibilities_ptr,
     ess_ptr,
     logp_ptr,
-    alpha: tl.float64,
+    alpha_ptr,
     K,
     B,
     T,
@@ -51,13 +51,14 @@ def renyi_reduce_forward_kernel(
     mask_stride_b,
     mask_stride_t,
     HAS_MASK: tl.constexpr,
-    ALPHA_IS_ZERO: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """For one sequence i: s_k = sum_t token_logp[k, i, t], in fp32; then, in fp64, with m = max_k s_k,
 
     loss = -m - (1/alpha) log1p( (1/K) sum_k expm1(alpha (s_k - m)) ),  r = softmax_k(alpha s),  ess = 1 / sum_k r_k^2
+
+    and for alpha = 0 the mean of -s_k. alpha is read from memory, in fp64
     """
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -82,16 +83,15 @@ def renyi_reduce_forward_kernel(
     peak = tl.max(tl.where(in_k, s, float("-inf")), axis=0)
     impossible = tl.sum(tl.where(in_k & (s != float("-inf")), 1, 0), axis=0) == 0
     m = tl.where(impossible, 0.0, peak)
-    below = tl.where(in_k, s, m) - m
-    if ALPHA_IS_ZERO:
-        loss = -tl.sum(tl.where(in_k, s, 0.0), axis=0) / K
-        mass = tl.where(in_k, 1.0, 0.0).to(tl.float64)
-    else:
-        scores = alpha * tl.where(impossible, 0.0, below)
-        excess = tl.sum(tl.where(in_k, _expm1(scores), 0.0), axis=0) / K
-        loss = -m - _log1p(excess) / alpha
-        mass = tl.where(in_k, tl.exp(scores), 0.0)
-    loss = tl.where(impossible, float("inf"), loss)
+    alpha = tl.load(alpha_ptr)
+    independent = alpha == 0.0
+    # no product of zero and infinity
+    scores = alpha * tl.where(independent | impossible, 0.0, tl.where(in_k, s, m) - m)
+    excess = tl.sum(tl.where(in_k, _expm1(scores), 0.0), axis=0) / K
+    loss = -m - _log1p(excess) / tl.where(independent, 1.0, alpha)
+    loss = tl.where(independent, -tl.sum(tl.where(in_k, s, 0.0), axis=0) / K, loss)
+    loss = tl.where(impossible, alpha + float("inf"), loss)
+    mass = tl.where(in_k, tl.exp(scores), 0.0)
     r = mass / tl.sum(mass, axis=0)
     tl.store(loss_ptr + b, loss.to(loss_ptr.dtype.element_ty))
     tl.store(responsibilities_ptr + k_b, r.to(responsibilities_ptr.dtype.element_ty), mask=in_k)
@@ -135,8 +135,8 @@ def renyi_reduce_backward_kernel(
 
 
 @on_its_device
-def forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T] and mask [B, T]."""
+def forward(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T], mask [B, T], alpha in fp64."""
     K, B, T = token_logp.shape
     dtype = at_least_fp32(token_logp.dtype)
     loss, ess = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty(B, dtype=dtype)
@@ -145,9 +145,7 @@ def forward(token_logp: Tensor, mask: Tensor | None, alpha: float) -> tuple[Tens
         mask, mask_strides = _mask(mask, token_logp)
         outputs = (loss, responsibilities, ess, logp)
         sizes = (K, B, T, *token_logp.stride(), *mask_strides)
-        renyi_reduce_forward_kernel[(B,)](
-            token_logp, mask, *outputs, alpha, *sizes, ALPHA_IS_ZERO=alpha == 0.0, **_options(K, T, mask, token_logp)
-        )
+        renyi_reduce_forward_kernel[(B,)](token_logp, mask, *outputs, alpha, *sizes, **_options(K, T, mask, token_logp))
     return loss, responsibilities, ess, logp
 
 
