@@ -1,9 +1,9 @@
 """Attention in a packed row, where several sequences stand one after the other.
 
 transformers asks an attention implementation of ours for masks and for attention. It answers with the model's own
-implementation, which it calls once for each sequence. So sliding windows, soft caps and attention sinks are the
-model's own, and no sequence sees another one. The exception is a shared prefix: the sequences that continue it attend to
-its keys and values, which are computed once.
+implementation, which it calls once for each sequence. So sliding windows, soft caps and attention sinks are those of
+the model, and no sequence sees another one. The exception is a shared beginning: the sequences that go on from it
+attend to its keys and values, which are computed once.
 
 On a GPU, plain causal attention without shared prefixes is one call for the whole row (`torch.nn.attention.varlen`).
 

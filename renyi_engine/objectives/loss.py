@@ -11,7 +11,7 @@ from torch import Tensor
 from renyi_kernels import RenyiOutput, renyi_reduce
 
 
-def data_term(logp: Tensor, alpha: float, num_examples: int) -> tuple[Tensor, RenyiOutput]:
+def data_term(logp: Tensor, alpha: float | Tensor, num_examples: int) -> tuple[Tensor, RenyiOutput]:
     """(1/|batch|) sum_i loss[i], which is eq. (19) divided by N, and the reduction that it comes from.
 
     Args:
