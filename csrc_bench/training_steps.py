@@ -325,12 +325,12 @@ class FrozenBase:
 
 
 class Gemms:
-    """The second floor: the bare matrix products, one after the other, of the tokens that differ.
+    """The second floor: the bare matrix products, one after the other, of the tokens that have to be read.
 
     These are the frozen maps of the layers below the first adapted one, forward; those of the adapted layers, forward
     and backward to their inputs, for K particles; and the two products of the head where there is a label. The first
     adapted q, k and v read what all particles share: they run forward once, and nothing below them needs a gradient.
-    A beginning that the sequences of a family share is read once. On a GPU the products are one CUDA graph.
+    On a GPU the products are one CUDA graph.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -345,7 +345,7 @@ class Gemms:
         self.head = model.get_output_embeddings().weight
 
     def read(self, families: list[Family]) -> Callable[[], object]:
-        tokens = sum(map(num_different, families))
+        tokens = sum(map(num_read, families))
         labelled = self.K * sum(sequence.num_labels for sequence in sequences_of(families))
 
         @cache
@@ -378,10 +378,12 @@ class Gemms:
         pass
 
 
-def num_different(family: Family) -> int:
-    """The tokens of a family. Those at the beginning of all its sequences count once."""
-    shared = min(common_prefix(family[0].input_ids, sequence.input_ids) for sequence in family)
-    return shared + sum(len(sequence.input_ids) - shared for sequence in family)
+def num_read(family: Family) -> int:
+    """The tokens of a family that have to be read. The last one of a sequence predicts nothing, and what all sequences
+    begin with is read once."""
+    read = [sequence.input_ids[:-1] for sequence in family]
+    shared = min(common_prefix(read[0], ids) for ids in read)
+    return shared + sum(len(ids) - shared for ids in read)
 
 
 def initial(model, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
