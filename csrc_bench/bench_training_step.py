@@ -7,26 +7,25 @@ K particles, B sequences, T tokens, R rank. The adapters are on all linear maps 
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from csrc_bench.measure import Point, Shape, Skipped, Variant, device_type, require_close, require_path
+from csrc_bench.batches import Family, equal_lengths, stacked
+from csrc_bench.measure import Shape, Skipped, Variant, device_type
+from csrc_bench.step_suite import StepSuite
 from csrc_bench.training_steps import (
     CONFIGS,
     Compiled,
     CompiledLayers,
     Ensemble,
     FrozenBase,
+    Gemms,
     Peft,
     Vmap,
     build_model,
     layers_of,
-    random_ids,
+    vocabulary_of,
 )
 
 
@@ -78,6 +77,7 @@ def variants(device: str) -> dict[str, Variant]:
             "other", lambda model, shape: CompiledLayers(model, shape, path), backend=path, slow=True
         ),
         "frozen_base": Variant("floor", lambda model, shape: FrozenBase(shape)),
+        "gemms": Variant("floor", lambda model, shape: Gemms(shape)),
         "peft": Variant("peer", Peft, needs="peft"),
         "peft_bf16": Variant("peer", lambda model, shape: Peft(model, shape, fp32=False), needs="peft", slow=True),
         "peft_all_layers": Variant(
@@ -90,80 +90,23 @@ def variants(device: str) -> dict[str, Variant]:
     }
 
 
-@dataclass
-class StepSuite:
-    """The steps of one shape share a model. Each step restores it at the end."""
-
-    op: str = "training_step"
-    _model: tuple = (None, None)
-    _gold: tuple = (None, None)
-
-    def variants(self, device: str) -> dict[str, Variant]:
-        return variants(device)
-
-    def points(self, device: str, tiny: bool) -> list[Point]:
-        def fits(shape, name, variant):
-            if name == "peft_all_layers" and layers_of(shape) is None:
-                return False  # the same as peft
-            if name == "ours_compile" and tiny:
-                return False  # compiling takes longer than everything else together
-            return not variant.slow or shape["name"].startswith("bar")
-
-        return [
-            Point(self, shape, "step", name)
-            for shape in shapes(device, tiny)
-            for name, variant in variants(device).items()
-            if fits(shape, name, variant)
-        ]
-
-    @contextlib.contextmanager
-    def prepared(self, point: Point) -> Iterator[tuple[list[Callable[[], None]], str | None]]:
-        shape, variant = point.shape, variants(device_type())[point.variant]
-        way = None
-        if self._model[0] != shape["model"]:
-            self._model = (None, None)
-            self._model = (shape["model"], build_model(shape["model"]))
-        model = self._model[1]
-        path = None
-        if variant.backend:
-            for op in ("lora_linears", "grouped_lora", "linear_logprob"):
-                path = require_path(op, model.get_input_embeddings().weight, variant.backend)
-        try:
-            if variant.kind != "floor":
-                gold = self._reference(model, shape)
-            way = variant.build(model, shape)
-            if variant.kind != "floor" and point.variant != "peft_all_layers":
-                self._check(way, shape, gold)
-            calls = [partial(way.step, random_ids(shape, seed)) for seed in range(3)]
-            yield calls, path
-        except BaseException:
-            # a step that failed may have left the model changed
-            self._model = (None, None)
-            raise
-        finally:
-            if way is not None and self._model[1] is not None:
-                way.close()
-
-    def _reference(self, model, shape: Shape) -> tuple[Tensor, Tensor]:
-        """The log-probabilities and gradients of the naive step, on few tokens."""
-        if self._gold[0] != shape:
-            way = Ensemble(model, shape, "reference")
-            self._gold = (shape, way.score(self._few(shape)))
-            way.close()
-        return self._gold[1]
-
-    @staticmethod
-    def _few(shape: Shape) -> Tensor:
-        return random_ids(shape, seed=99, num_tokens=min(shape["T"], 32))
-
-    def _check(self, way, shape: Shape, gold: tuple[Tensor, Tensor]) -> None:
-        logp, gradient = way.score(self._few(shape))
-        require_close("logp", logp, gold[0], 1e-2)
-        # bf16 errors grow through all layers, but the particles differ by far more
-        require_close("gradient", gradient, gold[1], 0.1)
+def batches(shape: Shape, variant: str) -> list[list[Family]]:
+    return [equal_lengths(shape, vocabulary_of(shape), seed) for seed in range(3)]
 
 
-SUITE = StepSuite()
+def few(shape: Shape) -> list[Family]:
+    return equal_lengths(shape | {"T": min(shape["T"], 32)}, vocabulary_of(shape), seed=99)
+
+
+def left_out(shape: Shape, variant: str) -> bool:
+    if variant == "peft_all_layers":
+        return layers_of(shape) is None  # the same as peft
+    return variant == "ours_compile" and shape["model"] == "tiny"  # compiling takes longer than all the rest
+
+
+SUITE = StepSuite(
+    "training_step", shapes, variants, batches, few, stacked, left_out=left_out, unchecked=("peft_all_layers",)
+)
 
 
 def test_speed(point, measured):
@@ -179,12 +122,12 @@ def main() -> None:
     device = device_type()
     shape = shapes(device, parser.parse_args().tiny)[0]
     way = variants(device)["ours"].build(build_model(shape["model"]), shape)
-    ids = random_ids(shape, 0)
+    batch = way.read(batches(shape, "ours")[0])
     for _ in range(2):
-        way.step(ids)
+        way.step(batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiler:
-        way.step(ids)
+        way.step(batch)
         if device == "cuda":
             torch.cuda.synchronize()
     print(f"one step at {shape} on the path {way.backend!r}")

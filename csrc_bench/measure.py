@@ -212,8 +212,8 @@ class OpSuite:
             self._kept = (None, None)
             draw = lambda seed: self.inputs(shape, device, torch.Generator(device).manual_seed(seed))
             sets = [draw(0)]
-            mib = sum(x.numel() * x.element_size() for x in sets[0]) / 2**20
-            sets += [draw(seed) for seed in range(1, min(max(math.ceil(_CACHE_MIB[device] / mib), 2), 16))]
+            num_bytes = sum(x.numel() * x.element_size() for x in sets[0])
+            sets += [draw(seed) for seed in range(1, num_input_sets(num_bytes, device))]
             wide = torch.float32 if getattr(torch, shape["dtype"]) is torch.bfloat16 else torch.float64
             widened = [x.detach().to(wide) if x.is_floating_point() else x for x in sets[0]]
             leaves = [w.requires_grad_(x.requires_grad) for w, x in zip(widened, sets[0], strict=True)]
@@ -287,10 +287,15 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def num_input_sets(num_bytes: int, device: str) -> int:
+    """How many input sets of `num_bytes` bytes exceed the cache together: 2 to 16."""
+    return min(max(math.ceil(_CACHE_MIB[device] * 2**20 / num_bytes), 2), 16)
+
+
 def copies(num_bytes: int, device: str) -> Callable[..., None]:
     """A function that reads and writes `num_bytes` bytes in all, and never the same bytes twice in a row."""
     half = max(num_bytes // 2, 1)
-    count = min(max(math.ceil(_CACHE_MIB[device] * 2**20 / num_bytes), 2), 16)
+    count = num_input_sets(num_bytes, device)
     pairs = itertools.cycle([torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(count)])
 
     def copy(*_):

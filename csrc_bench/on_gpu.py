@@ -24,16 +24,18 @@ from csrc_bench import compare
 ROOT = Path(__file__).parents[1]
 TESTS_SHARE = 0.35  # of the time, at most
 OPS = [f"csrc_bench/bench_{name}.py" for name in ("linear_logprob", "grouped_lora", "lora_linears", "renyi_reduce")]
-STEP = "csrc_bench/bench_training_step.py"
+STEP, RAGGED, PARTS = (f"csrc_bench/bench_{name}.py" for name in ("training_step", "ragged_step", "step_parts"))
 BENCHMARKS = [
     ("fused loss, the bar", [OPS[0], "-k", "bar_qwen2 and both"]),
     ("low-rank updates, the bars", [OPS[1], OPS[2], "-k", "bar_qwen2 and both and not compile"]),
     ("training step, the bar", [STEP, "-k", "bar_qwen2_all and not compile"]),
     ("profile of the training step", None),
     ("training step, the other bars", [STEP, "-k", "bar and not compile"]),
+    ("training step on real lengths, the bars, and its parts", [RAGGED, PARTS, "-k", "bar"]),
     ("ops, the bars", [*OPS, "-k", "bar"]),
     ("training step, the bar, layers compiled", [STEP, "-k", "bar_qwen2_all and ours_compile"]),
     ("training step, sweeps", [STEP, "-k", "not compile"]),
+    ("training step on real lengths, sweeps", [RAGGED]),
     ("ops, sweeps", OPS),
     ("training step, compiled", [STEP]),
 ]

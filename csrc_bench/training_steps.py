@@ -1,23 +1,27 @@
-"""The ways to make a training step, on random tokens and weights: ours, PEFT's, vmap's, and the floor.
+"""The ways to make a training step, on random tokens and weights: ours, PEFT's, vmap's, and the floors.
 
-K particles, B sequences, T tokens, R rank.
+K particles, B sequences, T tokens, N tokens of all sequences, R rank, I/O in/out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from csrc_bench.batches import Batch, Family, padding_free, sequences_of, stacked
 from csrc_bench.measure import Shape, device_type
 from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_kernels import renyi_reduce, use_backend
+from renyi_engine.data import common_prefix
+from renyi_kernels import IGNORE_INDEX, renyi_reduce, use_backend
 
 ALPHA = 0.8
+BETA = 0.1  # of pairs
 LEARNING_RATE = 1e-4
 MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # all linear ones but the head
 
@@ -76,18 +80,26 @@ def attach(model, shape: Shape) -> LoraEnsemble:
     ).train()
 
 
-def random_ids(shape: Shape, seed: int, num_tokens: int | None = None) -> Tensor:
-    """[B, T] on the CPU, where a data loader would leave them."""
-    size = (shape["B"], num_tokens or shape["T"])
-    vocabulary = CONFIGS[shape["model"]]().vocab_size
-    return torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(seed))
+def vocabulary_of(shape: Shape) -> int:
+    return CONFIGS[shape["model"]]().vocab_size
 
 
-def sequence_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """[B] nats, summed over the tokens after the first, in plain PyTorch."""
-    logits, targets = logits[:, :-1].float(), ids[:, 1:].to(logits.device)
+def objective(logp: Tensor, shape: Shape) -> Tensor:
+    """The log-likelihoods [..., examples] that are learnt, of those of sequences [..., B]. Of a pair it is (24), of
+    which the base's part is a constant."""
+    return F.logsigmoid(BETA * (logp[..., 0::2] - logp[..., 1::2])) if shape.get("pairs") else logp
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """The places in the flattened labels [B, T] whose tokens predict a label: the places before those with one."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
+
+
+def sequence_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B] nats, summed over the labels after the first place, in plain PyTorch."""
+    logits, targets = logits[:, :-1].float(), labels[:, 1:].to(logits.device)
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return nll.view(len(ids), -1).sum(-1)
+    return nll.view(len(labels), -1).sum(-1)
 
 
 def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
@@ -95,27 +107,31 @@ def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
 
-# Each way to make a step has step(ids), and score(ids) -> (logp [K, B], gradient [K, O, R]): for every particle the
-# gradient of its own -sum_i logp[k, i] in the B of the lowest adapted q_proj.
+# Each way to make a step has read(families) -> batch, step(batch), and score(batch) -> (logp [K, B], gradient
+# [K, O, R]): for every particle the gradient of its own -sum_i logp[k, i] in the B of the lowest adapted q_proj. Floors
+# have no score.
+
+Read = Callable[[list[Family]], Batch]
 
 
 class Ensemble:
     """Our step, with one path for all ops."""
 
-    def __init__(self, model, shape: Shape, backend: str) -> None:
-        self.backend, self.ensemble = backend, attach(model, shape)
+    def __init__(self, model, shape: Shape, backend: str, read: Read = stacked) -> None:
+        self.shape, self.backend, self.read = shape, backend, read
+        self.ensemble = attach(model, shape)
         self.optimizer = adamw(self.ensemble.parameters())
 
-    def step(self, ids: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         with use_backend(self.backend):
-            logp = self.ensemble.sequence_logprob({"input_ids": ids, "labels": ids})
+            logp = self.ensemble.sequence_logprob(batch)
             self.optimizer.zero_grad()
-            renyi_reduce(logp, ALPHA).loss.mean().backward()
+            renyi_reduce(objective(logp, self.shape), ALPHA).loss.mean().backward()
         self.optimizer.step()
 
-    def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with use_backend(self.backend):
-            logp = self.ensemble.sequence_logprob({"input_ids": ids, "labels": ids})
+            logp = self.ensemble.sequence_logprob(batch)
             _, B = next(iter(self.ensemble.stacked().values()))
             return logp.detach(), torch.autograd.grad(-logp.sum(), B)[0]
 
@@ -159,9 +175,12 @@ class Peft:
     Its particles are not coupled (alpha = 0): coupling would cost PEFT one more scoring pass.
     """
 
-    def __init__(self, model, shape: Shape, fp32: bool = True, everywhere: bool = False) -> None:
+    def __init__(
+        self, model, shape: Shape, read: Read = stacked, *, fp32: bool = True, everywhere: bool = False
+    ) -> None:
         from peft import LoraConfig, get_peft_model
 
+        self.shape, self.read = shape, read
         K, R = shape["K"], shape["R"]
         if everywhere:
             shape = shape | {"adapted_layers": model.config.num_hidden_layers}
@@ -188,21 +207,23 @@ class Peft:
                     self.parameters[name] += pair
         self.optimizer = adamw([p for ps in self.parameters.values() for p in ps])
 
-    def nll(self, name: str, ids: Tensor) -> Tensor:
-        self.model.set_adapter(name)
-        ids = ids.to(device_type())
-        return sequence_nll(self.model(input_ids=ids, use_cache=False).logits, ids)
+    def nll(self, batch: Batch) -> Tensor:
+        """[B] nats, of the particle that is set."""
+        inputs = {name: value.to(device_type()) for name, value in batch.items() if name != "labels"}
+        return sequence_nll(self.model(**inputs, use_cache=False).logits, batch["labels"])
 
-    def step(self, ids: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         self.optimizer.zero_grad()
         for name in self.names:
-            self.nll(name, ids).mean().backward()
+            self.model.set_adapter(name)
+            (-objective(-self.nll(batch), self.shape)).mean().backward()
         self.optimizer.step()
 
-    def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = []
         for name in self.names:
-            nll = self.nll(name, ids)
+            self.model.set_adapter(name)
+            nll = self.nll(batch)
             rows.append((-nll.detach(), torch.autograd.grad(nll.sum(), self.parameters[name][1])[0]))
         return torch.stack([logp for logp, _ in rows]), torch.stack([gradient for _, gradient in rows])
 
@@ -210,8 +231,27 @@ class Peft:
         self.model.unload()
 
 
+class PeftPaddingFree(Peft):
+    """PEFT's loop without padding, as TRL's padding_free: transformers sees in position_ids where sequences begin, and
+    masks its attention accordingly. Logits are made where a label needs them, which TRL does not do."""
+
+    def __init__(self, model, shape: Shape) -> None:
+        super().__init__(model, shape, padding_free)
+
+    def nll(self, batch: Batch) -> Tensor:
+        rows = predicting(batch["labels"])
+        sequence = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        rows, labels, of = (x.to(device_type()) for x in (rows, batch["labels"][0, rows + 1], sequence[rows]))
+        ids, positions = (batch[name].to(device_type()) for name in ("input_ids", "position_ids"))
+        logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows).logits[0]
+        nll = F.cross_entropy(logits.float(), labels, reduction="none")
+        return nll.new_zeros(int(sequence[-1]) + 1).index_add(0, of, nll)
+
+
 class Vmap:
     """torch.vmap of one PEFT adapter's forward over stacked adapters."""
+
+    read = staticmethod(stacked)
 
     def __init__(self, model, shape: Shape) -> None:
         from peft import LoraConfig, get_peft_model
@@ -225,26 +265,26 @@ class Vmap:
                 self.adapters[f"base_model.model.{path}.lora_{letter}.default.weight"] = tensor.requires_grad_()
         self.optimizer = adamw(self.adapters.values())
 
-    def logp(self, ids: Tensor) -> Tensor:
-        ids = ids.to(device_type())
+    def logp(self, batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch["input_ids"].to(device_type()), "use_cache": False}
 
         def one(adapters):
-            output = torch.func.functional_call(self.model, adapters, kwargs={"input_ids": ids, "use_cache": False})
-            return -sequence_nll(output.logits, ids)
+            logits = torch.func.functional_call(self.model, adapters, kwargs=inputs).logits
+            return -sequence_nll(logits, batch["labels"])
 
         # inside vmap no tensor says that it requires a gradient. So cuDNN's and the memory-efficient attention keep
         # nothing for their backward, and give a wrong gradient without an error.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             return torch.vmap(one)(self.adapters)
 
-    def step(self, ids: Tensor) -> None:
-        logp = self.logp(ids)
+    def step(self, batch: Batch) -> None:
+        logp = self.logp(batch)
         self.optimizer.zero_grad()
         renyi_reduce(logp, ALPHA, backend="reference").loss.mean().backward()
         self.optimizer.step()
 
-    def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logp = self.logp(ids)
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logp = self.logp(batch)
         return logp.detach(), torch.autograd.grad(-logp.sum(), list(self.adapters.values())[1])[0]
 
     def close(self) -> None:
@@ -252,34 +292,98 @@ class Vmap:
 
 
 class FrozenBase:
-    """The floor: the frozen base forward and backward on the same tokens, and the two products of its head.
+    """A floor: the frozen base forward and backward on the same tokens, and the two products of its head.
 
     The layers below the first adapted one run forward only, once for all particles. The others run forward and backward
     on all rows.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, read: Read = stacked) -> None:
+        self.read = read
         self.K, adapted = shape["K"], shape["adapted_layers"]
         below = CONFIGS[shape["model"]]().num_hidden_layers - adapted
         self.top = build_model(shape["model"], adapted)
         self.trunk = build_model(shape["model"], below) if below else None
 
-    def step(self, ids: Tensor) -> None:
-        hidden = self.top.get_input_embeddings()(ids.to(device_type()))
+    def step(self, batch: Batch) -> None:
+        hidden = self.top.get_input_embeddings()(batch["input_ids"].to(device_type()))
         if self.trunk is not None:
             with torch.no_grad():
                 hidden = self.trunk.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
         rows = hidden.repeat(self.K, 1, 1).requires_grad_()
         out = self.top.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
         weight = self.top.get_output_embeddings().weight
+        labelled = predicting(batch["labels"].repeat(self.K, 1)).to(out.device)
         with torch.no_grad():
-            gradient = torch.empty_like(out)
-            for part, into in zip(out.flatten(0, 1).split(2048), gradient.flatten(0, 1).split(2048), strict=True):
-                torch.mm(part @ weight.mT, weight, out=into)
-        torch.autograd.grad(out, rows, gradient)
+            gradient = torch.zeros_like(out).flatten(0, 1)
+            for places in labelled.split(2048):
+                gradient[places] = out.flatten(0, 1)[places] @ weight.mT @ weight
+        torch.autograd.grad(out, rows, gradient.view_as(out))
 
     def close(self) -> None:
         pass
+
+
+class Gemms:
+    """The second floor: the bare matrix products, one after the other, of the tokens that have to be read.
+
+    These are the frozen maps of the layers below the first adapted one, forward; those of the adapted layers, forward
+    and backward to their inputs, for K particles; and the two products of the head where there is a label. The first
+    adapted q, k and v read what all particles share: they run forward once, and nothing below them needs a gradient.
+    On a GPU the products are one CUDA graph.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        model = build_model(shape["model"])
+        layers = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.base_model.layers]
+        below = len(layers) - shape["adapted_layers"]
+        attention = model.base_model.layers[below].self_attn
+        shared = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.K = shape["K"]
+        self.once = [m.weight for layer in layers[:below] for m in layer] + [m.weight for m in shared]
+        self.of_all = [m.weight for layer in layers[below:] for m in layer if m not in shared]
+        self.head = model.get_output_embeddings().weight
+
+    def read(self, families: list[Family]) -> Callable[[], object]:
+        tokens = sum(map(num_read, families))
+        labelled = self.K * sum(sequence.num_labels for sequence in sequences_of(families))
+
+        @cache
+        def rows(number: int, width: int) -> Tensor:
+            return torch.randn(number, width, dtype=self.head.dtype, device=self.head.device)
+
+        @torch.no_grad()
+        def products() -> None:
+            for weight in self.once:
+                rows(tokens, weight.shape[1]) @ weight.mT
+            for weight in self.of_all:
+                rows(self.K * tokens, weight.shape[1]) @ weight.mT
+            for weight in self.of_all:
+                rows(self.K * tokens, weight.shape[0]) @ weight
+            for part in rows(labelled, self.head.shape[1]).split(2048):
+                part @ self.head.mT @ self.head
+
+        products()  # makes the inputs
+        if device_type() == "cpu":
+            return products
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            products()
+        return graph.replay
+
+    def step(self, products: Callable[[], object]) -> None:
+        products()
+
+    def close(self) -> None:
+        pass
+
+
+def num_read(family: Family) -> int:
+    """The tokens of a family that have to be read. The last one of a sequence predicts nothing, and what all sequences
+    begin with is read once."""
+    read = [sequence.input_ids[:-1] for sequence in family]
+    shared = min(common_prefix(read[0], ids) for ids in read)
+    return shared + sum(len(ids) - shared for ids in read)
 
 
 def initial(model, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:

@@ -68,16 +68,18 @@ class AdapterGroup:
 
 
 class _Copied(torch.autograd.Function):
-    """A parameter, read from its copy in another dtype. The gradient goes to the parameter."""
+    """A parameter, read from its copy in another dtype. The gradient goes to the parameter, which must not have changed
+    since: a later forward would have changed the copy too."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = parameter.dtype
+        ctx.save_for_backward(parameter)
         return copy.view_as(copy)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0].to(ctx.dtype), None
+        (parameter,) = ctx.saved_tensors
+        return upstream[0].to(parameter.dtype), None
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -236,8 +236,8 @@ class LoraEnsemble(nn.Module):
             obstacle = packing_trial.obstacle(self)
         if obstacle is not None:
             warnings.warn(
-                f"{type(self.model).__name__} cannot read packed rows ({obstacle}): its batches are padded, which takes "
-                "more time and memory",
+                f"{type(self.model).__name__} cannot read packed rows ({obstacle}): its batches are padded, which "
+                "takes more time and memory",
                 stacklevel=2,
             )
         return obstacle is None

@@ -1,11 +1,11 @@
 """Attention in a packed row, where several sequences stand one after the other.
 
 transformers asks an attention implementation of ours for masks and for attention. It answers with the model's own
-implementation, which it calls once for each sequence. So sliding windows, soft caps and attention sinks are the
-model's own, and no sequence sees another one. The exception is a shared prefix: the sequences that continue it attend to
-its keys and values, which are computed once.
+implementation, which it calls once for each sequence. So sliding windows, soft caps and attention sinks are those of
+the model, and no sequence sees another one. The exception is a shared beginning: the sequences that go on from it
+attend to its keys and values, which are computed once.
 
-On a GPU, plain causal attention without shared prefixes is one call for the whole row (`torch.nn.attention.varlen`).
+On a GPU, plain causal attention of a whole row is one call: see `varlen`.
 
 Layout: K particles (the rows of the model), N tokens of a packed row, H heads, D size of a head.
 """
@@ -13,7 +13,7 @@ Layout: K particles (the rows of the model), N tokens of a packed row, H heads, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from renyi_engine.ensemble import varlen
 
 NAME = "renyi_packed"
 
@@ -41,6 +43,15 @@ class PackedMask:
     def __init__(self, segments: Sequence[Segment], attention: str, own: Callable[[int, int], Any]) -> None:
         self.segments, self.attention = segments, attention
         self._own, self._made = own, dict[tuple[int, int], Any]()
+        self._row: varlen.Row | None = None
+
+    def in_one_call(self, query: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
+        """How to attend in one call for the whole row; None if that cannot be."""
+        if not varlen.can_take(query, options):
+            return None
+        if self._row is None:
+            self._row = varlen.row(self.segments, query.shape[0], query.device)
+        return self._row if self.of(self._row.max_k, self._row.max_k) is None else None
 
     def of(self, q_length: int, kv_length: int) -> Any:
         if (q_length, kv_length) not in self._made:
@@ -96,6 +107,8 @@ def _attend(
     """Attention [K, N, H, D] of query, key and value, each [K, H, N, D]."""
     if not isinstance(attention_mask, PackedMask):
         raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
+    if (row := attention_mask.in_one_call(query, options)) is not None:
+        return varlen.attend(query, key, value, row, options.get("scaling")), None
     segments = attention_mask.segments
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.attention, eager)

@@ -5,11 +5,13 @@ Layout: K particles, N tokens of a packed row, T tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from renyi_engine.core import is_out_of_memory, reason
@@ -27,6 +29,8 @@ class Readable(Protocol):
     def packed_hidden(self, batch: Mapping[str, Tensor]) -> Tensor: ...
     @property
     def model(self) -> PreTrainedModel: ...
+    @property
+    def layers(self) -> Sequence[nn.Module]: ...
 
 
 @torch.no_grad()
@@ -43,7 +47,9 @@ def obstacle(ensemble: Readable) -> str | None:
     text, beginning = ids[5:15], ids[8:14]
     way, other_way, last_way = ids[20:24], ids[30:34], ids[25:30]
     try:
-        once = _read(ensemble, [first, text, beginning, way, last_way])
+        counting = _Counting(sum(map(len, (first, text, beginning, way, last_way))))
+        with counting.installed(ensemble.layers):
+            once = _read(ensemble, [first, text, beginning, way, last_way])
         again = _read(ensemble, [other_first, text, beginning, other_way, last_way])
         alone = {
             1: ensemble(text[None])[:, 0],
@@ -54,11 +60,42 @@ def obstacle(ensemble: Readable) -> str | None:
         if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {reason(error)}"
+    if counting.found:
+        return "its layers count the tokens of a row, not those of a sequence"
     if not all(_unmoved(once[part], again[part]) for part in alone):
         return "a sequence changes with the other sequences of its row"
     if not all(architecture.close(once[part], hidden) for part, hidden in alone.items()):
         return "a sequence in a row gets other values than alone"
     return None
+
+
+class _Counting(TorchFunctionMode):
+    """Notices a layer that numbers all tokens of the row. Llama 4 scales its queries by such numbers, beyond a length
+    that no trial can reach."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.found = False
+        self._num_tokens, self._depth = num_tokens, 0
+
+    @contextmanager
+    def installed(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        handles = [layer.register_forward_pre_hook(lambda *_: self._move(1)) for layer in layers]
+        handles += [layer.register_forward_hook(lambda *_: self._move(-1), always_call=True) for layer in layers]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _move(self, step: int) -> None:
+        self._depth += step
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.found |= function is torch.arange and self._depth > 0 and result.numel() == self._num_tokens
+        return result
 
 
 def _read(ensemble: Readable, parts: list[Tensor]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +39,19 @@ class ParticleMatrix:
         device: torch.device,
     ) -> None:
         """`groups`: the paths of maps that read one input. `adapters`: (A [K, R, I], B [K, O, R]) of every map."""
-        self._blocks: list[tuple[int, list[tuple[int, torch.Size]], list[tuple[int, torch.Size]]]] = []
-        """Of each group: the place of its block of A, and (place, shape of one particle) of each A and of each B."""
+        self._places: list[_Places] = []
         end = 0
         for paths in groups:
-            block = end
-            places: tuple[list[tuple[int, torch.Size]], ...] = ([], [])
-            for side in (0, 1):
-                for path in paths:
-                    shape = adapters[path][side].shape[1:]
-                    places[side].append((end, shape))
-                    end += shape.numel()
-                    if side == 1:
-                        end = _aligned(end)
-                end = _aligned(end)
-            self._blocks.append((block, *places))
+            of_A, of_B = [], []
+            for path in paths:
+                of_A.append(_Place(end, adapters[path][0].shape[1:]))
+                end = of_A[-1].end
+            block = _Place(of_A[0].start, torch.Size([sum(place.shape[0] for place in of_A), of_A[0].shape[1]]))
+            for path in paths:
+                of_B.append(_Place(_aligned(end), adapters[path][1].shape[1:]))
+                end = of_B[-1].end
+            end = _aligned(end)
+            self._places.append(_Places(block, of_A, of_B))
         K = len(next(iter(adapters.values()))[0])
         self.values = nn.Parameter(torch.zeros(K, end, dtype=torch.float32, device=device))
         self._gradients: Tensor | None = None
@@ -94,12 +93,14 @@ class ParticleMatrix:
             if self._copy is None or self._copy.dtype != dtype or self._copy.device != self.values.device:
                 with torch.inference_mode(False):  # training could not write into a tensor of the inference mode
                     self._copy = torch.empty_like(self.values, dtype=dtype, requires_grad=False)
-            source = self._copy.copy_(self.values)
+            # autograd would take this for a change of what it keeps for a backward that is still to come; it does see
+            # changes of the parameters themselves
+            with torch.autograd._unsafe_preserve_version_counter(self._copy):
+                source = self._copy.copy_(self.values)
         if (copies := self.groups[0].copies) is not None and _share_memory(copies[0], source):
             return
-        for group, (block, A, _), (_, Bs) in zip(self.groups, self._blocks, self._views(source), strict=True):
-            num_ranks = sum(shape[0] for _, shape in A)
-            group.copies = _view(source, block, torch.Size([num_ranks, A[0][1][1]])), Bs
+        for group, places in zip(self.groups, self._places, strict=True):
+            group.copies = places.block.of(source), [place.of(source) for place in places.B]
 
     # ------------------------------------------------------------------ gradients
 
@@ -168,14 +169,30 @@ class ParticleMatrix:
 
     def _views(self, matrix: Tensor) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Of every group (its A, its B), as views of `matrix`."""
-        return [
-            ([_view(matrix, *place) for place in A], [_view(matrix, *place) for place in B]) for _, A, B in self._blocks
-        ]
+        return [([A.of(matrix) for A in places.A], [B.of(matrix) for B in places.B]) for places in self._places]
 
 
-def _view(matrix: Tensor, start: int, shape: torch.Size) -> Tensor:
-    """[K, *shape] at column `start` of a matrix [K, P]."""
-    return matrix[:, start : start + shape.numel()].unflatten(1, shape)
+class _Place(NamedTuple):
+    """Where a block of numbers lies in a row of the matrix, and its shape."""
+
+    start: int
+    shape: torch.Size
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape.numel()
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """This part [K, *shape] of a matrix [K, P], as a view."""
+        return matrix[:, self.start : self.end].unflatten(1, self.shape)
+
+
+class _Places(NamedTuple):
+    """Where a group of maps lies: each A, all of them as one block, and each B."""
+
+    block: _Place
+    A: list[_Place]
+    B: list[_Place]
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:

@@ -72,8 +72,9 @@ def score_choices(
 ) -> Tensor:
     """The log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
 
-    The model reads each prompt once for all completions, where it can read packed rows (`LoraEnsemble.packs`) or every
-    completion is one token. A sequence that is longer than the model's context loses its beginning. Inside `ensemble.disable_adapters()` the result is the base's, K = 1.
+    The model reads each prompt once for all completions, if it can read packed rows (`LoraEnsemble.packs`) or every
+    completion is one token. A sequence that is longer than the model's context loses its beginning. Inside
+    `ensemble.disable_adapters()` the result is the base's, K = 1.
 
     Args:
         choices: N prompts, each with the same number C of completions.

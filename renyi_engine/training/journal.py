@@ -1,4 +1,4 @@
-"""What a run writes and shows while it goes on: lines of metrics, evaluations, run.json, and a few words to a person."""
+"""What a run writes and shows while it goes on: lines of metrics, evaluations, run.json, and words to a person."""
 
 from __future__ import annotations
 

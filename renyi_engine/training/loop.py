@@ -161,8 +161,8 @@ class Loop:
             )
         state.micro_batch_size = (size + 1) // 2
         self.progress.say(
-            f"step {state.step + 1}: {problem}; going on with micro-batches of {state.micro_batch_size}, which add up "
-            "to the same steps"
+            f"step {state.step + 1}: {problem}; going on with micro-batches of {state.micro_batch_size} in place of "
+            f"{size}, which add up to the same steps"
         )
         self.journal.describe("running")
 

@@ -82,7 +82,7 @@ def train_step(
     particles.zero_gradients()
     reductions, details = [], []
     for number, batch in enumerate(micro_batches, start=1):
-        with must_fit(f"a micro-batch of {list(batch['input_ids'].shape)} tokens"):
+        with must_fit(f"a micro-batch of {batch['input_ids'].numel()} tokens"):
             scores = task.score(ensemble, batch)
             loss, reduction = data_term(scores.logp, alpha, num_examples)
             particles.accumulate(num_particles * loss)

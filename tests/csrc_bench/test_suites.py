@@ -37,11 +37,18 @@ def written(tmp_path_factory):
 
 def test_every_suite_times_ours_naive_a_peer_and_a_floor(written):
     rows = compare.load(written[:1])
-    for op in ("grouped_lora", "renyi_loss", "lora_linears", "renyi_reduce", "training_step"):
+    for op in ("grouped_lora", "renyi_loss", "lora_linears", "renyi_reduce", "training_step", "step_parts"):
         kinds = {row["kind"] for row in rows if row["op"] == op and row["status"] == "ok"}
         assert kinds >= {"ours", "naive", "peer", "floor"}, op
-    assert {row["direction"] for row in rows} == {"forward", "backward", "both", "step"}
+    assert {row["direction"] for row in rows} == {"forward", "backward", "both", "step", "call"}
     assert not [row for row in rows if row["status"].startswith("wrong")]
+
+
+def test_the_step_on_real_lengths_is_made_in_every_way(written):
+    rows = [row for row in compare.load(written[:1]) if row["op"] == "ragged_step"]
+    ways = {"ours_padded", "ours_grouped", "peft", "peft_padding_free", "frozen_base", "gemms"}
+    for shape_name in {row["shape_name"] for row in rows}:
+        assert ways <= {row["variant"] for row in rows if row["shape_name"] == shape_name and row["status"] == "ok"}
 
 
 def test_rows_say_what_ran_and_where(written):
@@ -49,7 +56,8 @@ def test_rows_say_what_ran_and_where(written):
     assert results["machine_info"]["versions"]["torch"]
     for benchmark in results["benchmarks"]:
         row = benchmark["extra_info"]
-        assert row["path"] in (("torch", "triton") if row["kind"] == "ours" else (None,))
+        is_ours = row["kind"] == "ours" or row["variant"].startswith("ours")
+        assert row["path"] in (("torch", "triton") if is_ours else (None,))
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["peak_mib"] >= 0
         assert len(benchmark["stats"]["data"]) >= 3

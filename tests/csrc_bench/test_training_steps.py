@@ -7,26 +7,91 @@ import torch
 
 pytest.importorskip("peft")
 
-from csrc_bench.bench_training_step import StepSuite, shapes
-from csrc_bench.training_steps import Peft, Vmap, build_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from csrc_bench import bench_ragged_step, bench_training_step
+from csrc_bench.batches import random_families, sequences_of
+from csrc_bench.measure import Wrong
+from csrc_bench.training_steps import (
+    CONFIGS,
+    Gemms,
+    Peft,
+    PeftPaddingFree,
+    Vmap,
+    build_model,
+    num_read,
+)
 
 
 @pytest.fixture(scope="module")
 def step():
     """(suite, shape, model, gold) of the tiny shape."""
-    suite, shape = StepSuite(), shapes("cpu", tiny=True)[0]
+    return prepared(bench_training_step.SUITE, 0)
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["single", "pairs"])
+def ragged_step(request):
+    return prepared(bench_ragged_step.SUITE, request.param)
+
+
+def prepared(suite, number):
+    shape = suite.shapes("cpu", True)[number]
     model = build_model(shape["model"])
-    return suite, shape, model, suite._reference(model, shape)
+    return suite, shape, model, suite.reference(model, shape)
+
+
+def check(way, suite, shape, gold):
+    try:
+        suite.check(way, shape, gold)
+    finally:
+        way.close()
 
 
 @pytest.mark.parametrize("way", [Vmap, Peft])
 def test_a_peers_step_has_the_log_probabilities_and_the_gradient_of_the_naive_one(step, way):
     suite, shape, model, gold = step
-    made = way(model, shape)
-    try:
-        suite._check(made, shape, gold)
-    finally:
-        made.close()
+    check(way(model, shape), suite, shape, gold)
+
+
+def test_a_row_without_padding_is_right_and_one_that_attends_across_its_sequences_is_found_wrong(ragged_step):
+    suite, shape, model, gold = ragged_step
+    check(PeftPaddingFree(model, shape), suite, shape, gold)
+
+    class Across(PeftPaddingFree):
+        def nll(self, batch):
+            forward = self.model.forward
+            everything = torch.ones_like(batch["input_ids"])  # with a mask, transformers does not look for sequences
+            self.model.forward = lambda **inputs: forward(attention_mask=everything, **inputs)
+            try:
+                return super().nll(batch)
+            finally:
+                self.model.forward = forward
+
+    with pytest.raises(Wrong):
+        check(Across(model, shape), suite, shape, gold)
+
+
+def test_the_bare_products_are_those_of_the_tokens_that_have_to_be_read(ragged_step):
+    suite, shape, _, _ = ragged_step
+    (families, *_), config, K = suite.batches(shape, "gemms"), CONFIGS[shape["model"]](), shape["K"]
+    tokens = sum(map(num_read, families))
+    labels = sum(label != -100 for sequence in sequences_of(families) for label in sequence.labels[1:])
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.hidden_size * config.vocab_size
+    keys = hidden * config.num_key_value_heads // config.num_attention_heads
+    qkv, rest = hidden * (hidden + 2 * keys), hidden * (hidden + 3 * inner)
+    trunk, adapted = config.num_hidden_layers - shape["adapted_layers"], shape["adapted_layers"]
+    once = tokens * (trunk * (qkv + rest) + qkv)
+    of_all = 2 * K * tokens * (adapted * rest + (adapted - 1) * qkv)
+    products = (gemms := Gemms(shape)).read(families)
+    with FlopCounterMode(display=False) as counter:
+        gemms.step(products)
+    assert counter.get_total_flops() == 2 * (once + of_all + 2 * K * labels * head)
+
+
+def test_a_shared_beginning_is_read_once_and_a_last_token_never():
+    pair, alone = random_families([(3, 2, 4), (0, 5)], 1000, "completion", seed=0)
+    assert num_read(pair) == 3 + (2 - 1) + (4 - 1)
+    assert num_read(alone) == 5 - 1
 
 
 def test_vmap_runs_no_attention_that_would_keep_nothing_for_its_backward(step):
@@ -44,7 +109,8 @@ def test_vmap_runs_no_attention_that_would_keep_nothing_for_its_backward(step):
         )
     )
     try:
-        made.logp(torch.ones(1, 4, dtype=torch.int64))
+        ids = torch.ones(1, 4, dtype=torch.int64)
+        made.logp({"input_ids": ids, "labels": ids})
     finally:
         hook.remove()
         made.close()

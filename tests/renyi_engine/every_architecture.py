@@ -181,8 +181,8 @@ def page(rows: list[str]) -> str:
             "- trains: every particle has the log-probabilities, hidden states and gradients of the model alone with "
             "that particle's adapter. After `no` stands the message with which the model is refused.",
             "- packs: the sequences of a batch stand in one row without padding, and get the log-probabilities and "
-            "gradients that they get alone. `no, padded`: they are padded, because the model's layers mix tokens in other "
-            "ways than by attention, or its attention is not told by transformers' interface where sequences end.",
+            "gradients that they get alone. `no, padded`: they are padded, because the model's layers mix tokens in "
+            "other ways than by attention, or its attention cannot be told where sequences end.",
             "- generates: the log-probabilities are those of decoding without a cache. `from its cache`: the model's "
             "own cache gives them. `reading all again`: it does not, so the whole sequence is read again for every new "
             "token, which is slow.",

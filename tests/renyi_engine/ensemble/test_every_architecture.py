@@ -71,19 +71,22 @@ def test_a_packed_row_equals_its_sequences_one_by_one(attached):
     families = [[Example(0, ids, ids)] for ids in tokens]
     beginning, unlearnt = tokens[0], [-100] * len(tokens[0])
     families.append([Example(0, beginning + ids, unlearnt + ids) for ids in tokens[1:3]])
-    found = []
-    for batches in ([pack(families)], [collate([example], 0) for family in families for example in family]):
-        ensemble.zero_grad()
-        logp = torch.cat([ensemble.sequence_logprob(batch) for batch in batches], dim=1)
-        logp.sum().backward()
-        found.append((logp.detach(), [parameter.grad for parameter in ensemble.parameters()]))
-    (packed, of_packed), (alone, of_alone) = found
+    examples = [example for family in families for example in family]
+    packed, of_packed = _run(ensemble, [pack(families)])
+    alone, of_alone = _run(ensemble, [collate([example], 0) for example in examples])
+    padded, of_padded = _run(ensemble, [collate(examples, 0)])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(of_packed, of_alone, strict=True):
-        if theirs is None:
-            assert ours is None
-        else:
-            assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
+    # in some models rounding alone moves the gradient by more: as a padded batch shows, which is tested above
+    rounding = (of_padded - of_alone).norm() / of_alone.norm()
+    assert (of_packed - of_alone).norm() / of_alone.norm() <= max(1e-5, 2 * rounding)
+
+
+def _run(ensemble, batches):
+    """(logp of all sequences, their gradient) in these batches."""
+    ensemble.zero_grad()
+    logp = torch.cat([ensemble.sequence_logprob(batch) for batch in batches], dim=1)
+    logp.sum().backward()
+    return logp.detach(), torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.grad is not None])
 
 
 def test_the_list_in_the_docs_says_what_is_found(subject):

@@ -46,7 +46,7 @@ def room_for(monkeypatch, num_examples, where="forward", from_step=1):
         assert [one() for one in held] == [None] * len(held), "the memory of an attempt that failed is not free"
         assert not any(adapted._waiting for adapted in ensemble._installation.maps)
         seen.append(None)
-        too_many = len(batch["labels"]) > num_examples and len(seen) >= from_step
+        too_many = len(batch["label_places"]) > num_examples and len(seen) >= from_step
         activations = torch.zeros(1)
         if too_many:
             held.append(weakref.ref(activations))
@@ -92,7 +92,8 @@ def test_micro_batches_that_do_not_fit_are_halved_and_the_steps_stay_the_same(
         assert p.equal(q)
     assert metrics(ours.output_dir) == metrics(theirs.output_dir)
     for tried, next_size in ((6, 3), (3, 2)):
-        assert re.search(rf"step 1: a micro-batch of \[{tried}, .* does not fit .*micro-batches of {next_size},", said)
+        sizes = f"micro-batches of {next_size} in place of {tried},"
+        assert re.search(rf"step 1: a micro-batch of \d+ tokens does not fit .*{sizes}", said)
     assert said.count("does not fit") == 2
     assert json.loads((ours.output_dir / "run.json").read_text())["micro_batch_size"] == 2
 
@@ -102,7 +103,7 @@ def test_the_last_step_of_an_epoch_is_halved_from_its_own_size(sft_config, monke
     train(sft_config(per_device_train_batch_size=20, max_steps=2))  # of 22 examples
     said = capsys.readouterr().err
     assert said.count("does not fit") == 1
-    assert "step 2: a micro-batch of [2, " in said
+    assert re.search(r"step 2: a micro-batch of \d+ tokens does not fit .*micro-batches of 1 in place of 2,", said)
 
 
 def test_the_micro_batch_size_that_was_found_outlives_a_kill(sft_config, tmp_path, monkeypatch, capsys):

@@ -12,9 +12,9 @@ from renyi_engine.training.particle_optim import clip_grad_norms_, step_healthy
 K, P = 4, 29
 
 
-def matrix(seed: int = 0, num_numbers: int = P) -> torch.nn.Parameter:
+def matrix(seed: int = 0) -> torch.nn.Parameter:
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.Parameter(torch.randn(K, num_numbers, generator=generator))
+    return torch.nn.Parameter(torch.randn(K, P, generator=generator))
 
 
 def give_gradient(values, seed: int, scale: float = 1.0) -> None:
@@ -54,18 +54,6 @@ def test_clipping_is_torchs_for_each_particle_by_itself(max_norm):
     clip_grad_norms_(values.grad, ours, max_norm)
     for k, mine in enumerate(alone):
         torch.testing.assert_close(values.grad[k], mine.grad)
-
-
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
-def test_the_norms_of_large_particles_are_exact_in_fp32(size):
-    """A particle of SmolLM2-135M with adapters of rank 8 on all maps has 2.4 million numbers. They are of very different
-    sizes, as gradients are. The rounding of so long a sum must not show."""
-    generator = torch.Generator().manual_seed(3)
-    gradients = size * torch.randn(K, 2_442_240, generator=generator)
-    gradients *= torch.randn(K, 2_442_240, generator=generator).mul(2).exp()
-    truth = torch.linalg.vector_norm(gradients.double(), dim=1)
-    found = torch.linalg.vector_norm(gradients, dim=1)
-    torch.testing.assert_close(found.double(), truth, rtol=2e-6, atol=0)
 
 
 def test_a_maximum_of_zero_clips_nothing():
