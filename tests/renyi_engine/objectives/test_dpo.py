@@ -276,7 +276,7 @@ def test_columns_of_no_known_form_get_a_hint(task):
 def test_the_reference_is_kept_and_belongs_to_base_data_and_template(task, attached, tmp_path, monkeypatch):
     ensemble = attached(2)
     first = prepared(task, ensemble, STRINGS, tmp_path)
-    monkeypatch.setattr(LoraEnsemble, "forward", None)
+    monkeypatch.setattr(LoraEnsemble, "sequence_logprob", None)
     assert prepared(task, ensemble, STRINGS, tmp_path) == first
     items = [task.example(number, row) for number, row in enumerate(STRINGS)]
     with pytest.raises(TypeError):  # other base

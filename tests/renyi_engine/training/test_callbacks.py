@@ -282,12 +282,14 @@ def test_an_error_at_the_very_end_loses_nothing(sft_config):
     assert (run / "report.html").is_file()
 
 
-def test_a_learning_rate_that_a_callback_sets_before_a_step_is_used_in_it(sft_config):
-    class Frozen(TrainerCallback):
-        def on_step_begin(self, args, state, control, optimizer, **kwargs):
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
+def test_a_learning_rate_that_a_callback_sets_before_a_step_is_used_in_it(sft_config, event):
+    def freeze(self, args, state, control, optimizer, **kwargs):
+        for group in optimizer.param_groups:
+            assert float(group["lr"]) > 0.0
+            group["lr"] = 0.0
 
+    Frozen = type("Frozen", (TrainerCallback,), {event: freeze})
     result = Trainer(sft_config(max_steps=2), callbacks=[Frozen]).train()
     assert [line["learning_rate"] for line in metrics(result.output_dir)] == [0.0, 0.0]
     assert all((B == 0).all() for _, B in result.ensemble.stacked().values())

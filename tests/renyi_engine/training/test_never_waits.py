@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from renyi_engine import DpoTask, LoraEnsemble, SftTask
+from renyi_engine import DpoTask, LoraEnsemble, SftTask, train
 from renyi_engine.training.figures import Figures
 from renyi_engine.training.loss_spikes import RecentNlls
+from renyi_engine.training.steps import Steps
 from renyi_engine.training.train_step import train_step
 
 K = 3
@@ -130,7 +131,8 @@ class Step:
         values = self.ensemble.particles.values
         device = values.device
         self.optimizer = torch.optim.AdamW([values], lr=0.0, fused=True)
-        self.optimizer.param_groups[0]["lr"] = torch.full((), 1e-2, dtype=torch.float64, device=device)
+        kind = torch.float32 if device.type == "cuda" else torch.float64  # which the kernels read
+        self.optimizer.param_groups[0]["lr"] = torch.full((), 1e-2, dtype=kind, device=device)
         self.recent = RecentNlls([1e3] * 20, device)
         sick = torch.ones(K, 1, 1, device=device)
         sick[1] = math.nan
@@ -200,6 +202,39 @@ def test_a_step_asks_a_cpu_for_nothing_either(step):
     assert read.updated.tolist() == [True, False, True]
     moved = (step.ensemble.particles.values != before).any(dim=1)
     assert moved.tolist() == read.updated.tolist()
+
+
+def test_a_run_makes_its_steps_without_a_question(sft_config, monkeypatch):
+    """Beside `train_step`: alpha, the learning rate, the limit of a spike, the copies of the measurements."""
+    make, found = Steps.make, []
+
+    def counted(self, *args):
+        with Reads() as reads:
+            made = make(self, *args)
+        found.append(reads.found)
+        return made
+
+    monkeypatch.setattr(Steps, "make", counted)
+    train(sft_config(max_steps=6, spike_threshold=5.0, alpha_schedule="linear", gradient_accumulation_steps=2))
+    assert found == [[]] * 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_kind_of_step
+def test_a_gpu_is_not_waited_for(step):
+    """CUDA itself says so. The first step may wait: it compiles kernels."""
+    step.ensemble.model.to("cuda")
+    step.ensemble.to("cuda")
+    step.batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in step.batches]
+    step.begin()
+    step.make()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        figures = Figures(step.make())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert figures.read().updated.tolist() == [True, False, True]
 
 
 QUESTIONS = {

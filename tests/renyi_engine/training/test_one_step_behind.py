@@ -103,6 +103,20 @@ def test_a_run_that_ends_because_of_skips_may_make_one_more_step_but_names_the_r
     assert checkpoints(run) == [2, 4]
 
 
+@pytest.mark.parametrize("due", ["logging_steps", "eval_steps", "save_steps"])
+def test_nothing_is_written_of_the_step_that_ends_a_run(sft_config, data_file, monkeypatch, due):
+    """It is read first, and so the run ends at once."""
+    poison(monkeypatch, 0, range(3, 99))
+    every = {"logging_steps": 50, "eval_steps": 50, "save_steps": 50} | {due: 4}
+    held_out = {"eval_dataset_name": str(data_file), "dataset_test_split": "train"}
+    config = sft_config(max_steps=20, max_consecutive_skips=2, **every, **held_out)
+    noted = note_reads(monkeypatch)
+    with pytest.raises(TrainingDiverged):
+        train(config)
+    assert noted[-1] == (4, 4)
+    assert {path.name for path in Path(config.output_dir).iterdir()} == {"config.yaml", "run.json", "skipped.jsonl"}
+
+
 def test_a_resumed_run_reads_what_it_would_have_read(sft_config, tmp_path, monkeypatch):
     """Killed while the skip of the step before has not been read."""
     settings = {"max_steps": 8, "save_steps": 3, "logging_steps": 4}
