@@ -3,6 +3,7 @@ from .batches import (
     left_padded as left_padded,
     longest_first as longest_first,
     pack as pack,
+    packed_length as packed_length,
     pad_token_id as pad_token_id,
 )
 from .columns import (

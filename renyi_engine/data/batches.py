@@ -55,10 +55,7 @@ def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
         return first
 
     for family in families:
-        # the last token of a sequence predicts nothing, so nobody reads it
-        ends = [max((t for t, label in enumerate(e.labels) if label != IGNORE_INDEX), default=0) for e in family]
-        reads = [e.input_ids[:end] for e, end in zip(family, ends, strict=True)]
-        shared = min((common_prefix(reads[0], read) for read in reads[1:]), default=0)
+        reads, shared = _read(family)
         beginning = add(reads[0][:shared], 0, -1)
         prefix = len(segments) - 1 if shared else -1
         for example, read in zip(family, reads, strict=True):
@@ -75,6 +72,20 @@ def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
         "label_rows": torch.tensor(label_rows),
         "label_places": pad_sequence(label_places, batch_first=True, padding_value=len(labels)),
     }
+
+
+def packed_length(family: Sequence[Example]) -> int:
+    """How many tokens a family takes in a packed row."""
+    reads, shared = _read(family)
+    return shared + sum(len(read) - shared for read in reads)
+
+
+def _read(family: Sequence[Example]) -> tuple[list[list[int]], int]:
+    """(the tokens of each sequence that the model reads, with how many of them all begin alike)."""
+    # nobody reads the last token, because it predicts nothing
+    ends = [max((t for t, label in enumerate(e.labels) if label != IGNORE_INDEX), default=0) for e in family]
+    reads = [example.input_ids[:end] for example, end in zip(family, ends, strict=True)]
+    return reads, min((common_prefix(reads[0], read) for read in reads[1:]), default=0)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,12 @@ class TrainConfig(AdapterConfig):
         "What the completions of a pair begin with is computed once. Models that cannot read such rows are padded.",
         group="optimisation",
     )
+    packed_row_tokens: int | None = flag(
+        None,
+        "Most tokens of such a row. The examples of a micro-batch that do not fit into one go into further rows of the "
+        "same step. Without it, a micro-batch is one row.",
+        group="advanced",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = flag(
         "random",
         "Order of the examples. 'group_by_length' draws batches of similar length, which need less padding where they "
@@ -214,7 +220,8 @@ class TrainConfig(AdapterConfig):
         require(self, ("kernel_bandwidth",), f"{SQUARABLE}, or nothing", lambda v: v is None or is_squarable(v))
         require(self, ("spike_threshold",), "a number above 1, or nothing", lambda v: v is None or v > 1)
         require(self, at_least_one, "a whole number of at least 1", lambda v: v >= 1)
-        require(self, ("eval_steps",), "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
+        at_least_one_or_none = ("eval_steps", "packed_row_tokens")
+        require(self, at_least_one_or_none, "a whole number of at least 1, or nothing", lambda v: v is None or v >= 1)
         require(self, ("max_length", "save_total_limit"), "a whole number of at least 2", lambda v: v >= 2)
         require(self, ("max_steps",), "-1, or a whole number of at least 1", lambda v: v == -1 or v >= 1)
         not_negative = (

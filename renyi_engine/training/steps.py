@@ -64,7 +64,8 @@ class Steps:
         # the kernels of the fused AdamW read it in these types
         self._learning_rate = self._number(0.0, torch.float32 if self.device.type == "cuda" else torch.float64)
         make_batch = task.pack if ensemble.packs else task.collate
-        self.batches = BatchesAhead(examples, make_batch, pinned=self.device.type == "cuda")
+        most_tokens, pinned = config.packed_row_tokens if ensemble.packs else None, self.device.type == "cuda"
+        self.batches = BatchesAhead(examples, make_batch, most_tokens=most_tokens, pinned=pinned)
         self.recent_nlls = RecentNlls([], self.device)
 
     def go_on(self, recent_nlls: list[float]) -> None:

@@ -153,7 +153,7 @@ def ids(batches):
 
 def test_the_batches_that_were_begun_are_taken():
     log: list = []
-    with BatchesAhead(range(10), made(log), pinned=False) as batches:
+    with BatchesAhead(range(10), made(log)) as batches:
         batches.begin([3, 1, 4], 2)
         assert ids(batches.take([3, 1, 4], 2)) == [[3, 1], [4]]
     assert log == [([3, 1], False), ([4], False)]
@@ -162,7 +162,7 @@ def test_the_batches_that_were_begun_are_taken():
 @pytest.mark.parametrize(("chosen", "size"), [([5, 6], 2), ([3, 1, 4], 1)])
 def test_other_batches_are_made_anew(chosen, size):
     """Where a callback ended an epoch early, or micro-batches were halved."""
-    with BatchesAhead(range(10), made([]), pinned=False) as batches:
+    with BatchesAhead(range(10), made([])) as batches:
         batches.begin([3, 1, 4], 2)
         found = ids(batches.take(chosen, size))
         assert found == [chosen[at : at + size] for at in range(0, len(chosen), size)]
@@ -174,7 +174,7 @@ def test_an_error_in_making_a_batch_is_raised_when_it_is_taken():
     def broken(examples):
         raise ValueError(f"bad {list(examples)}")
 
-    with BatchesAhead(range(10), broken, pinned=False) as batches:
+    with BatchesAhead(range(10), broken) as batches:
         batches.begin([1], 2)
         batches.begin([2], 2)
         with pytest.raises(ValueError, match=r"bad \[2\]"):

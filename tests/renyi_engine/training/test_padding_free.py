@@ -5,11 +5,15 @@ The models are those whose attention differs: full, windowed, with soft caps, si
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from renyi_engine import train
+from renyi_engine.objectives import DpoTask
 
 from .. import tiny_models
 from .runs import metrics
@@ -68,3 +72,25 @@ def test_sft(settings, sft_config):
 
 def test_dpo(settings, dpo_config):
     assert_same(both_ways(lambda **s: dpo_config(**settings | s)))
+
+
+def test_a_limit_of_tokens_cuts_micro_batches_and_changes_no_step(dpo_config, monkeypatch):
+    """Of pairs, the prompts of which stand in a row once."""
+    rows = []
+    whole_pack = DpoTask.pack
+
+    def pack(task, items):
+        batch = whole_pack(task, items)
+        if threading.current_thread() is not threading.main_thread():  # not for an evaluation
+            rows.append((batch["input_ids"].numel(), len(items)))
+        return batch
+
+    monkeypatch.setattr(DpoTask, "pack", pack)
+    results = []
+    for limit in (None, 12):
+        rows.clear()
+        config = dpo_config(**SETTINGS | {"packed_row_tokens": limit, "per_device_train_batch_size": 6})
+        results.append(train(replace(config, output_dir=f"{config.output_dir}-{limit}")))
+    assert all(tokens <= 12 or items == 1 for tokens, items in rows)
+    assert any(items > 1 for _, items in rows)
+    assert_same(results)
