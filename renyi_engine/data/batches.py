@@ -5,7 +5,6 @@ Layout: B sequences, T tokens; N tokens of a packed row, L labels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.data.examples import Example
+from renyi_engine.data.turns import common_prefix
 from renyi_kernels import IGNORE_INDEX
 
 
@@ -58,7 +58,7 @@ def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
         # the last token of a sequence predicts nothing, so nobody reads it
         ends = [max((t for t, label in enumerate(e.labels) if label != IGNORE_INDEX), default=0) for e in family]
         reads = [e.input_ids[:end] for e, end in zip(family, ends, strict=True)]
-        shared = len(os.path.commonprefix(reads)) if len(reads) > 1 else 0
+        shared = min((common_prefix(reads[0], read) for read in reads[1:]), default=0)
         beginning = add(reads[0][:shared], 0, -1)
         prefix = len(segments) - 1 if shared else -1
         for example, read in zip(family, reads, strict=True):

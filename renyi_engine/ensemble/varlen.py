@@ -43,8 +43,12 @@ class Row(NamedTuple):
 def can_take(query: Tensor, options: Mapping[str, Any]) -> bool:
     """Whether one call can do this attention, if it is plainly causal."""
     plain = not options.get("dropout") and all(options.get(name) is None for name in _ELSEWHERE)
+    return plain and _is_for_the_kernel(query)
+
+
+def _is_for_the_kernel(query: Tensor) -> bool:
     low = query.dtype in (torch.float16, torch.bfloat16)
-    return varlen_attn is not None and query.is_cuda and low and query.shape[-1] <= 256 and plain
+    return varlen_attn is not None and query.is_cuda and low and query.shape[-1] <= 256
 
 
 def row(segments: Sequence[tuple[int, int]], num_particles: int, device: torch.device) -> Row:

@@ -121,9 +121,16 @@ class TrainConfig(AdapterConfig):
     gradient_checkpointing: bool = flag(
         False, "Compute activations again in the backward pass: less memory, more time.", group="optimisation"
     )
+    padding_free: bool = flag(
+        True,
+        "Put the sequences of a micro-batch into one row, one after the other, instead of padding them to the longest. "
+        "What the completions of a pair begin with is computed once. Models that cannot read such rows are padded.",
+        group="optimisation",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = flag(
         "random",
-        "Order of the examples. 'group_by_length' draws batches of similar length, which need less padding.",
+        "Order of the examples. 'group_by_length' draws batches of similar length, which need less padding where they "
+        "are padded.",
         group="optimisation",
     )
     seed: int = flag(42, "Seed of the adapters' start and of the order of the examples.", group="optimisation")

@@ -125,6 +125,8 @@ class Trainer:
             if config.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
+            if not config.padding_free:
+                ensemble.packs = False
             try:
                 run.claim(config)
                 for part in (dataset.train, dataset.held_out):

@@ -74,7 +74,7 @@ def test_a_packed_row_equals_its_sequences_one_by_one(attached):
     examples = [example for family in families for example in family]
     packed, of_packed = _run(ensemble, [pack(families)])
     alone, of_alone = _run(ensemble, [collate([example], 0) for example in examples])
-    padded, of_padded = _run(ensemble, [collate(examples, 0)])
+    _, of_padded = _run(ensemble, [collate(examples, 0)])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     # in some models rounding alone moves the gradient by more: as a padded batch shows, which is tested above
     rounding = (of_padded - of_alone).norm() / of_alone.norm()

@@ -1,0 +1,239 @@
+"""In a packed row a sequence gets what it gets alone: with windows, soft caps, sinks and checkpointing, and in the one
+call for a whole row that a GPU makes. `test_every_architecture` tests the same on every model.
+
+Layout: H heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
+
+from renyi_engine.data import Example, collate, pack
+from renyi_engine.ensemble import packing_trial, varlen
+from renyi_engine.ensemble.adapted_maps import Rows
+
+from .. import tiny_models
+from ..apart import attach_apart
+
+LENGTHS = (17, 9, 21, 4)
+WINDOW = 5
+SHORT_SIGHTED = {
+    "mistral": ("mistral", "sdpa", {"sliding_window": WINDOW}),
+    "mistral, eager": ("mistral", "eager", {"sliding_window": WINDOW}),
+    "qwen2, one layer of two": (
+        "qwen2",
+        "sdpa",
+        {
+            "sliding_window": WINDOW,
+            "use_sliding_window": True,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma2, soft cap": ("gemma2", "eager", {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", "sdpa", {"sliding_window": WINDOW}),
+    "phi3": ("phi3", "sdpa", {"sliding_window": WINDOW}),
+    "gpt_oss, sinks": ("gpt_oss", "eager", {"sliding_window": WINDOW}),
+    "cohere2": ("cohere2", "sdpa", {"sliding_window": WINDOW}),
+}
+"""Models whose layers see a few tokens back, and how: model type, attention implementation, settings."""
+
+
+def build(model_type="llama", attention="sdpa", dtype=torch.float32, **settings):
+    config = tiny_models.tiny_config(tiny_models.config_classes()[model_type](), {})
+    for name, value in settings.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                tiny_models._randomise(parameter)
+    return model.to(dtype).eval()
+
+
+def families():
+    """Four sequences, and two that begin alike."""
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in LENGTHS]
+    pair = [Example(0, texts[0] + ids, [-100] * len(texts[0]) + ids) for ids in texts[1:3]]
+    return [*([Example(0, ids, ids)] for ids in texts), pair]
+
+
+def one_by_one(ensemble):
+    examples = [example for family in families() for example in family]
+    return torch.cat([ensemble.sequence_logprob(collate([example], 0)) for example in examples], dim=1)
+
+
+def gradient(ensemble):
+    return torch.cat([parameter.grad.flatten() for parameter in ensemble.parameters()])
+
+
+@pytest.mark.parametrize("case", SHORT_SIGHTED)
+def test_layers_that_see_a_few_tokens_back_do_so_within_each_sequence(case):
+    model_type, attention, settings = SHORT_SIGHTED[case]
+    ensemble = attach_apart(build(model_type, attention, **settings), num_particles=2, r=2)
+    assert ensemble.packs
+    packed = ensemble.sequence_logprob(pack(families()))
+    alone = one_by_one(ensemble)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    gradients = []
+    for logp in (packed, alone):
+        ensemble.zero_grad()
+        logp.sum().backward()
+        gradients.append(gradient(ensemble))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+    # the window matters, or the test would say nothing
+    far = attach_apart(build(model_type, attention, **settings | {"sliding_window": 64}), num_particles=2, r=2)
+    assert (far.sequence_logprob(pack(families())) - packed).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{"attn_temperature_tuning": True}, {"attn_temperature_tuning": False}])
+def test_layers_that_number_the_tokens_of_the_row_do_not_pack(settings):
+    """Llama 4 scales its queries so, in layers without rotary positions, from token 8192 on."""
+    ensemble = attach_apart(build("llama4_text", **settings), num_particles=2, r=2)
+    numbers = settings["attn_temperature_tuning"]
+    assert packing_trial.obstacle(ensemble) == (
+        "its layers count the tokens of a row, not those of a sequence" if numbers else None
+    )
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom", "qwen3_next"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_cannot_pack_says_so_once_and_is_padded(model_type, dtype):
+    ensemble = attach_apart(build(model_type, "eager", dtype), num_particles=2, r=2)
+    with pytest.warns(UserWarning, match=r"cannot read packed rows \(.*\): its batches are padded"):
+        assert not ensemble.packs
+    assert not ensemble.packs  # and no second warning: warnings are errors here
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_other_sequences_of_a_row_change_no_bit(dtype):
+    ensemble = attach_apart(build(dtype=dtype), num_particles=2, r=2)
+    assert ensemble.packs
+    (first,), *rest = families()
+    other = Example(0, first.input_ids[::-1], first.labels[::-1])
+    with torch.no_grad():
+        logp = [ensemble.token_logprob(pack([[example], *rest])) for example in (first, other)]
+    assert not logp[0][:, 0].equal(logp[1][:, 0])
+    assert logp[0][:, 1:].equal(logp[1][:, 1:])
+
+
+def test_checkpointed_layers_run_again_on_the_packed_row():
+    found = []
+    for checkpointing in (False, True):
+        model = build()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ensemble = attach_apart(model, num_particles=2, r=2).train()
+        ensemble.sequence_logprob(pack(families())).sum().backward()
+        found.append(gradient(ensemble))
+    assert found[0].equal(found[1])
+
+
+def test_adapters_off_a_packed_row_gives_the_bases_values():
+    ensemble = attach_apart(build(), num_particles=3, r=2)
+    with torch.no_grad(), ensemble.disable_adapters():
+        packed, alone = ensemble.sequence_logprob(pack(families())), one_by_one(ensemble)
+    assert packed.shape == (1, len(LENGTHS) + 2)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_each_particles_own_are_refused():
+    ensemble = attach_apart(build(), num_particles=2, r=2)
+    with ensemble.running(Rows.OWN), pytest.raises(RuntimeError, match="every particle has rows of its own"):
+        ensemble.sequence_logprob(pack(families()))
+
+
+def test_the_model_keeps_its_own_attention():
+    model = build()
+    ensemble = attach_apart(model, num_particles=2, r=2)
+    before = one_by_one(ensemble)
+    ensemble.sequence_logprob(pack(families())).sum().backward()
+    assert model.config._attn_implementation == "sdpa"
+    assert one_by_one(ensemble).equal(before)
+    with pytest.raises(IndexError):  # a failed forward leaves nothing behind
+        ensemble.sequence_logprob(pack([[Example(0, [5, 10**6, 7], [5, 10**6, 7])]]))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_deep_copy_reads_packed_rows_of_its_own():
+    ensemble = attach_apart(build(), num_particles=2, r=2)
+    other = copy.deepcopy(ensemble)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+        torch.testing.assert_close(other.sequence_logprob(pack(families())), one_by_one(other), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ensemble.sequence_logprob(pack(families())), one_by_one(ensemble), rtol=1e-5, atol=1e-5
+        )
+
+
+# ---------------------------------------------------------------------- one call for the whole row
+
+
+def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What `varlen_attn` computes, part by part. [tokens, H, D] each."""
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    q_ends, k_ends, outputs = cu_seq_q.tolist(), cu_seq_k.tolist(), []
+    assert (q_ends[-1], k_ends[-1]) == (len(query), len(key))
+    for part in range(len(q_ends) - 1):
+        q = query[q_ends[part] : q_ends[part + 1]]
+        k, v = (states[k_ends[part] : k_ends[part + 1]] for states in (key, value))
+        assert len(q) <= max_q
+        assert len(k) <= max_k
+        sees = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        q, k, v = (states.transpose(0, 1) for states in (q, k, v))
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Attention as on a GPU, with a stand-in for its kernel. Counts the calls."""
+    counted = []
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        counted.append(None)
+        return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen, "_is_for_the_kernel", lambda query: True)
+    return counted
+
+
+def test_a_plain_row_is_one_call_a_layer_for_all_particles(calls):
+    ensemble = attach_apart(build(), num_particles=3, r=2)
+    logp = ensemble.sequence_logprob(pack(families()))
+    assert len(calls) == len(ensemble.layers)
+    alone = one_by_one(ensemble)
+    torch.testing.assert_close(logp, alone, rtol=1e-5, atol=1e-5)
+    gradients = []
+    for s in (logp, alone):
+        ensemble.zero_grad()
+        s.sum().backward()
+        gradients.append(gradient(ensemble))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma2, soft cap", "gpt_oss, sinks"])
+def test_other_attention_is_one_call_a_sequence(calls, case):
+    model_type, attention, settings = SHORT_SIGHTED[case]
+    ensemble = attach_apart(build(model_type, attention, **settings), num_particles=2, r=2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ensemble.sequence_logprob(pack(families())), one_by_one(ensemble), rtol=1e-5, atol=1e-5
+        )
+    assert not calls
+
+
+def test_a_window_that_no_sequence_reaches_is_plain(calls):
+    ensemble = attach_apart(build("mistral", sliding_window=64), num_particles=2, r=2)
+    ensemble.sequence_logprob(pack(families()))
+    assert len(calls) == len(ensemble.layers)

@@ -1,0 +1,70 @@
+"""Training without padding is the training with padding: the same losses, responsibilities and particles.
+
+The models are those whose attention differs: full, windowed, with soft caps, sinks, and learnt positions.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from renyi_engine import train
+
+from .. import tiny_models
+from .runs import metrics
+
+MODELS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "gpt_oss", "olmo2"]
+STEPS = 20
+SETTINGS = {
+    "init": "spread",
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": STEPS,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def settings(request, tmp_path_factory, tokenizer):
+    """Of a run on a tiny model, which sees 5 tokens back in layers that have a window."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny_models.tiny_model(request.param)
+    if request.param in ("gemma2", "gemma3_text", "mistral", "phi3", "gpt_oss"):
+        model.config.sliding_window = 5
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.to_dict().get("sliding_window") in (5, None)
+    attention = "eager" if request.param in ("gemma2", "gpt_oss") else "sdpa"  # the only one of these two
+    return SETTINGS | {"model_name_or_path": str(folder), "attn_implementation": attention}
+
+
+def both_ways(config):
+    """The results of training, packed and padded."""
+    results, packed = [], []
+    for padding_free in (True, False):
+        result = train(config(padding_free=padding_free, output_dir=f"{config().output_dir}-{padding_free}"))
+        packed.append(result.ensemble.packs)
+        results.append(result)
+    assert packed == [True, False]
+    return results
+
+
+def assert_same(results):
+    packed, padded = results
+    for ours, theirs in zip(metrics(packed.output_dir), metrics(padded.output_dir), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (theirs["step"], name)
+    for (path, ours), theirs in zip(packed.ensemble.stacked().items(), padded.ensemble.stacked().values(), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=path)
+
+
+def test_sft(settings, sft_config):
+    assert_same(both_ways(lambda **s: sft_config(**settings | s)))
+
+
+def test_dpo(settings, dpo_config):
+    assert_same(both_ways(lambda **s: dpo_config(**settings | s)))
