@@ -30,7 +30,8 @@ def attached(tiny_model, dtype=torch.float32, seed=4, special=False) -> LoraEnse
     model = tiny_model("llama", dtype=dtype)
     for layer in model.model.layers if special else ():
         layer.self_attn.q_proj.__class__ = layer.mlp.down_proj.__class__ = Special
-    return attach_apart(model, num_particles=K, rank=2, seed=seed)
+    maps = ["q_proj", "down_proj"] if special else "all-linear"
+    return attach_apart(model, num_particles=K, rank=2, seed=seed, target_modules=maps)
 
 
 def fresh(tiny_model, dtype, values) -> LoraEnsemble:
