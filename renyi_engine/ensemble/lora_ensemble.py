@@ -211,8 +211,7 @@ class LoraEnsemble(nn.Module):
     def packed_hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states ``[K, N, D]`` of a packed row, as `forward` gives those of a batch. `batch`: see `data.pack`.
 
-        Raises:
-            RuntimeError: every particle has rows of its own (`Rows.OWN`). ValueError: see `packs`.
+        Whether the model can read such rows is for the caller to know: see `packs`.
         """
         if self.rows is Rows.OWN:
             raise RuntimeError("a packed row is one for all particles, but here every particle has rows of its own")
