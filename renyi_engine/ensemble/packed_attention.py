@@ -113,10 +113,14 @@ def _attend(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.attention, eager)
     lengths = [segment.length for segment in segments]
+    dtype = query.dtype
+    if query.device.type == "cpu" and query.requires_grad:
+        # torch's backward of attention on a CPU takes several times as long in bfloat16 as in fp32
+        query, key, value = query.float(), key.float(), value.float()
     queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
     outputs = []
     for (length, prefix), q, k, v in zip(segments, queries, keys, values, strict=True):
         if prefix >= 0:
             k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
         outputs.append(attend(module, q, k, v, attention_mask.of(length, k.shape[2]), **options)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1).to(dtype), None
