@@ -109,18 +109,39 @@ def _attend(
         raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
     if (row := attention_mask.in_one_call(query, options)) is not None:
         return varlen.attend(query, key, value, row, options.get("scaling")), None
-    segments = attention_mask.segments
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.attention, eager)
-    lengths = [segment.length for segment in segments]
-    dtype = query.dtype
-    if query.device.type == "cpu" and query.requires_grad:
-        # torch's backward of attention on a CPU takes several times as long in bfloat16 as in fp32
-        query, key, value = query.float(), key.float(), value.float()
-    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
-    outputs = []
-    for (length, prefix), q, k, v in zip(segments, queries, keys, values, strict=True):
-        if prefix >= 0:
-            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
-        outputs.append(attend(module, q, k, v, attention_mask.of(length, k.shape[2]), **options)[0])
-    return torch.cat(outputs, dim=1).to(dtype), None
+
+    def by_sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        segments = attention_mask.segments
+        lengths = [segment.length for segment in segments]
+        queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+        outputs = []
+        for (length, prefix), q, k, v in zip(segments, queries, keys, values, strict=True):
+            if prefix >= 0:
+                k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+            outputs.append(attend(module, q, k, v, attention_mask.of(length, k.shape[2]), **options)[0])
+        return torch.cat(outputs, dim=1)
+
+    if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and query.requires_grad:
+        return _BackwardInFp32.apply(by_sequence, query, key, value), None
+    return by_sequence(query, key, value), None
+
+
+class _BackwardInFp32(torch.autograd.Function):
+    """Attention whose backward runs it again in fp32. On a CPU, torch's own backward in bfloat16 takes several times as
+    long, and keeps more in memory until then."""
+
+    @staticmethod
+    def forward(ctx: Any, attend: Callable[..., Tensor], *states: Tensor) -> Tensor:
+        ctx.attend = attend
+        ctx.save_for_backward(*states)
+        return attend(*states)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            states = [state.detach().float().requires_grad_() for state in ctx.saved_tensors]
+            gradients = torch.autograd.grad(ctx.attend(*states), states, upstream.float())
+        return None, *(gradient.to(upstream.dtype) for gradient in gradients)
