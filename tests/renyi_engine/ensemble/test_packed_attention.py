@@ -277,3 +277,32 @@ def test_an_attention_that_is_told_of_windows_by_an_option_is_called_for_each_se
     packed = ensemble.sequence_logprob(pack(families()))
     torch.testing.assert_close(packed, before, rtol=1e-5, atol=1e-5)
     assert not calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "a shared trunk"])
+def test_on_a_gpu_the_kernel_is_as_exact_as_one_sequence_at_a_time(layers, monkeypatch):
+    """Against fp32: values, and gradients."""
+    kernel, counted = varlen.varlen_attn, []
+
+    def count(*args, **kwargs):
+        counted.append(None)
+        return kernel(*args, **kwargs)
+
+    def measured(ensemble, logp):
+        ensemble.zero_grad()
+        logp.sum().backward()
+        return logp.detach().cpu(), gradient(ensemble).cpu()
+
+    monkeypatch.setattr(varlen, "varlen_attn", count)
+    model = build(dtype=torch.bfloat16)
+    settings = {"num_particles": 2, "r": 2, "layers_to_transform": layers}
+    gold = attach_apart(copy.deepcopy(model).float(), **settings)
+    ensemble = attach_apart(model.to("cuda"), **settings)
+    assert ensemble.packs
+    counted.clear()
+    packed = measured(ensemble, ensemble.sequence_logprob(pack(families())))
+    assert len(counted) == len(ensemble.layers)
+    alone = measured(ensemble, one_by_one(ensemble))
+    for truth, ours, theirs in zip(measured(gold, one_by_one(gold)), packed, alone, strict=True):
+        assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm() + 1e-2 * truth.norm()
