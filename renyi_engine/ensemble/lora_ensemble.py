@@ -195,13 +195,12 @@ class LoraEnsemble(nn.Module):
             input_ids = self._for_all(input_ids.to(device, non_blocking=True))
             positions = None
             if attention_mask is not None:
-                attention_mask = attention_mask.to(device, non_blocking=True)
                 if not self.pads_left and not attention_mask[:, 0].all():
                     raise ValueError(
                         f"attention_mask: {type(self.model).__name__} gives wrong values for texts padded on the left; "
                         "pad on the right"
                     )
-                attention_mask = self._for_all(attention_mask)
+                attention_mask = self._for_all(attention_mask.to(device, non_blocking=True))
                 positions = architecture.positions(attention_mask)
             hidden: Tensor = self._found.decoder(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False

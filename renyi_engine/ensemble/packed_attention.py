@@ -43,15 +43,18 @@ class PackedMask:
     def __init__(self, segments: Sequence[Segment], attention: str, own: Callable[[int, int], Any]) -> None:
         self.segments, self.attention = segments, attention
         self._own, self._made = own, dict[tuple[int, int], Any]()
-        self._row: varlen.Row | None = None
+        self._rows: dict[tuple[int, torch.device], varlen.Row] = {}
 
-    def in_one_call(self, query: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
+    def in_one_call(self, query: Tensor, value: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
         """How to attend in one call for the whole row; None if that cannot be."""
-        if not varlen.can_take(query, options):
+        # other implementations than sdpa may be told of a window by an option, and not by a mask
+        if self.attention != "sdpa" or not varlen.can_take(query, value, options):
             return None
-        if self._row is None:
-            self._row = varlen.row(self.segments, query.shape[0], query.device)
-        return self._row if self.of(self._row.max_k, self._row.max_k) is None else None
+        place = query.shape[0], query.device  # the shared trunk runs one row, and other layers K
+        if place not in self._rows:
+            self._rows[place] = varlen.row(self.segments, *place)
+        row = self._rows[place]
+        return row if self.of(row.max_k, row.max_k) is None else None
 
     def of(self, q_length: int, kv_length: int) -> Any:
         if (q_length, kv_length) not in self._made:
@@ -107,8 +110,9 @@ def _attend(
     """Attention [K, N, H, D] of query, key and value, each [K, H, N, D]."""
     if not isinstance(attention_mask, PackedMask):
         raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
-    if (row := attention_mask.in_one_call(query, options)) is not None:
+    if (row := attention_mask.in_one_call(query, value, options)) is not None:
         return varlen.attend(query, key, value, row, options.get("scaling")), None
+    options.pop("position_ids", None)  # those of the whole row, by which flash attention would cut a sequence again
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.attention, eager)
 

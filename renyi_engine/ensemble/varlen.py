@@ -7,18 +7,13 @@ Layout: K particles (the rows of the model), N tokens of a packed row, H heads, 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # it came with torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
+from torch.nn.attention.varlen import varlen_attn
 
 _ELSEWHERE = ("softcap", "s_aux", "position_bias", "cache")
 """Options of an attention that it cannot take."""
@@ -40,15 +35,21 @@ class Row(NamedTuple):
     keys: Tensor | None
 
 
-def can_take(query: Tensor, options: Mapping[str, Any]) -> bool:
+def can_take(query: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
     """Whether one call can do this attention, if it is plainly causal."""
     plain = not options.get("dropout") and all(options.get(name) is None for name in _ELSEWHERE)
-    return plain and _is_for_the_kernel(query)
+    return plain and _is_for_the_kernel(query) and _has_right_sizes(query, value)
 
 
 def _is_for_the_kernel(query: Tensor) -> bool:
     low = query.dtype in (torch.float16, torch.bfloat16)
-    return varlen_attn is not None and query.is_cuda and low and query.shape[-1] <= 256
+    return query.is_cuda and low and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _has_right_sizes(query: Tensor, value: Tensor) -> bool:
+    """Whether heads are of a size that the kernel takes. Some models have values of another size than keys."""
+    D = query.shape[-1]
+    return D <= 256 and D % 8 == 0 and value.shape[-1] == D
 
 
 def row(segments: Sequence[tuple[int, int]], num_particles: int, device: torch.device) -> Row:
@@ -64,26 +65,28 @@ def row(segments: Sequence[tuple[int, int]], num_particles: int, device: torch.d
     lengths = [length for length, _ in segments]
     shared = any(prefix >= 0 for _, prefix in segments)
 
+    def put(numbers: list[int], dtype: torch.dtype) -> Tensor:
+        # from other memory than pinned one, a GPU may copy only when it has done everything before
+        return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
     def ends(sizes: Sequence[int]) -> Tensor:
         all_ends = [0, *itertools.accumulate(itertools.chain(*itertools.repeat(sizes, num_particles)))]
-        return torch.tensor(all_ends, dtype=torch.int32).to(device, non_blocking=True)
+        return put(all_ends, torch.int32)
 
-    of_keys = torch.tensor(keys).to(device, non_blocking=True) if shared else None
+    of_keys = put(keys, torch.int64) if shared else None
     return Row(ends(lengths), ends(num_keys), max(lengths), max(num_keys), of_keys)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float | None) -> Tensor:
     """Attention [K, N, H, D] of query [K, H, N, D], key and value [K, H or fewer, N, D]."""
     K, H, N, _ = query.shape
+    q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     if row.keys is not None:
-        key, value = key.index_select(2, row.keys), value.index_select(2, row.keys)
-    if key.shape[1] != H:
-        key, value = (states.repeat_interleave(H // states.shape[1], dim=1) for states in (key, value))
-    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    # the last query of a part sees all of its keys, as kernels of flash attention have it
-    causal = (
-        {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
-    )
-    out = varlen_attn(q, k, v, row.ends_q, row.ends_k, row.max_q, row.max_k, scale=scaling, **causal)
+        k, v = k.index_select(1, row.keys), v.index_select(1, row.keys)
+    if k.shape[2] != H:
+        k, v = (states.repeat_interleave(H // states.shape[2], dim=2) for states in (k, v))
+    q, k, v = (states.flatten(0, 1) for states in (q, k, v))
+    # causal: the last query of a part sees all of its keys, as kernels of flash attention have it
+    out = varlen_attn(q, k, v, row.ends_q, row.ends_k, row.max_q, row.max_k, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out.unflatten(0, (K, N))

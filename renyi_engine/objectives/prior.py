@@ -97,7 +97,10 @@ def _median_bandwidth_squared(squared: Tensor, healthy: Tensor) -> Tensor:
     num_particles = len(healthy)
     if num_particles == 1:
         return squared.new_ones(())
-    distances = squared.masked_fill(~(healthy[:, None] & healthy), torch.nan)
+    distances = squared.masked_fill(~(healthy[:, None] & healthy), torch.inf)
     pairs = distances[tuple(torch.triu_indices(num_particles, num_particles, offset=1, device=squared.device))]
-    h2 = pairs.nanmedian() / (2.0 * (healthy.sum() + 1).log())
-    return h2.where(healthy.sum() > 1, 1.0)
+    # the median of the finite ones, without `nanmedian`: that may wait for a GPU
+    num_healthy = healthy.sum()
+    middle = ((num_healthy * (num_healthy - 1) // 2 - 1) // 2).clamp(min=0)
+    h2 = pairs.sort().values.index_select(0, middle.view(1)).squeeze(0) / (2.0 * (num_healthy + 1).log())
+    return h2.where(num_healthy > 1, 1.0)

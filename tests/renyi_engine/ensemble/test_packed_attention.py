@@ -11,7 +11,8 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
 
 from renyi_engine.data import Example, collate, pack
 from renyi_engine.ensemble import packing_trial, varlen
@@ -237,3 +238,71 @@ def test_a_window_that_no_sequence_reaches_is_plain(calls):
     ensemble = attach_apart(build("mistral", sliding_window=64), num_particles=2, r=2)
     ensemble.sequence_logprob(pack(families()))
     assert len(calls) == len(ensemble.layers)
+
+
+def test_layers_of_the_shared_trunk_run_one_row_and_the_others_a_row_of_each_particle(calls):
+    ensemble = attach_apart(build(), num_particles=3, r=2, layers_to_transform=[1])
+    assert ensemble.num_shared_layers == 1
+    logp = ensemble.sequence_logprob(pack(families()))
+    assert len(calls) == len(ensemble.layers) == 2
+    torch.testing.assert_close(logp, one_by_one(ensemble), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "size_of_values", "fits"),
+    [(64, 64, True), (256, 256, True), (264, 264, False), (60, 60, False), (192, 128, False)],
+)
+def test_heads_of_other_sizes_than_the_kernel_has_are_not_given_to_it(calls, size, size_of_values, fits):
+    query, value = torch.empty(1, 2, 3, size), torch.empty(1, 2, 3, size_of_values)
+    assert varlen.can_take(query, value, {}) is fits
+
+
+def test_an_attention_that_is_told_of_windows_by_an_option_is_called_for_each_sequence(calls, monkeypatch):
+    """As flash attention is: it has no mask, and cuts what it is given where positions begin again."""
+
+    def attend(module, query, key, value, attention_mask, *, scaling, sliding_window, position_ids=None, **_):
+        assert attention_mask is None
+        assert position_ids is None or position_ids.shape[-1] == query.shape[2]
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        sees = torch.ones(num_queries, num_keys, dtype=torch.bool)
+        sees = sees.tril(num_keys - num_queries).triu(num_keys - num_queries - sliding_window + 1)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "by_option", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "by_option", lambda **_: None)
+    ensemble = attach_apart(build("mistral", sliding_window=WINDOW), num_particles=2, r=2)
+    before = one_by_one(ensemble)
+    ensemble.model.config._attn_implementation = "by_option"
+    packed = ensemble.sequence_logprob(pack(families()))
+    torch.testing.assert_close(packed, before, rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "a shared trunk"])
+def test_on_a_gpu_the_kernel_is_as_exact_as_one_sequence_at_a_time(layers, monkeypatch):
+    """Against fp32: values, and gradients."""
+    kernel, counted = varlen.varlen_attn, []
+
+    def count(*args, **kwargs):
+        counted.append(None)
+        return kernel(*args, **kwargs)
+
+    def measured(ensemble, logp):
+        ensemble.zero_grad()
+        logp.sum().backward()
+        return logp.detach().cpu(), gradient(ensemble).cpu()
+
+    monkeypatch.setattr(varlen, "varlen_attn", count)
+    model = build(dtype=torch.bfloat16)
+    settings = {"num_particles": 2, "r": 2, "layers_to_transform": layers}
+    gold = attach_apart(copy.deepcopy(model).float(), **settings)
+    ensemble = attach_apart(model.to("cuda"), **settings)
+    assert ensemble.packs
+    counted.clear()
+    packed = measured(ensemble, ensemble.sequence_logprob(pack(families())))
+    assert len(counted) == len(ensemble.layers)
+    alone = measured(ensemble, one_by_one(ensemble))
+    for truth, ours, theirs in zip(measured(gold, one_by_one(gold)), packed, alone, strict=True):
+        assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm() + 1e-2 * truth.norm()

@@ -32,9 +32,10 @@ from renyi_engine.training.train_step import train_step
 K = 3
 ASKING = {
     "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "nonzero_numpy", "unique_dim",
-    "_unique", "_unique2", "unique_consecutive", "argwhere", "allclose", "_assert_async",
+    "_unique", "_unique2", "unique_consecutive", "argwhere", "allclose", "_assert_async", "nanmedian",
 }  # fmt: skip
-"""The operators whose result, or its shape, Python can only have when the device is done."""
+"""The operators whose result, or its shape, Python can only have when the device is done; and nanmedian, because some
+versions of torch ask a GPU for the number of NaN."""
 
 
 class Reads(TorchDispatchMode):
