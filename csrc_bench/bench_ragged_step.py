@@ -1,17 +1,16 @@
 """A training step on sequences of unequal length: random tokens and weights, with the lengths of real data.
 
-K particles, B examples, R rank. The adapters are on all linear maps of all layers, or of the last ones. A row is the
-time of one step on a batch whose numbers of tokens are typical of the data: see `batches.typical`.
+K particles, B examples, R rank. The adapters are on all linear maps: of the last 8 layers on a CPU, of all on a GPU. A
+row is the time of one step on a batch whose numbers of tokens are typical of the data: see `batches.typical`.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 from csrc_bench.batches import Family, padded, random_families, shortened, typical
-from csrc_bench.measure import Shape, Skipped, Variant
+from csrc_bench.measure import Shape, Variant
 from csrc_bench.step_suite import StepSuite
 from csrc_bench.training_steps import CONFIGS, Ensemble, FrozenBase, Gemms, Peft, PeftPaddingFree, vocabulary_of
+from renyi_engine.data import pack
 
 DATA = [  # data set, what is learnt, whether an example is a pair
     ("hh_rlhf", "all", False),
@@ -26,35 +25,27 @@ DATA = [  # data set, what is learnt, whether an example is a pair
 
 
 def shapes(device: str, tiny: bool) -> list[Shape]:
-    def make(model, K, adapted, data, labels, pairs, B=8, R=8):
+    def make(model, K, data, labels, pairs, adapted, B=8, R=8):
         layers = CONFIGS[model]().num_hidden_layers
-        bar = "bar_" if tiny or (K == 4 and data in ("hh_rlhf", "mmlu")) else ""
-        name = f"{bar}{data}_{'pairs' if pairs else labels}_k{K}{'' if adapted == layers else f'_last{adapted}'}"
-        sizes = {"model": model, "K": K, "B": B, "R": R, "adapted_layers": adapted}
+        bar = "bar_" if tiny or (model == models[0] and K == 4 and data in ("hh_rlhf", "mmlu")) else ""
+        name = f"{bar}{model}_{data}_{'pairs' if pairs else labels}_k{K}{f'_last{adapted}' if adapted else ''}"
+        sizes = {"model": model, "K": K, "B": B, "R": R, "adapted_layers": adapted or layers}
         return {"name": name, **sizes, "data": data, "labels": labels, "pairs": pairs, "dtype": "bfloat16"}
 
     if tiny:
-        return [make("tiny", 2, 1, *data, B=2) for data in (DATA[2], DATA[-2])]
-    adapted = [8] if device == "cpu" else [30, 8]
-    return [make("smollm2", K, layers, *data) for K in (4, 1, 8) for data in DATA for layers in adapted]
-
-
-def packed(model, shape: Shape, backend: str) -> Ensemble:
-    try:
-        from renyi_engine.data import pack
-    except ImportError:
-        raise Skipped("renyi_engine.data has no pack") from None
-    return Ensemble(model, shape, backend, pack)
+        return [make("tiny", 2, *data, adapted=1, B=2) for data in (DATA[2], DATA[-2])]
+    models, adapted = (["smollm2"], 8) if device == "cpu" else (["qwen2", "smollm2"], None)
+    return [make(model, K, *data, adapted) for model in models for K in (4, 1, 8) for data in DATA]
 
 
 def variants(device: str) -> dict[str, Variant]:
     path = "triton" if device == "cuda" else "torch"
-    on_padded = lambda model, shape: Ensemble(model, shape, path, padded)
+    ours = lambda kind, read: Variant(kind, lambda model, shape: Ensemble(model, shape, path, read), path)
     return {
-        "ours_padded": Variant("ours", on_padded, path),
+        "ours_padded": ours("ours", padded),
         # other batches than those of the other rows: what a step costs in the mean if training draws so
-        "ours_grouped": Variant("other", on_padded, path),
-        "ours_packed": Variant("ours", partial(packed, backend=path), path),
+        "ours_grouped": ours("other", padded),
+        "ours_packed": ours("ours", pack),
         "peft": Variant("peer", lambda model, shape: Peft(model, shape, padded), needs="peft"),
         "peft_padding_free": Variant("peer", PeftPaddingFree, needs="peft"),
         # no floor for a step without padding

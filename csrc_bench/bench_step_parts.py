@@ -1,16 +1,15 @@
 """The parts of a training step beside its forward and backward: what is done to all adapters, one part after the other.
 
-K particles, P numbers of a particle, R rank. The adapters lie in hundreds of tensors, an A and a B for each adapted map
-with all particles stacked, or in one matrix [K, P]. The same loops run on both. `python -m csrc_bench.bench_step_parts`
-prints how many operators each part calls.
+K particles, P numbers of a particle, R rank. The adapters lie in one matrix [K, P], as in training, or in hundreds of
+tensors, an A and a B for each adapted map with all particles stacked. `python -m csrc_bench.bench_step_parts` prints
+how many operators each part calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,13 @@ from transformers import AutoModelForCausalLM
 from csrc_bench.compare import table
 from csrc_bench.measure import Point, Shape, Variant, copies, device_type, num_input_sets, require_close
 from csrc_bench.training_steps import CONFIGS, MAPS
+from renyi_engine.ensemble import ParticleMatrix
+from renyi_engine.training.particle_optim import clip_grad_norms_, step_healthy
 
 MAX_NORM = 1.0
 LEARNING_RATE = 0.1  # so large that the check sees a step
-BYTES = {"optimizer": 28, "norms_and_clipping": 12, "casts": 6, "zero_grad": 4, "health": 4}
-"""What a part must read and write, for each number of the adapters; health only for those of the sick particle."""
+BYTES = {"optimizer": 28, "norms_and_clipping": 12, "casts": 6, "zero_grad": 4}
+"""What a part must read and write, for each number of the adapters."""
 
 
 def shapes(device: str, tiny: bool) -> list[Shape]:
@@ -36,122 +37,142 @@ def part_of(shape: Shape) -> str:
     return shape["name"].removeprefix("bar_")
 
 
-def sizes_of(shape: Shape) -> list[int]:
-    """How many numbers of a particle each A and each B has, on all linear maps of the model."""
+def sizes_of(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(in, out features) of every linear map of the model, by path."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[shape["model"]]())
-    maps = [module for path, module in model.named_modules() if path.rpartition(".")[2] in MAPS]
-    return [shape["R"] * width for m in maps for width in (m.in_features, m.out_features)]
+    return {
+        path: (linear.in_features, linear.out_features)
+        for path, linear in model.named_modules()
+        if path.rpartition(".")[2] in MAPS
+    }
 
 
-class Adapters:
-    """Random adapters, a tensor [K, size] for each of the sizes, and what training keeps beside them. Particle 0 is
-    sick."""
+def num_numbers(shape: Shape) -> int:
+    return shape["K"] * shape["R"] * sum(map(sum, sizes_of(shape).values()))
 
-    def __init__(self, shape: Shape, sizes: list[int], kind_of_adamw: str) -> None:
-        generator = torch.Generator().manual_seed(0)
 
-        def draw() -> list[Tensor]:
-            matrix = torch.randn(shape["K"], sum(sizes), generator=generator)
-            return [part.contiguous().to(device_type()) for part in matrix.split(sizes, dim=1)]
+def random_adapters(shape: Shape, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A [K, R, I], B [K, O, R]) of every linear map of the model, by path."""
+    generator, K, R = torch.Generator().manual_seed(seed), shape["K"], shape["R"]
+    draw = lambda *sizes: torch.randn(sizes, generator=generator).to(device_type())
+    return {path: (draw(K, R, i), draw(K, o, R)) for path, (i, o) in sizes_of(shape).items()}
 
-        self.parameters, self.gradients = [nn.Parameter(part) for part in draw()], draw()
+
+# Each way has a method for each part, and state(): everything that a part may change, each [K, P].
+
+
+class Matrix:
+    """One matrix, and the functions that training calls."""
+
+    def __init__(self, shape: Shape) -> None:
+        adapters, gradients = random_adapters(shape, seed=0), random_adapters(shape, seed=1)
+        # which maps read one input changes nothing here
+        self.particles = ParticleMatrix([[path] for path in adapters], adapters, torch.device(device_type()))
+        self.zero_grad()
+        for path, pair in self.particles.named(self.particles.gradients).items():
+            for view, gradient in zip(pair, gradients[path], strict=True):
+                view.copy_(gradient)
+        self.casts()
+        self.adamw = torch.optim.AdamW([self.particles.values], lr=LEARNING_RATE, fused=True)
+        self.healthy = torch.ones(shape["K"], dtype=torch.bool, device=device_type())
+
+    def optimizer(self) -> None:
+        step_healthy(self.adamw, self.healthy)
+
+    def norms_and_clipping(self) -> None:
+        clip_grad_norms_(self.particles.gradients, self.particles.gradient_norms(), MAX_NORM)
+
+    def casts(self) -> None:
+        self.particles.refresh(torch.bfloat16)
+
+    def zero_grad(self) -> None:
+        self.particles.zero_gradients()
+
+    def state(self) -> dict[str, Tensor]:
+        of_all = lambda matrix: joined(side for pair in self.particles.named(matrix).values() for side in pair)
+        copied = [(A, B) for A, (B,) in (group.copies for group in self.particles.groups)]
+        return {
+            "parameters": of_all(self.particles.values.detach()),
+            "gradients": of_all(self.particles.gradients),
+            "copies": joined(side for pair in copied for side in pair),
+        }
+
+
+class PerTensor:
+    """A tensor for each A and B, and a plain loop over them."""
+
+    kind_of_adamw = "fused"
+
+    def __init__(self, shape: Shape) -> None:
+        adapters, gradients = random_adapters(shape, seed=0), random_adapters(shape, seed=1)
+        self.parameters = [nn.Parameter(side) for pair in adapters.values() for side in pair]
+        self.gradients = [side for pair in gradients.values() for side in pair]
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
         self.copies = [p.detach().to(torch.bfloat16) for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, **{kind_of_adamw: True})
-        self.sick = (torch.arange(shape["K"]) == 0).to(device_type())
+        self.adamw = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, **{self.kind_of_adamw: True})
+        self.healthy = torch.ones(shape["K"], dtype=torch.bool, device=device_type())
 
-    @property
-    def num_numbers(self) -> int:
-        return sum(p.numel() for p in self.parameters)
+    def optimizer(self) -> None:
+        """The host asks the device whether all particles are healthy. Here they are."""
+        if self.healthy.all():
+            self.adamw.step()
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a part may change, each [K, P]."""
-        kept = {"parameters": self.parameters, "gradients": self.gradients, "copies": self.copies}
-        return {name: torch.cat([part.detach() for part in parts], dim=1) for name, parts in kept.items()}
-
-
-class Loops:
-    """Each part as a loop over the tensors of the adapters, however many there are."""
-
-    adamw = "fused"
-
-    @staticmethod
-    def optimizer(adapters: Adapters) -> None:
-        adapters.optimizer.step()
-
-    @staticmethod
-    def norms_and_clipping(adapters: Adapters) -> None:
-        norms = torch.stack([gradient.norm(dim=1) for gradient in adapters.gradients]).norm(dim=0)
+    def norms_and_clipping(self) -> None:
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in self.gradients]).norm(dim=0)
         factors = (MAX_NORM / (norms + 1e-6)).clamp(max=1.0)
-        for gradient in adapters.gradients:
-            gradient.mul_(factors[:, None])
+        for gradient in self.gradients:
+            gradient.mul_(factors[:, None, None])
 
-    @staticmethod
     @torch.no_grad()
-    def casts(adapters: Adapters) -> None:
+    def casts(self) -> None:
         """The copies in the base's dtype, which the products read."""
-        for copy, p in zip(adapters.copies, adapters.parameters, strict=True):
+        for copy, p in zip(self.copies, self.parameters, strict=True):
             copy.copy_(p)
 
-    @staticmethod
-    def zero_grad(adapters: Adapters) -> None:
-        for gradient in adapters.gradients:
+    def zero_grad(self) -> None:
+        for gradient in self.gradients:
             gradient.zero_()
 
-    @staticmethod
-    def health(adapters: Adapters) -> None:
-        """The gradient of a sick particle becomes zero. The host does not learn which one is sick."""
-        for gradient in adapters.gradients:
-            gradient.masked_fill_(adapters.sick[:, None], 0.0)
+    def state(self) -> dict[str, Tensor]:
+        of_all = {"parameters": self.parameters, "gradients": self.gradients, "copies": self.copies}
+        return {name: joined(tensors) for name, tensors in of_all.items()}
 
 
-class Foreach:
-    """Each part by PyTorch's operators on lists of tensors, and a particle by itself where particles differ."""
+class Foreach(PerTensor):
+    """The same by PyTorch's operators on lists of tensors, and a particle by itself where particles differ."""
 
-    adamw = "foreach"
-    optimizer = staticmethod(Loops.optimizer)
+    kind_of_adamw = "foreach"
 
-    @staticmethod
-    def norms_and_clipping(adapters: Adapters) -> None:
-        for k in range(len(adapters.sick)):
-            gradients = [gradient[k] for gradient in adapters.gradients]
+    def norms_and_clipping(self) -> None:
+        for k in range(len(self.healthy)):
+            gradients = [gradient[k] for gradient in self.gradients]
             norm = nn.utils.get_total_norm(gradients)
             torch._foreach_mul_(gradients, (MAX_NORM / (norm + 1e-6)).clamp(max=1.0))
 
-    @staticmethod
     @torch.no_grad()
-    def casts(adapters: Adapters) -> None:
-        torch._foreach_copy_(adapters.copies, adapters.parameters)
+    def casts(self) -> None:
+        torch._foreach_copy_(self.copies, self.parameters)
 
-    @staticmethod
-    def zero_grad(adapters: Adapters) -> None:
-        torch._foreach_zero_(adapters.gradients)
-
-    @staticmethod
-    def health(adapters: Adapters) -> None:
-        for k in adapters.sick.nonzero().flatten().tolist():
-            torch._foreach_zero_([gradient[k] for gradient in adapters.gradients])
+    def zero_grad(self) -> None:
+        torch._foreach_zero_(self.gradients)
 
 
-def way(parts: type, one_matrix: bool, shape: Shape) -> tuple[Adapters, Callable[[], None]]:
-    """(adapters, what does the part of `shape` to them)."""
-    sizes = sizes_of(shape)
-    adapters = Adapters(shape, [sum(sizes)] if one_matrix else sizes, parts.adamw)
-    return adapters, partial(getattr(parts, part_of(shape)), adapters)
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """[K, P] of tensors [K, ...]."""
+    return torch.cat([tensor.detach().flatten(1) for tensor in tensors], dim=1)
 
 
 def floor(shape: Shape) -> Callable[[], None]:
     """A copy of as many bytes as the part has to read and write."""
-    num_numbers = sum(sizes_of(shape)) * (1 if part_of(shape) == "health" else shape["K"])
-    return copies(BYTES[part_of(shape)] * num_numbers, device_type())
+    return copies(BYTES[part_of(shape)] * num_numbers(shape), device_type())
 
 
 VARIANTS = {
-    "matrix": Variant("ours", partial(way, Loops, True), backend="torch"),
-    "per_tensor": Variant("naive", partial(way, Loops, False)),
-    "foreach": Variant("peer", partial(way, Foreach, False)),
+    "matrix": Variant("ours", Matrix, backend="torch"),
+    "per_tensor": Variant("naive", PerTensor),
+    "foreach": Variant("peer", Foreach),
     "copy": Variant("floor", floor),
 }
 
@@ -171,15 +192,16 @@ class PartsSuite:
         if variant.kind == "floor":
             yield [variant.build(point.shape)], None
             return
-        adapters, call = variant.build(point.shape)
-        expected, naive = VARIANTS["per_tensor"].build(point.shape)
-        call()
-        naive()
-        for (name, got), want in zip(adapters.state().items(), expected.state().values(), strict=True):
+        part, shape = part_of(point.shape), point.shape
+        way, naive = variant.build(shape), PerTensor(shape)
+        for made in (way, naive):
+            getattr(made, part)()
+        for (name, got), want in zip(way.state().items(), naive.state().values(), strict=True):
             require_close(name, got, want, 1e-4)
-        del expected, naive, got, want
-        count = num_input_sets(4 * adapters.num_numbers, device_type())
-        yield [call, *(variant.build(point.shape)[1] for _ in range(1, count))], variant.backend
+        del naive, got, want, made
+        count = num_input_sets(4 * num_numbers(shape), device_type())
+        ways = [way, *(variant.build(shape) for _ in range(1, count))]
+        yield [getattr(way, part) for way in ways], variant.backend
 
 
 SUITE = PartsSuite()
@@ -196,8 +218,8 @@ def main() -> None:
     names = [name for name, variant in VARIANTS.items() if variant.kind != "floor"]
     lines = [["part", *names]]
     for shape in shapes(device_type(), parser.parse_args().tiny):
-        calls = [VARIANTS[name].build(shape)[1] for name in names]
-        lines.append([part_of(shape), *(str(num_operators(call)) for call in calls)])
+        ways = [VARIANTS[name].build(shape) for name in names]
+        lines.append([part_of(shape), *(str(num_operators(getattr(way, part_of(shape)))) for way in ways)])
     print(table(lines))
 
 

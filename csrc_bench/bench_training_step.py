@@ -84,7 +84,7 @@ def variants(device: str) -> dict[str, Variant]:
             "other", lambda model, shape: Peft(model, shape, everywhere=True), needs="peft", slow=True
         ),
         **({"ours_torch": ours("torch")} if device == "cuda" else {}),
-        "naive": Variant("naive", lambda model, shape: Ensemble(model, shape, "reference")),
+        "naive": Variant("naive", lambda model, shape: Ensemble(model, shape, "reference", stacked)),
         "vmap": Variant("peer", not_on_cpu(Vmap), needs="peft", slow=True),
         "compile": Variant("peer", not_on_cpu(Compiled), slow=True),
     }

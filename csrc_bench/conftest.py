@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("csrc_bench")
     group.addoption("--tiny", action="store_true", help="very small shapes, to see whether everything runs")
     group.addoption("--results", type=Path, help="JSON file: each row is added when measured; rows in it are skipped")
+    group.addoption("--rounds", type=int, help="time so many calls of each row, and measure no memory")
     group.addoption("--seconds", type=float, help="start no row after this many seconds")
 
 
@@ -77,7 +78,8 @@ def measured(request):
         try:
             if limit is not None and time.monotonic() - config.started > limit:
                 raise OUT_OF_TIME
-            found = measure.measure(point, timer, seconds=0.01 if config.getoption("tiny") else None)
+            seconds = 0.01 if config.getoption("tiny") else None
+            found = measure.measure(point, timer, seconds, config.getoption("rounds"))
         except Exception as error:
             status = str(error) if isinstance(error, measure.NotTimed) else f"wrong: {type(error).__name__}: {error}"
             config.not_timed.append(row | {"path": None, "status": status})

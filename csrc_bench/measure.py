@@ -308,12 +308,16 @@ def copies(num_bytes: int, device: str) -> Callable[..., None]:
 # one row
 
 
-def measure(point: Point, timer: Callable[[], Any], seconds: float | None = None) -> dict[str, Any]:
+def measure(
+    point: Point, timer: Callable[[], Any], seconds: float | None = None, rounds: int | None = None
+) -> dict[str, Any]:
     """Check and time one point. Returns what goes into the row's `extra_info`.
 
     Args:
         timer: gives pytest-benchmark's fixture. It is called only after the variant has passed its check.
         seconds: of timed calls; None for the device's default.
+        rounds: time so many calls, and do nothing else: no warm-up, because the check has run the variant, and no
+            memory. It is for calls of many seconds.
 
     Raises:
         NotTimed: the variant is wrong or cannot run here.
@@ -323,8 +327,10 @@ def measure(point: Point, timer: Callable[[], Any], seconds: float | None = None
         if variant.needs and importlib.util.find_spec(variant.needs) is None:
             raise Skipped(f"{variant.needs} is not installed")
         with point.suite.prepared(point) as (calls, path):
+            if rounds is not None:
+                return {"path": path, "status": "ok", "peak_mib": None, **_time(timer(), calls, rounds, 1)}
             calls[0]()  # warm-up: compiles and tunes
-            times = _time(timer(), calls, _SECONDS[device_type()] if seconds is None else seconds)
+            times = _time(timer(), calls, *_rounds(calls, _SECONDS[device_type()] if seconds is None else seconds))
             return {"path": path, "status": "ok", "peak_mib": peak_mib(calls[0]), **times}
     except (torch.OutOfMemoryError, MemoryError):
         reason: NotTimed = Skipped("out of memory")
@@ -341,14 +347,18 @@ def measure(point: Point, timer: Callable[[], Any], seconds: float | None = None
     raise reason
 
 
-def _time(benchmark: Any, calls: list[Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median, p20 and p80 of one call in ms, timed by pytest-benchmark. The calls take turns."""
+def _rounds(calls: list[Callable[[], Any]], seconds: float) -> tuple[int, int]:
+    """(rounds, calls in a round) that take so many seconds together."""
     start = clock()
     calls[-1]()
     once = max(clock() - start, 1e-7)
     # a round groups many short calls, so that their throughput is measured and not the wait for the device
     iterations = max(1, math.ceil(0.005 / once / len(calls))) * len(calls) if once < 0.005 else 1
-    rounds = min(max(int(seconds / (once * iterations)), 3 if once > 1 else 5), 100)
+    return min(max(int(seconds / (once * iterations)), 3 if once > 1 else 5), 100), iterations
+
+
+def _time(benchmark: Any, calls: list[Callable[[], Any]], rounds: int, iterations: int) -> dict[str, float]:
+    """Median, p20 and p80 of one call in ms, timed by pytest-benchmark. The calls take turns."""
     turns = itertools.cycle(calls)
 
     def call():

@@ -16,13 +16,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from csrc_bench.batches import Batch, Family, padding_free, sequences_of, stacked
 from csrc_bench.measure import Shape, device_type
-from renyi_engine import EnsembleConfig, LoraEnsemble
-from renyi_engine.data import common_prefix
+from renyi_engine import EnsembleConfig, LoraEnsemble, SftConfig
+from renyi_engine.data import pack, packed_length
+from renyi_engine.objectives import Scores
+from renyi_engine.training.train_step import train_step
 from renyi_kernels import IGNORE_INDEX, renyi_reduce, use_backend
 
 ALPHA = 0.8
 BETA = 0.1  # of pairs
 LEARNING_RATE = 1e-4
+NUM_TRAIN_EXAMPLES = 1000  # by which the prior is divided
+SETTINGS = SftConfig(model_name_or_path="random", dataset_name="random", output_dir="nowhere")
 MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # all linear ones but the head
 
 
@@ -114,20 +118,36 @@ def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
 Read = Callable[[list[Family]], Batch]
 
 
-class Ensemble:
-    """Our step, with one path for all ops."""
+class Objective:
+    """All that a step needs of a task."""
 
-    def __init__(self, model, shape: Shape, backend: str, read: Read = stacked) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def score(self, ensemble: LoraEnsemble, batch: Batch) -> Scores:
+        return Scores(objective(ensemble.sequence_logprob(batch), self.shape))
+
+
+class Ensemble:
+    """Our step, the one of `train` with its default settings, with one path for all ops."""
+
+    def __init__(self, model, shape: Shape, backend: str, read: Read = pack) -> None:
         self.shape, self.backend, self.read = shape, backend, read
-        self.ensemble = attach(model, shape)
-        self.optimizer = adamw(self.ensemble.parameters())
+        self.ensemble, self.objective = attach(model, shape), Objective(shape)
+        self.optimizer = adamw([self.ensemble.particles.values])
 
     def step(self, batch: Batch) -> None:
         with use_backend(self.backend):
-            logp = self.ensemble.sequence_logprob(batch)
-            self.optimizer.zero_grad()
-            renyi_reduce(objective(logp, self.shape), ALPHA).loss.mean().backward()
-        self.optimizer.step()
+            train_step(
+                self.ensemble,
+                self.objective,
+                self.optimizer,
+                [batch],
+                ALPHA,
+                SETTINGS,
+                num_train_examples=NUM_TRAIN_EXAMPLES,
+                num_examples=self.shape["B"],
+            )
 
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with use_backend(self.backend):
@@ -143,7 +163,7 @@ class CompiledLayers(Ensemble):
     """Our step, with torch.compile of each decoder layer. Layers of the same kind share a graph."""
 
     def __init__(self, model, shape: Shape, backend: str) -> None:
-        super().__init__(model, shape, backend)
+        super().__init__(model, shape, backend, stacked)
         torch._dynamo.reset()
         self.layers = model.base_model.layers
         for layer in self.layers:
@@ -159,7 +179,7 @@ class Compiled(Ensemble):
     """torch.compile of the naive step's forward and backward."""
 
     def __init__(self, model, shape: Shape) -> None:
-        super().__init__(model, shape, "reference")
+        super().__init__(model, shape, "reference", stacked)
         torch._dynamo.reset()
         self.model, self.backbone = model.base_model, model.base_model.forward
         self.model.forward = torch.compile(self.backbone, dynamic=False)
@@ -345,7 +365,7 @@ class Gemms:
         self.head = model.get_output_embeddings().weight
 
     def read(self, families: list[Family]) -> Callable[[], object]:
-        tokens = sum(map(num_read, families))
+        tokens = sum(map(packed_length, families))
         labelled = self.K * sum(sequence.num_labels for sequence in sequences_of(families))
 
         @cache
@@ -376,14 +396,6 @@ class Gemms:
 
     def close(self) -> None:
         pass
-
-
-def num_read(family: Family) -> int:
-    """The tokens of a family that have to be read. The last one of a sequence predicts nothing, and what all sequences
-    begin with is read once."""
-    read = [sequence.input_ids[:-1] for sequence in family]
-    shared = min(common_prefix(read[0], ids) for ids in read)
-    return shared + sum(len(ids) - shared for ids in read)
 
 
 def initial(model, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:

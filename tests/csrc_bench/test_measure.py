@@ -143,6 +143,16 @@ def test_the_times_are_of_one_call_and_the_input_sets_take_turns():
     assert all(a != b for a, b in zip(seen[-9:-2], seen[-8:-1], strict=True))
 
 
+def test_a_given_number_of_rounds_is_timed_after_the_check_and_nothing_else_runs():
+    calls = []
+    timer = Timer()
+    variant = Variant("peer", lambda shape: lambda x: calls.append(x) or x * x)
+    row = measure.measure(Point(suite_of(variant), SHAPE, "forward", "it"), timer, rounds=3)
+    assert len(timer.stats.stats.data) == 3
+    assert len(calls) == 1 + 3
+    assert row["peak_mib"] is None
+
+
 def test_percentiles_are_linear_between_ranks():
     data = [5.0, 1.0, 3.0, 2.0, 4.0, 6.0]
     assert measure.percentile(data, 20) == 2.0

@@ -19,8 +19,8 @@ from csrc_bench.training_steps import (
     PeftPaddingFree,
     Vmap,
     build_model,
-    num_read,
 )
+from renyi_engine.data import packed_length
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_row_without_padding_is_right_and_one_that_attends_across_its_sequence
 def test_the_bare_products_are_those_of_the_tokens_that_have_to_be_read(ragged_step):
     suite, shape, _, _ = ragged_step
     (families, *_), config, K = suite.batches(shape, "gemms"), CONFIGS[shape["model"]](), shape["K"]
-    tokens = sum(map(num_read, families))
+    tokens = sum(map(packed_length, families))
     labels = sum(label != -100 for sequence in sequences_of(families) for label in sequence.labels[1:])
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.hidden_size * config.vocab_size
     keys = hidden * config.num_key_value_heads // config.num_attention_heads
@@ -90,8 +90,8 @@ def test_the_bare_products_are_those_of_the_tokens_that_have_to_be_read(ragged_s
 
 def test_a_shared_beginning_is_read_once_and_a_last_token_never():
     pair, alone = random_families([(3, 2, 4), (0, 5)], 1000, "completion", seed=0)
-    assert num_read(pair) == 3 + (2 - 1) + (4 - 1)
-    assert num_read(alone) == 5 - 1
+    assert packed_length(pair) == 3 + (2 - 1) + (4 - 1)
+    assert packed_length(alone) == 5 - 1
 
 
 def test_vmap_runs_no_attention_that_would_keep_nothing_for_its_backward(step):
