@@ -7,6 +7,7 @@ Layout: H heads, D size of a head.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -237,3 +238,46 @@ def test_a_window_that_no_sequence_reaches_is_plain(calls):
     ensemble = attach_apart(build("mistral", sliding_window=64), num_particles=2, r=2)
     ensemble.sequence_logprob(pack(families()))
     assert len(calls) == len(ensemble.layers)
+
+
+# ---------------------------------------------------------------------- other threads
+
+
+def in_the_middle_of(ensemble, other):
+    """What a packed forward gives, and what `other()` gives in a thread that begins while the forward runs."""
+    with ThreadPoolExecutor(1) as thread:
+        begun = []
+
+        def begin(*_):
+            begun.append(thread.submit(torch.no_grad()(other)))
+            wait(begun, timeout=0.2)  # it may have to wait for this forward
+
+        handle = ensemble.layers[-1].register_forward_pre_hook(begin)
+        with torch.no_grad():
+            packed = ensemble.sequence_logprob(pack(families()))
+        handle.remove()
+        (future,) = begun
+        return packed, future.result()
+
+
+OTHERS = {
+    "a packed row": lambda ensemble: ensemble.sequence_logprob(pack(families()[:3])),
+    "a padded batch": lambda ensemble: one_by_one(ensemble),
+    "the model itself": lambda ensemble: ensemble.model(torch.arange(3, 19).expand(2, -1)).logits,
+}
+
+
+@pytest.mark.parametrize("of_one_model", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_threads_do_not_see_each_others_packed_rows(of_one_model, other):
+    """Two models may also share one config, in which transformers reads the name of the attention."""
+    model = build()
+    ensemble = attach_apart(model, num_particles=2, r=2)
+    second = ensemble if of_one_model else attach_apart(type(model)(model.config).eval(), num_particles=2, r=2)
+    assert ensemble.packs
+    assert second.packs
+    with torch.no_grad():
+        expected = ensemble.sequence_logprob(pack(families())), OTHERS[other](second)
+    found = in_the_middle_of(ensemble, lambda: OTHERS[other](second))
+    assert all(map(torch.equal, found, expected))
+    assert model.config._attn_implementation == "sdpa"
