@@ -151,6 +151,16 @@ def test_rows_of_each_particles_own_are_refused():
         ensemble.sequence_logprob(pack(families()))
 
 
+def test_sequences_without_a_label_have_logp_0():
+    """Pairs of completions that are a part of the only token have none."""
+    ensemble = attach_apart(build(), num_particles=2, r=2)
+    row = pack([[Example(0, [7], [7]), Example(0, [8], [8])], [Example(0, [5, 6], [-100, -100])]])
+    logp = ensemble.sequence_logprob(row)
+    assert logp.equal(torch.zeros(2, 3))
+    logp.sum().backward()
+    assert not gradient(ensemble).any()
+
+
 def test_the_model_keeps_its_own_attention():
     model = build()
     ensemble = attach_apart(model, num_particles=2, r=2)
