@@ -47,15 +47,17 @@ class PackedMask:
     def __init__(self, segments: Sequence[Segment], own: Callable[[int, int], Any]) -> None:
         self.segments = segments
         self._own, self._made = own, dict[tuple[int, int], Any]()
-        self._row: varlen.Row | None = None
+        self._rows: dict[int, varlen.Row] = {}
 
     def in_one_call(self, query: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
         """How to attend in one call for the whole row; None if that cannot be."""
         if not varlen.can_take(query, options):
             return None
-        if self._row is None:
-            self._row = varlen.row(self.segments, query.shape[0], query.device)
-        return self._row if self.of(self._row.max_k, self._row.max_k) is None else None
+        K = len(query)  # 1 in the layers that all particles share
+        if K not in self._rows:
+            self._rows[K] = varlen.row(self.segments, K, query.device)
+        row = self._rows[K]
+        return row if self.of(row.max_k, row.max_k) is None else None
 
     def of(self, q_length: int, kv_length: int) -> Any:
         if (q_length, kv_length) not in self._made:
@@ -149,7 +151,7 @@ def _attend(
     if not isinstance(attention_mask, PackedMask):
         raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
     if (row := attention_mask.in_one_call(query, options)) is not None:
-        return varlen.attend(query, key, value, row, options.get("scaling")), None
+        return varlen.attend(query, key, value, row, options), None
     segments = attention_mask.segments
     lengths = [segment.length for segment in segments]
     queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))

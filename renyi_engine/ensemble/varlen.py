@@ -1,6 +1,7 @@
 """Attention of all sequences of a packed row in one call, on a GPU: `torch.nn.attention.varlen`.
 
-It takes plain causal attention in half precision. Everything else is one call a sequence: see `packed_attention`.
+It takes causal attention in half precision, also of a window. Everything else is one call a sequence: see
+`packed_attention`.
 
 Layout: K particles (the rows of the model), N tokens of a packed row, H heads, D size of a head.
 """
@@ -20,6 +21,7 @@ try:
 except ImportError:  # it came with torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
+_TAKES_WINDOWS = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
 _ELSEWHERE = ("softcap", "s_aux", "position_bias", "cache")
 """Options of an attention that it cannot take."""
 
@@ -41,7 +43,7 @@ class Row(NamedTuple):
 
 
 def can_take(query: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether one call can do this attention, if it is plainly causal."""
+    """Whether one call can do this attention, if its mask is plainly causal."""
     plain = not options.get("dropout") and all(options.get(name) is None for name in _ELSEWHERE)
     return plain and _is_for_the_kernel(query)
 
@@ -72,7 +74,7 @@ def row(segments: Sequence[tuple[int, int]], num_particles: int, device: torch.d
     return Row(ends(lengths), ends(num_keys), max(lengths), max(num_keys), of_keys)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, row: Row, options: Mapping[str, Any]) -> Tensor:
     """Attention [K, N, H, D] of query [K, H, N, D], key and value [K, H or fewer, N, D]."""
     K, H, N, _ = query.shape
     if row.keys is not None:
@@ -81,9 +83,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float |
         key, value = (states.repeat_interleave(H // states.shape[1], dim=1) for states in (key, value))
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     # the last query of a part sees all of its keys, as kernels of flash attention have it
-    causal = (
-        {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
-    )
-    out = varlen_attn(q, k, v, row.ends_q, row.ends_k, row.max_q, row.max_k, scale=scaling, **causal)
+    # masks have windows in them; flash attention, whose masks are none, has them in its options
+    window = options.get("sliding_window")
+    before = -1 if window is None or window >= row.max_k else window - 1
+    causal = {"window_size": (before, 0)} if before >= 0 or _TAKES_WINDOWS else {"is_causal": True}
+    ends = (row.ends_q, row.ends_k, row.max_q, row.max_k)
+    out = varlen_attn(q, k, v, *ends, scale=options.get("scaling"), **causal)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (K, N))

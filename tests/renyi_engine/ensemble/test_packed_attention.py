@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
+from renyi_engine import EnsembleConfig, LoraEnsemble
 from renyi_engine.data import Example, collate, pack
 from renyi_engine.ensemble import packing_trial, varlen
 from renyi_engine.ensemble.adapted_maps import Rows
@@ -190,7 +192,8 @@ def test_a_deep_copy_reads_packed_rows_of_its_own():
 
 def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
     """What `varlen_attn` computes, part by part. [tokens, H, D] each."""
-    assert window_size == (-1, 0)
+    before, after = window_size
+    assert after == 0
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     q_ends, k_ends, outputs = cu_seq_q.tolist(), cu_seq_k.tolist(), []
     assert (q_ends[-1], k_ends[-1]) == (len(query), len(key))
@@ -200,6 +203,8 @@ def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, wind
         assert len(q) <= max_q
         assert len(k) <= max_k
         sees = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        if before >= 0:
+            sees = sees.triu(len(k) - len(q) - before)
         q, k, v = (states.transpose(0, 1) for states in (q, k, v))
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale).transpose(0, 1))
     return torch.cat(outputs)
@@ -215,6 +220,7 @@ def calls(monkeypatch):
         return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen, "_TAKES_WINDOWS", True)
     monkeypatch.setattr(varlen, "_is_for_the_kernel", lambda query: True)
     return counted
 
@@ -231,6 +237,28 @@ def test_a_plain_row_is_one_call_a_layer_for_all_particles(calls):
         s.sum().backward()
         gradients.append(gradient(ensemble))
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+def test_the_layers_that_all_particles_share_are_one_call_too(calls):
+    config = EnsembleConfig(num_particles=3, rank=2, init="spread", layers_to_transform=[1])
+    ensemble = LoraEnsemble.attach(build(), config)
+    assert ensemble.num_shared_layers == 1
+    assert ensemble.packs
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ensemble.sequence_logprob(pack(families())), one_by_one(ensemble), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_flash_attention_keeps_its_window(calls, monkeypatch):
+    """transformers gives it no mask but a window, which is shorter than these sequences."""
+    ensemble = attach_apart(build("mistral", sliding_window=WINDOW), num_particles=2, r=2)
+    with torch.no_grad():
+        alone = one_by_one(ensemble)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, "sdpa", flash_attention_mask)
+        packed = ensemble.sequence_logprob(pack(families()))
+    assert len(calls) == len(ensemble.layers)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["mistral", "gemma2, soft cap", "gpt_oss, sinks"])
@@ -259,13 +287,13 @@ def in_the_middle_of(ensemble, other):
         begun = []
 
         def begin(*_):
+            handle.remove()
             begun.append(thread.submit(torch.no_grad()(other)))
             wait(begun, timeout=0.2)  # it may have to wait for this forward
 
         handle = ensemble.layers[-1].register_forward_pre_hook(begin)
         with torch.no_grad():
             packed = ensemble.sequence_logprob(pack(families()))
-        handle.remove()
         (future,) = begun
         return packed, future.result()
 
