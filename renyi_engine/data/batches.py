@@ -68,8 +68,8 @@ def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([positions]),
         "segments": torch.tensor(segments),
-        "labels": torch.tensor(labels),
-        "label_rows": torch.tensor(label_rows),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "label_rows": torch.tensor(label_rows, dtype=torch.int64),
         "label_places": pad_sequence(label_places, batch_first=True, padding_value=len(labels)),
     }
 
@@ -82,8 +82,8 @@ def packed_length(family: Sequence[Example]) -> int:
 
 def _read(family: Sequence[Example]) -> tuple[list[list[int]], int]:
     """(the tokens of each sequence that the model reads, with how many of them all begin alike)."""
-    # nobody reads the last token, because it predicts nothing
-    ends = [max((t for t, label in enumerate(e.labels) if label != IGNORE_INDEX), default=0) for e in family]
+    # nobody reads the last token, because it predicts nothing; one is read, as a model needs a token
+    ends = [max([1, *(t for t, label in enumerate(e.labels) if label != IGNORE_INDEX)]) for e in family]
     reads = [example.input_ids[:end] for example, end in zip(family, ends, strict=True)]
     return reads, min((common_prefix(reads[0], read) for read in reads[1:]), default=0)
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from renyi_engine.ensemble import targets
+from renyi_engine.ensemble import packed_attention, targets
 from renyi_engine.ensemble.adapted_maps import MapGroup, OpaqueMap, Rows, adapted
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.forwards import Forwards
@@ -53,7 +53,6 @@ class Installation:
         self.maps: list[MapGroup | OpaqueMap] = []
         self.trunk: SharedTrunk | None = None
         self._handles: list[RemovableHandle | Takeover] = []
-        self._packing: Packing | None = None
         self._model, self._found, self._scaling = model, found, scaling
         self._particles, self._groups = particles, groups
         self._first_layer = min(numbers[path] for path in particles.stacks)
@@ -100,12 +99,10 @@ class Installation:
         with self.forwards.run(rows) as outermost:
             if not self.maps:
                 raise RuntimeError("this ensemble was detached from its model; attach or load it again")
-            before, self._packing = self._packing, packing
             try:
                 with packing.running() if packing else nullcontext():
                     yield
             finally:
-                self._packing = before
                 if outermost:
                     self.forget()
 
@@ -118,7 +115,7 @@ class Installation:
 
     def _decode(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs in place of the decoder's `forward`, also when the model itself calls it."""
-        with self.forward(self.forwards.asked, self._packing):
+        with self.forward(self.forwards.asked):
             self._set_modes()
             device = self._particles.values.device.type
             low = torch.is_autocast_enabled(device)
@@ -141,7 +138,7 @@ class Installation:
     def _checkpoint(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
         """Runs in place of the function by which Hugging Face checkpoints a layer. The backward runs the layer again,
         often in a thread of autograd's, which does not know the rows and the packing of the first run."""
-        return checkpoint(partial(self._run_layer, self.forwards.rows(), self._packing, layer), *args)
+        return checkpoint(partial(self._run_layer, self.forwards.rows(), packed_attention.running(), layer), *args)
 
     def _run_layer(self, rows: Rows, packing: Packing | None, layer: Callable[..., Any], *args: Any) -> Any:
         with self.forward(rows, packing):

@@ -41,17 +41,18 @@ def check_fits(
             )
 
 
-def check_batches(model: PreTrainedModel, lengths: Collection[int], argument: str) -> None:
-    """Check that log-likelihoods of sequences of these lengths do not depend on which of them share a batch. `argument`
-    is the setting that makes the sequences shorter.
+def check_batches(model: PreTrainedModel, lengths: Collection[tuple[int, int]], argument: str) -> None:
+    """Check that log-likelihoods of sequences of these lengths do not depend on which of them share a batch. `lengths`:
+    how many tokens of each sequence the model reads in a packed row, and in a padded batch. `argument` is the setting
+    that makes the sequences shorter.
 
     Raises:
         ValueError: they do depend, because the model's rotary positions change with the longest sequence of a batch.
     """
     kind, limit = changing_positions(model) or ("", sys.maxsize)
-    beyond = sum(length > limit for length in lengths)
+    beyond = sum(padded > limit for _, padded in lengths)
     # Phi-3 has one kind of positions up to the limit and another beyond it, always for the whole batch
-    if beyond and ("dynamic" in kind or beyond < len(lengths)):
+    if beyond and ("dynamic" in kind or any(packed <= limit for packed, _ in lengths)):
         raise ValueError(
             f"{argument}: {beyond} of {len(lengths)} sequences are longer than {limit} tokens, and from there on the "
             f"rotary positions of {type(model).__name__} (rope_type {kind!r}) depend on the longest sequence of a "

@@ -1,9 +1,9 @@
 """Attention in a packed row, where several sequences stand one after the other.
 
-transformers asks an attention implementation of ours for masks and for attention. It answers with the model's own
-implementation, which it calls once for each sequence. So sliding windows, soft caps and attention sinks are those of
-the model, and no sequence sees another one. The exception is a shared beginning: the sequences that go on from it
-attend to its keys and values, which are computed once.
+While a model reads such a row, its config names an attention implementation of ours. transformers asks it for masks and
+for attention. It answers with the model's own implementation, which it calls once for each sequence. So sliding
+windows, soft caps and attention sinks are those of the model, and no sequence sees another one. The exception is a
+shared beginning: the sequences that go on from it attend to its keys and values, which are computed once.
 
 On a GPU, plain causal attention of a whole row is one call: see `varlen`.
 
@@ -13,9 +13,12 @@ Layout: K particles (the rows of the model), N tokens of a packed row, H heads, 
 from __future__ import annotations
 
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,15 +43,14 @@ class PackedMask:
     """What layers are given in place of a mask. `own(q_length, kv_length)` is the model's own mask, for one sequence
     whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal."""
 
-    def __init__(self, segments: Sequence[Segment], attention: str, own: Callable[[int, int], Any]) -> None:
-        self.segments, self.attention = segments, attention
+    def __init__(self, segments: Sequence[Segment], own: Callable[[int, int], Any]) -> None:
+        self.segments = segments
         self._own, self._made = own, dict[tuple[int, int], Any]()
         self._rows: dict[tuple[int, torch.device], varlen.Row] = {}
 
     def in_one_call(self, query: Tensor, value: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
         """How to attend in one call for the whole row; None if that cannot be."""
-        # other implementations than sdpa may be told of a window by an option, and not by a mask
-        if self.attention != "sdpa" or not varlen.can_take(query, value, options):
+        if not varlen.can_take(query, value, options):
             return None
         place = query.shape[0], query.device  # the shared trunk runs one row, and other layers K
         if place not in self._rows:
@@ -63,58 +65,95 @@ class PackedMask:
 
 
 class Packing:
-    """The sequences of one packed row, and the attention implementation that the model has without packing."""
+    """The sequences of one packed row. `config`: of the model that reads it."""
 
     def __init__(self, config: PreTrainedConfig, segments: Sequence[Sequence[int]]) -> None:
-        AttentionInterface.register(NAME, _attend)
-        AttentionMaskInterface.register(NAME, _mask)
         self.segments = [Segment(*segment) for segment in segments]
         parts = (getattr(config, name, None) for name in config.sub_configs)
         self._configs = [config, *(part for part in parts if isinstance(part, PreTrainedConfig))]
-        self.attention: str = config._attn_implementation
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside the block, the model attends within the sequences of this row."""
-        before = [config._attn_implementation for config in self._configs]
+        """Inside the block, the model attends within the sequences of this row. Other threads' forwards go on as they
+        were, although a config may belong to several models."""
         token = _running.set(self)
+        self._count(1)
         try:
-            for config in self._configs:
-                config._attn_implementation = NAME
             yield
         finally:
+            self._count(-1)
             _running.reset(token)
-            for config, attention in zip(self._configs, before, strict=True):
-                config._attn_implementation = attention
+
+    def _count(self, change: int) -> None:
+        """One more packed forward with these configs, or one less. As long as there is one, they name our attention."""
+        with _changing_configs:
+            attentions = [config._attn_implementation for config in self._configs]  # a config sets those of its parts
+            for config, attention in zip(self._configs, attentions, strict=True):
+                _forwards[id(config)] += change
+                config._attn_implementation = _packed(attention) if _forwards[id(config)] else _own(attention)
 
 
-_running: ContextVar[Packing] = ContextVar("renyi_engine_packing")
+_running: ContextVar[Packing | None] = ContextVar("renyi_engine_packing", default=None)
 """The packed row of the forward that this thread runs."""
 
+_changing_configs = threading.Lock()
+_forwards: Counter[int] = Counter()
+"""How many packed forwards run with a config, by its id."""
+_attentions: list[str] = []
+"""The implementations of attention that packed rows were read with. Ours for number n is called NAME-n: models look for
+words such as "flash" in these names."""
 
-def _mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, **options: Any) -> PackedMask:
+
+def running() -> Packing | None:
+    """The packed row of the forward that this thread runs."""
+    return _running.get()
+
+
+def _packed(attention: str) -> str:
+    """Our implementation that attends by `attention` within each sequence."""
+    if attention.startswith(NAME):
+        return attention
+    if attention not in _attentions:
+        _attentions.append(attention)
+        name = f"{NAME}-{_attentions.index(attention)}"
+        AttentionInterface.register(name, partial(_attend, attention))
+        AttentionMaskInterface.register(name, partial(_mask, attention))
+    return f"{NAME}-{_attentions.index(attention)}"
+
+
+def _own(attention: str) -> str:
+    """The implementation that ours stands for."""
+    return _attentions[int(attention.removeprefix(f"{NAME}-"))] if attention.startswith(NAME) else attention
+
+
+def _mask(attention: str, *, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, **options: Any) -> Any:
     """What transformers takes for the mask of a kind of layer; its `mask_function` says who sees whom."""
-    packing = _running.get()
-    make = AttentionMaskInterface()[packing.attention]
+    packing, make = running(), AttentionMaskInterface()[attention]
+    if packing is None:  # the forward of another thread, on a model with the same config
+        return make(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, **options)
 
     def own(q_length: int, kv_length: int) -> Any:
         alone = {"attention_mask": None, "q_offset": kv_length - q_length}
         return make(batch_size=1, q_length=q_length, kv_length=kv_length, **options | alone)
 
-    return PackedMask(packing.segments, packing.attention, own)
+    return PackedMask(packing.segments, own)
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask, **options: Any
-) -> tuple[Tensor, None]:
+    attention: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Any]:
     """Attention [K, N, H, D] of query, key and value, each [K, H, N, D]."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
+    if running() is None:  # see `_mask`
+        return attend(module, query, key, value, attention_mask, **options)
     if not isinstance(attention_mask, PackedMask):
         raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
-    if (row := attention_mask.in_one_call(query, value, options)) is not None:
+    # other implementations than sdpa may be told of a window by an option, and not by a mask
+    row = attention_mask.in_one_call(query, value, options) if attention == "sdpa" else None
+    if row is not None:
         return varlen.attend(query, key, value, row, options.get("scaling")), None
     options.pop("position_ids", None)  # those of the whole row, by which flash attention would cut a sequence again
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.attention, eager)
 
     def by_sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         segments = attention_mask.segments

@@ -72,9 +72,9 @@ def score_choices(
 ) -> Tensor:
     """The log-likelihood of every completion, nats summed over its tokens: ``[K, N, C]`` on CPU, fp32 or better.
 
-    The model reads each prompt once for all completions, if it can read packed rows (`LoraEnsemble.packs`) or every
-    completion is one token. A sequence that is longer than the model's context loses its beginning. Inside
-    `ensemble.disable_adapters()` the result is the base's, K = 1.
+    The model reads each prompt once for all completions, if every completion is one token, or if it can read packed
+    rows (`LoraEnsemble.packs`) and no sequence is so long that its positions change. A sequence that is longer than the
+    model's context loses its beginning. Inside `ensemble.disable_adapters()` the result is the base's, K = 1.
 
     Args:
         choices: N prompts, each with the same number C of completions.
@@ -96,7 +96,8 @@ def score_choices(
     longest = max(len(ids) for one in choices for ids in one.completions)
     if longest > context:
         raise ValueError(f"completions: one has {longest} tokens, but the model reads {context} at once; shorten it")
-    if ensemble.packs:
+    _, limit = changing_positions(ensemble.model) or ("", sys.maxsize)
+    if ensemble.packs and all(one.num_tokens <= limit for one in choices):
         families = [[_example(one.prompt, ids, context) for ids in one.completions] for one in choices]
         score = partial(_packed_logprob, ensemble, families)
         return _score_sequences(ensemble.model, [one.num_tokens for one in choices], batch_size, track, score)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from renyi_engine.data import Example, Row, columns_of, describe_dropped, name_rows, tokenize
+from renyi_engine.data import Example, Row, columns_of, describe_dropped, name_rows, packed_length, tokenize
 from renyi_engine.ensemble import LoraEnsemble, model_limits
 from renyi_engine.objectives.metrics import ESS, LOSS, Metric, Nll
 
@@ -118,6 +118,7 @@ def describe_rows(items: Sequence[Item], dropped: Mapping[str, Sequence[int]]) -
 
 def check_fits(model: PreTrainedModel, items: Iterable[Item]) -> None:
     """Raise ValueError unless `model` can read every sequence of these examples, in any batch: see `model_limits`."""
-    sequences = [(f"row {item.row}", sequence.input_ids) for item in items for sequence in item.sequences]
-    model_limits.check_fits(model, sequences, "max_length")
-    model_limits.check_batches(model, [len(ids) for _, ids in sequences], "max_length")
+    sequences = [sequence for item in items for sequence in item.sequences]
+    model_limits.check_fits(model, [(f"row {each.row}", each.input_ids) for each in sequences], "max_length")
+    lengths = [(packed_length([each]), len(each.input_ids)) for each in sequences]
+    model_limits.check_batches(model, lengths, "max_length")

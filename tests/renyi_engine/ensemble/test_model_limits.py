@@ -84,7 +84,9 @@ def test_rows_that_would_change_the_others_of_their_batch_are_refused(phi3, tiny
     with pytest.raises(ValueError, match=r"max_length: 1 of 3 sequences are longer than 16 tokens, .*'longrope'"):
         check_fits(phi3, items(9, 20, 16))
     check_fits(phi3, items(9, 16))
-    check_fits(phi3, items(17, 20))  # all of one kind
+    check_fits(phi3, items(18, 20))  # all of one kind
+    with pytest.raises(ValueError, match=r"max_length: 2 of 2 sequences are longer than 16 tokens, .*'longrope'"):
+        check_fits(phi3, items(17, 20))  # a packed row leaves out the last token
     dynamic = tiny_model("llama", rope_parameters=DYNAMIC, max_position_embeddings=16)
     check_fits(dynamic, items(9, 16))
     with pytest.raises(ValueError, match=r"max_length: 2 of 2 sequences are longer than 16 tokens, .*'dynamic'"):
@@ -97,6 +99,14 @@ def test_choices_of_both_kinds_are_scored_as_each_alone(phi3):
         choices = [Choices([5 + n % 3] * n, completions) for n in (9, 15, 16, 17, 20)]
         alone = torch.cat([score_choices(ensemble, [one], batch_size=1) for one in choices], dim=1)
         torch.testing.assert_close(score_choices(ensemble, choices, batch_size=4), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_completion_does_not_change_a_short_one_of_the_same_prompt(phi3):
+    ensemble = LoraEnsemble.attach(phi3, EnsembleConfig(2, 2, init="spread"))
+    short, long = [7, 9], [8, 4, 6, 5, 3, 9]
+    together = score_choices(ensemble, [Choices([5] * 12, [short, long])], batch_size=1)
+    alone = [score_choices(ensemble, [Choices([5] * 12, [ids])], batch_size=1) for ids in (short, long)]
+    torch.testing.assert_close(together, torch.cat(alone, dim=2), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- every command

@@ -7,6 +7,7 @@ Layout: H heads, D size of a head.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_rows_of_each_particles_own_are_refused():
     ensemble = attach_apart(build(), num_particles=2, r=2)
     with ensemble.running(Rows.OWN), pytest.raises(RuntimeError, match="every particle has rows of its own"):
         ensemble.sequence_logprob(pack(families()))
+
+
+def test_sequences_without_a_label_have_logp_0():
+    """Pairs of completions that are a part of the only token have none."""
+    ensemble = attach_apart(build(), num_particles=2, r=2)
+    row = pack([[Example(0, [7], [7]), Example(0, [8], [8])], [Example(0, [5, 6], [-100, -100])]])
+    logp = ensemble.sequence_logprob(row)
+    assert logp.equal(torch.zeros(2, 3))
+    logp.sum().backward()
+    assert not gradient(ensemble).any()
 
 
 def test_the_model_keeps_its_own_attention():
@@ -306,3 +317,46 @@ def test_on_a_gpu_the_kernel_is_as_exact_as_one_sequence_at_a_time(layers, monke
     alone = measured(ensemble, one_by_one(ensemble))
     for truth, ours, theirs in zip(measured(gold, one_by_one(gold)), packed, alone, strict=True):
         assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm() + 1e-2 * truth.norm()
+
+
+# ---------------------------------------------------------------------- other threads
+
+
+def in_the_middle_of(ensemble, other):
+    """What a packed forward gives, and what `other()` gives in a thread that begins while the forward runs."""
+    with ThreadPoolExecutor(1) as thread:
+        begun = []
+
+        def begin(*_):
+            handle.remove()
+            begun.append(thread.submit(torch.no_grad()(other)))
+            wait(begun, timeout=0.2)  # it may have to wait for this forward
+
+        handle = ensemble.layers[-1].register_forward_pre_hook(begin)
+        with torch.no_grad():
+            packed = ensemble.sequence_logprob(pack(families()))
+        (future,) = begun
+        return packed, future.result()
+
+
+OTHERS = {
+    "a packed row": lambda ensemble: ensemble.sequence_logprob(pack(families()[:3])),
+    "a padded batch": lambda ensemble: one_by_one(ensemble),
+    "the model itself": lambda ensemble: ensemble.model(torch.arange(3, 19).expand(2, -1)).logits,
+}
+
+
+@pytest.mark.parametrize("of_one_model", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_threads_do_not_see_each_others_packed_rows(of_one_model, other):
+    """Two models may also share one config, in which transformers reads the name of the attention."""
+    model = build()
+    ensemble = attach_apart(model, num_particles=2, r=2)
+    second = ensemble if of_one_model else attach_apart(type(model)(model.config).eval(), num_particles=2, r=2)
+    assert ensemble.packs
+    assert second.packs
+    with torch.no_grad():
+        expected = ensemble.sequence_logprob(pack(families())), OTHERS[other](second)
+    found = in_the_middle_of(ensemble, lambda: OTHERS[other](second))
+    assert all(map(torch.equal, found, expected))
+    assert model.config._attn_implementation == "sdpa"
