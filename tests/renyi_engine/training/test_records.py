@@ -68,7 +68,10 @@ def test_a_folder_of_an_earlier_version_is_read(sft_config, dpo_config, data_fil
     run = train(config).output_dir
     path = run / "config.yaml"
     settings = path.read_text().removeprefix(f"kind: {kind}\n")
-    path.write_text(settings.replace("train_sampling_strategy: random", "group_by_length: false"))
+    settings = settings.replace("train_sampling_strategy: random", "group_by_length: false")
+    without_packing = settings.replace("padding_free: true\n", "").replace("packed_row_tokens: null\n", "")
+    assert len(settings.splitlines()) == len(without_packing.splitlines()) + 2
+    path.write_text(without_packing)
     assert "group_by_length: false" in path.read_text()
     assert read_run(run).unit == {"sft": "token", "dpo": "pair"}[kind]
     assert export_particles(run, tmp_path / "exported").is_dir()
