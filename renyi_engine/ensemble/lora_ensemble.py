@@ -211,6 +211,9 @@ class LoraEnsemble(nn.Module):
         """Hidden states ``[K, N, D]`` of a packed row, as `forward` gives those of a batch. `batch`: see `data.pack`.
 
         Whether the model can read such rows is for the caller to know: see `packs`.
+
+        Raises:
+            RuntimeError: every particle has rows of its own (`Rows.OWN`), but a packed row is one for all.
         """
         if self.rows is Rows.OWN:
             raise RuntimeError("a packed row is one for all particles, but here every particle has rows of its own")
@@ -229,7 +232,8 @@ class LoraEnsemble(nn.Module):
     def packs(self) -> bool:
         """Whether the model can read packed rows (see `data.pack`): whether a sequence in such a row gets the hidden
         states that it gets alone, whatever the other sequences are. It is tried once. Models whose layers mix tokens in
-        other ways than by attention cannot, and those whose attention is not the one of transformers' interface."""
+        other ways than by attention cannot, and those whose attention is not the one of transformers' interface. A
+        warning then says why. Set it to False to have batches padded."""
         with self.running(Rows.SHARED):
             obstacle = packing_trial.obstacle(self)
         if obstacle is not None:

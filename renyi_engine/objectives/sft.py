@@ -89,9 +89,11 @@ class SftTask:
         return list(items)
 
     def collate(self, items: Sequence[Example]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels ``[B, T]``, padded on the right."""
         return collate(items, self.pad_token_id)
 
     def pack(self, items: Sequence[Example]) -> dict[str, Tensor]:
+        """All examples in one packed row, without padding: see `LoraEnsemble.packs`."""
         return pack([item] for item in items)
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
