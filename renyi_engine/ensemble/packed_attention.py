@@ -69,20 +69,21 @@ class Packing:
 
     def __init__(self, config: PreTrainedConfig, segments: Sequence[Sequence[int]]) -> None:
         self.segments = [Segment(*segment) for segment in segments]
-        parts = (getattr(config, name, None) for name in config.sub_configs)
-        self._configs = [config, *(part for part in parts if isinstance(part, PreTrainedConfig))]
+        parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+        parts = [part for part in parts if isinstance(part, PreTrainedConfig)]
+        self._configs = [part for part in parts if part._attn_implementation is not None]
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside the block, the model attends within the sequences of this row. Other threads' forwards go on as they
         were, although a config may belong to several models."""
-        token = _running.set(self)
         self._count(1)
+        token = _running.set(self)
         try:
             yield
         finally:
-            self._count(-1)
             _running.reset(token)
+            self._count(-1)
 
     def _count(self, change: int) -> None:
         """One more packed forward with these configs, or one less. As long as there is one, they name our attention."""

@@ -58,6 +58,11 @@ def obstacle(ensemble: Readable) -> str | None:
             2: ensemble(beginning[None])[:, 0],
             4: ensemble(torch.cat([beginning, last_way])[None])[:, 0, len(beginning) :],
         }
+        # a broken particle says nothing of the model
+        found = (*once, *again, *alone.values())
+        healthy = torch.stack([hidden.isfinite().flatten(1).all(dim=1) for hidden in found]).all(dim=0)
+        once, again = ([part[healthy] for part in parts] for parts in (once, again))
+        alone = {part: hidden[healthy] for part, hidden in alone.items()}
     except Exception as error:  # a model may raise anything for rows that it did not expect
         if is_out_of_memory(error):
             raise
@@ -100,7 +105,7 @@ class _Counting(TorchFunctionMode):
         return result
 
 
-def _read(ensemble: Readable, parts: list[Tensor]) -> tuple[Tensor, ...]:
+def _read(ensemble: Readable, parts: list[Tensor]) -> list[Tensor]:
     """The hidden states of five parts in one row; the last two of them go on from the third."""
     lengths = [len(part) for part in parts]
     starts = [0, 0, 0, lengths[2], lengths[2]]
@@ -111,7 +116,7 @@ def _read(ensemble: Readable, parts: list[Tensor]) -> tuple[Tensor, ...]:
         "position_ids": torch.cat(positions)[None],
         "segments": torch.tensor([lengths, prefixes]).mT,
     }
-    return ensemble.packed_hidden(row).split(lengths, dim=1)
+    return list(ensemble.packed_hidden(row).split(lengths, dim=1))
 
 
 def _unmoved(once: Tensor, again: Tensor) -> bool:

@@ -80,11 +80,10 @@ class Subject:
     def _of_checkpoint(self, path: Path | None) -> Any:
         if path is None:
             raise Wrong("starts from step 0")
-        optimizer = torch.optim.AdamW(self.ensemble.parameters(), fused=True)
+        values = self.ensemble.particles.values
+        optimizer = torch.optim.AdamW([values], fused=True)
         state = checkpoint.load(path, self.ensemble, optimizer)
-        adapters = [x.detach().clone() for x in self.ensemble.parameters()]
-        moments = [optimizer.state[parameter] for parameter in self.ensemble.parameters()]
-        return state, adapters, [dict(each) for each in moments]
+        return state, values.detach().clone(), dict(optimizer.state[values])
 
     def _export(self) -> Any:
         """Every byte of the exported folders."""
@@ -113,10 +112,11 @@ class Subject:
         kept = {path: path.read_bytes() for path in self.dpo.glob("reference-*.safetensors")}
 
         def read() -> Any:
-            items = dataset.train, dataset.held_out
+            items, batch_size = (dataset.train, dataset.held_out), config.per_device_eval_batch_size
             try:
                 return [
-                    [pair.reference for pair in task.prepare(self.ensemble, part, self.dpo, 2, base)] for part in items
+                    [pair.reference for pair in task.prepare(self.ensemble, part, self.dpo, batch_size, base)]
+                    for part in items
                 ]
             finally:
                 for path, content in kept.items():

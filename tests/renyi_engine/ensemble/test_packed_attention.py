@@ -105,6 +105,13 @@ def test_layers_that_number_the_tokens_of_the_row_do_not_pack(settings):
     )
 
 
+def test_a_broken_particle_does_not_keep_the_model_from_packing():
+    ensemble = attach_apart(build(), num_particles=2, r=2)
+    with torch.no_grad():
+        next(ensemble.parameters())[1] = torch.nan
+    assert ensemble.packs
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "bloom", "qwen3_next"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_cannot_pack_says_so_once_and_is_padded(model_type, dtype):

@@ -57,10 +57,10 @@ def record_rows(monkeypatch, batch):
     run, op = MapGroup._run, adapted_maps.lora_linears
 
     def spy_run(group, place, x, shared):
-        def spy_op(x, *maps):
+        def spy_op(x, *maps, **options):
             sequences = x.shape[:-1].numel() // batch["input_ids"].shape[1]
             rows.update(dict.fromkeys(group._paths, sequences))
-            return op(x, *maps)
+            return op(x, *maps, **options)
 
         monkeypatch.setattr(adapted_maps, "lora_linears", spy_op)
         return run(group, place, x, shared)
