@@ -34,18 +34,10 @@ from renyi_engine.ensemble.trunk import RowDimensions, SharedTrunk
 class Installation:
     """The hooks, maps and functions of one ensemble on one model. A deep copy belongs to a copy of the model.
 
-    The adapters of `particles` are in training mode when the ensemble is. `groups`: the paths of the maps of each of
-    its groups.
+    The adapters of `particles` are in training mode when the ensemble is.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        found: Architecture,
-        particles: ParticleMatrix,
-        groups: Sequence[Sequence[str]],
-        scaling: float,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, found: Architecture, particles: ParticleMatrix, scaling: float) -> None:
         layers_path, layers = targets.decoder_layers(model)
         numbers = {path: targets.layer_index(path, layers_path) for path in found.inputs}
         self.forwards = Forwards()
@@ -53,8 +45,7 @@ class Installation:
         self.maps: list[MapGroup | OpaqueMap] = []
         self.trunk: SharedTrunk | None = None
         self._handles: list[RemovableHandle | Takeover] = []
-        self._model, self._found, self._scaling = model, found, scaling
-        self._particles, self._groups = particles, groups
+        self._model, self._found, self._particles, self._scaling = model, found, particles, scaling
         self._first_layer = min(numbers[path] for path in particles.stacks)
         # what the first adapted map reads is still the same for every particle
         first_paths = (path for path in found.inputs if path in particles.stacks and numbers[path] == self._first_layer)
@@ -68,7 +59,7 @@ class Installation:
     def put_on(self, row_dimensions: Sequence[RowDimensions] | None) -> None:
         """Put everything on the model. Without `row_dimensions` there is no shared trunk."""
         found = self._found
-        for paths, adapters in zip(self._groups, self._particles.groups, strict=True):
+        for paths, adapters in zip(self._particles.paths, self._particles.groups, strict=True):
             linears = {path: self._model.get_submodule(path) for path in paths}
             shared = row_dimensions is not None and found.inputs[paths[0]] is self._shared_input
             group = adapted(linears, adapters, self._scaling, shared and paths[0] in found.once)

@@ -69,13 +69,12 @@ class LoraEnsemble(nn.Module):
         maps = {path: model.get_submodule(path) for path in adapters}
         # a map that runs several times in one forward is alone: the copy of its input is read by no other
         inputs = {path: found.inputs[path] if path in found.once else found.inputs[path].clone() for path in maps}
-        groups = by_input(maps, inputs)
-        self.particles = ParticleMatrix(groups, adapters, _device(maps))
+        self.particles = ParticleMatrix(by_input(maps, inputs), adapters, _device(maps))
         """All parameters of all particles, in one matrix."""
         self.adapters = nn.ModuleDict()
         for path, stack in self.particles.stacks.items():
             self.adapters[path.replace(".", "/")] = stack  # torch allows no dot in a key of a ModuleDict
-        self._installation = Installation(model, found, self.particles, groups, config.scaling)
+        self._installation = Installation(model, found, self.particles, config.scaling)
         self._forwards, self.layers = self._installation.forwards, self._installation.layers
 
     # ------------------------------------------------------------------ making and unmaking

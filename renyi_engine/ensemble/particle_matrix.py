@@ -29,7 +29,7 @@ class ParticleMatrix:
 
     Attributes:
         values: ``[K, P]``, fp32. It is a leaf, so an optimizer takes it.
-        groups: the adapters of maps that read one input, in the order of the matrix.
+        groups: the adapters of maps that read one input, in the order of the matrix. paths: of the maps of each group.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class ParticleMatrix:
         device: torch.device,
     ) -> None:
         """`groups`: the paths of maps that read one input. `adapters`: (A [K, R, I], B [K, O, R]) of every map."""
+        self.paths = groups
         self._places: list[_Places] = []
         end = 0
         for paths in groups:
@@ -72,11 +73,10 @@ class ParticleMatrix:
 
     def named(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """The part of every map, by path, of a matrix ``[K, P]`` that is laid out as `values`: views like A and B."""
-        places = {id(stack): path for path, stack in self.stacks.items()}
         found = {
-            places[id(stack)]: (A, B)
-            for group, (As, Bs) in zip(self.groups, self._views(matrix), strict=True)
-            for stack, A, B in zip(group.stacks, As, Bs, strict=True)
+            path: (A, B)
+            for paths, views in zip(self.paths, self._views(matrix), strict=True)
+            for path, A, B in zip(paths, *views, strict=True)
         }
         return {path: found[path] for path in self.stacks}
 

@@ -18,6 +18,7 @@ from .task import (
     Item as Item,
     Scores as Scores,
     Task as Task,
+    batch_of as batch_of,
     check_fits as check_fits,
     cut_rows as cut_rows,
     describe_rows as describe_rows,

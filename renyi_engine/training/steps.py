@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import get_scheduler
 
 from renyi_engine.data import StepSampler
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.objectives import Task, length
+from renyi_engine.objectives import Task, batch_of, length
 from renyi_engine.training.batches_ahead import BatchesAhead
 from renyi_engine.training.config import TrainConfig, steps_of
 from renyi_engine.training.figures import Figures, MadeStep
@@ -63,9 +64,10 @@ class Steps:
         self._factor = _schedule(config, self.optimizer, self.total)
         # the kernels of the fused AdamW read it in these types
         self._learning_rate = self._number(0.0, torch.float32 if self.device.type == "cuda" else torch.float64)
-        make_batch = task.pack if ensemble.packs else task.collate
+        # asked here, because the first one to ask tries the model, and the thread that makes batches must not
         most_tokens, pinned = config.packed_row_tokens if ensemble.packs else None, self.device.type == "cuda"
-        self.batches = BatchesAhead(examples, make_batch, most_tokens=most_tokens, pinned=pinned)
+        make = partial(batch_of, task, ensemble)
+        self.batches = BatchesAhead(examples, make, most_tokens=most_tokens, pinned=pinned)
         self.recent_nlls = RecentNlls([], self.device)
 
     def go_on(self, recent_nlls: list[float]) -> None:

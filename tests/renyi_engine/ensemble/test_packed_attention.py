@@ -72,6 +72,19 @@ def one_by_one(ensemble):
     return torch.cat([ensemble.sequence_logprob(collate([example], 0)) for example in examples], dim=1)
 
 
+def assert_as_alone(ensemble):
+    """That a packed row gives each sequence the logp and the gradients that it gets alone. Returns the logp."""
+    packed, alone = ensemble.sequence_logprob(pack(families())), one_by_one(ensemble)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    gradients = []
+    for logp in (packed, alone):
+        ensemble.zero_grad()
+        logp.sum().backward()
+        gradients.append(gradient(ensemble))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+    return packed
+
+
 def gradient(ensemble):
     return torch.cat([parameter.grad.flatten() for parameter in ensemble.parameters()])
 
@@ -81,15 +94,7 @@ def test_layers_that_see_a_few_tokens_back_do_so_within_each_sequence(case):
     model_type, attention, settings = SHORT_SIGHTED[case]
     ensemble = attach_apart(build(model_type, attention, **settings), num_particles=2, r=2)
     assert ensemble.packs
-    packed = ensemble.sequence_logprob(pack(families()))
-    alone = one_by_one(ensemble)
-    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
-    gradients = []
-    for logp in (packed, alone):
-        ensemble.zero_grad()
-        logp.sum().backward()
-        gradients.append(gradient(ensemble))
-    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+    packed = assert_as_alone(ensemble)
     # the window matters, or the test would say nothing
     far = attach_apart(build(model_type, attention, **settings | {"sliding_window": 64}), num_particles=2, r=2)
     assert (far.sequence_logprob(pack(families())) - packed).abs().max() > 1e-2
@@ -229,16 +234,8 @@ def calls(monkeypatch):
 
 def test_a_plain_row_is_one_call_a_layer_for_all_particles(calls):
     ensemble = attach_apart(build(), num_particles=3, r=2)
-    logp = ensemble.sequence_logprob(pack(families()))
+    assert_as_alone(ensemble)
     assert len(calls) == len(ensemble.layers)
-    alone = one_by_one(ensemble)
-    torch.testing.assert_close(logp, alone, rtol=1e-5, atol=1e-5)
-    gradients = []
-    for s in (logp, alone):
-        ensemble.zero_grad()
-        s.sum().backward()
-        gradients.append(gradient(ensemble))
-    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
 
 
 @pytest.mark.parametrize("case", ["mistral", "gemma2, soft cap", "gpt_oss, sinks"])
