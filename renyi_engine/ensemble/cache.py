@@ -93,9 +93,7 @@ def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> 
 
 
 @contextmanager
-def from_cache(
-    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
-) -> Iterator[Reading]:
+def from_cache(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int) -> Iterator[Reading]:
     """Each particle reads the prompts once, and all of its samples start from what the cache holds then. Layers below
     the first adapted one read the prompts once for all particles."""
     logits, mask, cache, rows = _read_prompts(ensemble, input_ids, attention_mask, num_samples)
@@ -133,9 +131,7 @@ def _read_prompts(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor,
 
 
 @contextmanager
-def again(
-    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
-) -> Iterator[Reading]:
+def again(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int) -> Iterator[Reading]:
     """Every sequence is read from its first token, without padding and without a cache, one prompt after the other. So
     the model's way with padding and caches does not matter. The work grows by the number of tokens in a sequence."""
     K, n = ensemble.num_running, num_samples

@@ -95,9 +95,7 @@ class DecodeSteps:
         self._shapes.clear()
 
     @contextmanager
-    def after(
-        self, ensemble: Readable, prompts: Prompts, max_new_tokens: int
-    ) -> Iterator[Callable[[Tensor], Tensor]]:
+    def after(self, ensemble: Readable, prompts: Prompts, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
         """Gives a function that takes tokens ``[S]`` and gives the logits ``[S, V]`` of the tokens after them, for use
         inside the block. It takes what `prompts.cache` holds.
 
@@ -109,9 +107,8 @@ class DecodeSteps:
                 with _ordinary_tensors():
                     recordings = self._recordings_of(ensemble)
                     self._begin(ensemble, prompts, max_new_tokens, recordings)
-                    (S, T), device = prompts.mask.shape, prompts.mask.device
-                    padding = (prompts.mask == 0).sum(-1)
-                    places = iter(torch.arange(T, T + max_new_tokens, device=device).split(1))
+                    T, padding = prompts.mask.shape[1], (prompts.mask == 0).sum(-1)
+                    places = iter(torch.arange(T, T + max_new_tokens, device=padding.device).split(1))
 
                 def next_logits(tokens: Tensor) -> Tensor:
                     with _ordinary_tensors():
@@ -163,7 +160,7 @@ class DecodeSteps:
         known = [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers]
         for layer, fixed in zip(layers, known, strict=True):
             if not fixed and not isinstance(layer, _EMPTY):
-                raise ValueError(f"a layer of it keeps a {type(layer).__name__}, and not its keys and values alone")
+                raise ValueError(f"a layer's cache is a {type(layer).__name__}, not keys and values alone")
         kept = [
             (layer.keys, layer.values) if fixed and layer.is_initialized else ()
             for layer, fixed in zip(layers, known, strict=True)
@@ -199,7 +196,9 @@ class DecodeSteps:
         tokens, place, padding = inputs["tokens"], inputs["place"], inputs["padding"]
         places = torch.arange(self._length, device=place.device)
         mask = ((places >= padding[:, None]) & (places <= place)).long()
-        layers = [FixedLayer(*layer, place) if isinstance(layer, tuple) else layer for layer in self._layers]
+        layers = [
+            FixedLayer(layer[0], layer[1], place) if isinstance(layer, tuple) else layer for layer in self._layers
+        ]
         positions = (place - padding)[:, None]
         return {"logits": ensemble.next_logits(tokens[:, None], mask, Cache(layers=layers), positions)}
 
