@@ -19,38 +19,28 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from renyi_engine.core import Pool, is_out_of_memory, reason
+from renyi_engine.core import is_out_of_memory, reason
 from renyi_engine.ensemble import captured
 from renyi_engine.ensemble.adapted_maps import Rows
-from renyi_engine.ensemble.decode_steps import DecodeSteps, Prompts
+from renyi_engine.ensemble.decode_steps import Decoder, DecodeSteps, Prompts
 from renyi_engine.ensemble.model_limits import changing_positions
-from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 
 
-class Readable(Protocol):
+class Readable(Decoder, Protocol):
     """What a reader needs of an ensemble. `LoraEnsemble` is the only such class, and it says what these mean."""
 
     reads_from_cache: bool | None
     decode_steps: DecodeSteps
-    graph_pool: Pool
-    particles: ParticleMatrix
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
-    @property
-    def model(self) -> PreTrainedModel: ...
-    @property
-    def rows(self) -> Rows: ...
     @property
     def num_running(self) -> int: ...
     @property
     def num_shared_layers(self) -> int: ...
     def running(self, rows: Rows) -> AbstractContextManager[None]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
-    def next_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: Cache, positions: Tensor | None = None
-    ) -> Tensor: ...
 
 
 Reading = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -173,6 +163,7 @@ def _fixed_cache_agrees(ensemble: Readable) -> bool:
     if steps.usable is None:
         problem = _problem(ensemble, partial(from_fixed_cache, max_new_tokens=_STEPS + 1))
         steps.usable = problem is None
+        steps.drop()  # no batch has the shape of the trial
         if problem is not None:
             warnings.warn(
                 f"the decoding of {type(ensemble.model).__name__} is not recorded as CUDA graphs ({problem}): its work "

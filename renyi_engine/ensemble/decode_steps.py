@@ -14,19 +14,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, cache_utils
+from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from renyi_engine.core import MOST_SHAPES, Recordings, Surroundings, is_out_of_memory
+from renyi_engine.core import MOST_SHAPES, Pool, Recordings, Surroundings, is_out_of_memory
+from renyi_engine.ensemble.adapted_maps import Rows
 from renyi_engine.ensemble.captured import APART, APART_LOW
 from renyi_engine.ensemble.model_limits import num_positions
-
-if TYPE_CHECKING:
-    from renyi_engine.ensemble.cache import Readable
+from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 
 SHORTEST = 64
 """The fewest places of a cache."""
@@ -34,6 +33,21 @@ _ALIGNMENT = 256
 """Every tensor of a cache begins at a multiple of so many bytes."""
 _EMPTY = getattr(cache_utils, "DummyLayer", ())
 """What stands in a cache for a layer that reads the keys and values of another one. transformers has it since 5.18."""
+
+
+class Decoder(Protocol):
+    """What the steps need of an ensemble. `LoraEnsemble` is the only such class, and it says what these mean."""
+
+    particles: ParticleMatrix
+    graph_pool: Pool
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def rows(self) -> Rows: ...
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Cache, positions: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class Prompts(NamedTuple):
@@ -95,7 +109,7 @@ class DecodeSteps:
         self._shapes.clear()
 
     @contextmanager
-    def after(self, ensemble: Readable, prompts: Prompts, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    def after(self, ensemble: Decoder, prompts: Prompts, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
         """Gives a function that takes tokens ``[S]`` and gives the logits ``[S, V]`` of the tokens after them, for use
         inside the block. It takes what `prompts.cache` holds.
 
@@ -121,7 +135,7 @@ class DecodeSteps:
                     self.drop()
                 raise
 
-    def _recordings_of(self, ensemble: Readable) -> Recordings:
+    def _recordings_of(self, ensemble: Decoder) -> Recordings:
         """The recordings. They are made anew if the model lies elsewhere in memory than before."""
         tensors = (*ensemble.model.parameters(), *ensemble.model.buffers())
         base = [tensor.data_ptr() for tensor in tensors if type(tensor) in (Tensor, nn.Parameter)]
@@ -141,7 +155,7 @@ class DecodeSteps:
             )
         return self._recordings
 
-    def _begin(self, ensemble: Readable, prompts: Prompts, max_new_tokens: int, recordings: Recordings) -> None:
+    def _begin(self, ensemble: Decoder, prompts: Prompts, max_new_tokens: int, recordings: Recordings) -> None:
         (S, T), device = prompts.mask.shape, prompts.mask.device
         # the last token is drawn, but nobody reads it
         self._length = _rounded_up(T + max_new_tokens - 1, num_positions(ensemble.model))
@@ -192,7 +206,7 @@ class DecodeSteps:
             for start, (shape, dtype) in zip(starts, wanted, strict=True)
         ]
 
-    def _step(self, ensemble: Readable, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _step(self, ensemble: Decoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tokens, place, padding = inputs["tokens"], inputs["place"], inputs["padding"]
         places = torch.arange(self._length, device=place.device)
         mask = ((places >= padding[:, None]) & (places <= place)).long()

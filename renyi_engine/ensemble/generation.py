@@ -41,6 +41,10 @@ def generate(
     below the first adapted one read it once for all particles. If the cache of a model gives wrong values, every
     sequence is read again for every token. This is slow, and a warning says so once.
 
+    On a GPU the cache has a fixed size, and the work for one token is recorded as a CUDA graph. Both are kept for later
+    calls with as many rows and about as many tokens, until `detach`. Where a model cannot be recorded, a warning says
+    so once.
+
     Args:
         input_ids, attention_mask: ``[B, T]``, padded on the left.
         max_new_tokens: L is at most this number. It is smaller if every continuation stops earlier.

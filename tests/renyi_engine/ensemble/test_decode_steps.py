@@ -31,7 +31,6 @@ ARCHITECTURES = {
     "mistral": {"sliding_window": 4},  # fewer tokens than the longest prompt has
     "gemma2": {},  # every other layer has a window; attention is its own
     "gpt2": {},
-    "phi3": {},
 }
 SAMPLED = {"num_samples": 3, "temperature": 0.9, "top_p": 0.8, "seed": 5}
 GREEDY = {"temperature": 0}
