@@ -142,17 +142,17 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
                 dB, dA, one_dA = (torch.empty_like(t, dtype=gradients) for t in (B, A, one_A))
                 few_Y, few_S = empty(K, 17, O), empty(K, 17, R)  # in one part, so the kernel writes the gradient itself
                 mode = f"{name} rank {R}, {_DTYPES[gradients]} gradients"
-                yield mode, ops.up_backward, (Y, S, B, 2.0, S, dB)
-                yield f"{mode}, shared x", ops.up_backward, (Y, shared_S, B, 2.0, shared_S, dB)
-                yield f"{mode}, few rows", ops.up_backward, (few_Y, few_S, B, 2.0, few_S, dB)
-                yield mode, ops.down_backward, (x, S, dA)
-                yield f"{mode}, shared x", ops.down_backward, (one_x, one_S, one_dA)
+                yield mode, ops.up_backward, (Y, S, B, 2.0, S, dB, False)
+                yield f"{mode}, shared x", ops.up_backward, (Y, shared_S, B, 2.0, shared_S, dB, False)
+                yield f"{mode}, few rows", ops.up_backward, (few_Y, few_S, B, 2.0, few_S, dB, False)
+                yield mode, ops.down_backward, (x, S, dA, False)
+                yield f"{mode}, shared x", ops.down_backward, (one_x, one_S, one_dA, False)
             if R == 64:
                 far = lambda t: t.as_strided(t.shape, (0, 2**26, 1))  # 32 such rows pass 2^31 elements
                 yield f"{mode}, far rows", ops.shrink, (far(x), A, S)
                 yield f"{mode}, far rows", ops.expand, (S, B, 2.0, far(Y), far(Y))
-                yield f"{mode}, far rows", ops.up_backward, (far(Y), S, B, 2.0, S, dB)
-                yield f"{mode}, far rows", ops.down_backward, (far(x), S, dA)
+                yield f"{mode}, far rows", ops.up_backward, (far(Y), S, B, 2.0, S, dB, False)
+                yield f"{mode}, far rows", ops.down_backward, (far(x), S, dA, False)
 
 
 def linear_logprob_modes(ops: Any) -> Iterator[tuple]:

@@ -98,13 +98,14 @@ def _backward(
     dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, scaling: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     passes = lora_products.passes_of("triton")
-    dS, dB = torch.empty_like(S), torch.empty_like(B)
+    dS, dA, dB = torch.empty_like(S), torch.empty_like(A), torch.empty_like(B)
     by_particle = lora_products.particle_major
-    passes.up_backward(dY.contiguous(), by_particle(S, x), B, scaling, by_particle(dS, x), dB)
+    passes.up_backward(dY.contiguous(), by_particle(S, x), B, scaling, by_particle(dS, x), dB, False)
     dx = x.new_zeros(x.shape if need_dx else 0)
     if need_dx:
         lora_products.add_input_gradient(passes, dx, dS, A)
-    return dx, lora_products.gradient_of_A(passes, x, dS, A.dtype), dB
+    lora_products.gradient_of_A(passes, x, dS, dA, False)
+    return dx, dA, dB
 
 
 @_backward.register_fake

@@ -65,14 +65,14 @@ def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) ->
         passes.expand(dS.view(1, dx.shape[1], K * R), A.reshape(1, K * R, I).mT, 1.0, dx, dx)
 
 
-def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dtype: torch.dtype) -> Tensor:
-    """dS_k^T x_k as [K, R, I]. x is read once for all maps."""
-    I = x.shape[-1]
+def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dA: Tensor, add: bool) -> None:
+    """dA [K, R, I] = dS_k^T x_k, or += if `add`. x is read once for all maps."""
     if x.dim() == 3:
-        dA = x.new_empty((dS.shape[0], dS.shape[2], I), dtype=dtype)
-        passes.down_backward(x, dS, dA)
+        passes.down_backward(x, dS, dA, add)
+    elif add or not dA.is_contiguous():
+        own = torch.empty_like(dA, memory_format=torch.contiguous_format)
+        gradient_of_A(passes, x, dS, own, False)
+        dA.add_(own) if add else dA.copy_(own)
     else:
         M, K, R = dS.shape
-        dA = x.new_empty((K, R, I), dtype=dtype)
-        passes.down_backward(x[None], dS.view(1, M, K * R), dA.view(1, K * R, I))
-    return dA
+        passes.down_backward(x[None], dS.view(1, M, K * R), dA.view(1, K * R, -1), False)

@@ -37,13 +37,21 @@ def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor, out: Tensor) -> N
         torch.baddbmm(base.expand_as(out), S, B.mT, alpha=scaling, out=out)
 
 
-def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
-    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
+def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor, add: bool) -> None:
+    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]. `add`: to what dB holds."""
     # zeroed first: for beta = alpha = 0 the product in low precision would leave what stands there
     dS.zero_().baddbmm_(dY, B, alpha=scaling)
-    dB.copy_(torch.bmm(dY.mT, S)).mul_(scaling)
+    product = torch.bmm(dY.mT, S)
+    if add:
+        dB.add_(product, alpha=scaling)
+    else:
+        dB.copy_(product).mul_(scaling)
 
 
-def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
-    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]."""
-    dA.copy_(torch.bmm(dS.mT, x))
+def down_backward(x: Tensor, dS: Tensor, dA: Tensor, add: bool) -> None:
+    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]. `add`: to what dA holds."""
+    product = torch.bmm(dS.mT, x)
+    if add:
+        dA.add_(product)
+    else:
+        dA.copy_(product)

@@ -265,12 +265,13 @@ def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor | None, out: Tenso
 
 
 @on_its_device
-def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
-    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
+def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor, add: bool) -> None:
+    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]. `add`: to what dB holds."""
     (K, M, O), R = dY.shape, S.shape[2]
     if dY.numel() == 0:
         dS.zero_()
-        dB.zero_()
+        if not add:
+            dB.zero_()
         return
     dY, S, B = _packed(dY), _packed(S), _packed(B)
     config, options = blocks("up_backward", dY, R)
@@ -279,7 +280,7 @@ def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB
     o_per_split = _split(O, config["BLOCK_O"], num_parts * num_r_blocks * K, dY)
     num_splits = triton.cdiv(O, o_per_split)
     # with one part, or one split, there are no partial sums: the kernel writes the result itself
-    sums_dS, sums_dB = num_splits > 1 or not _is_packed(dS), num_parts > 1 or not dB.is_contiguous()
+    sums_dS, sums_dB = num_splits > 1 or not _is_packed(dS), add or num_parts > 1 or not dB.is_contiguous()
     dS_parts = dS.new_empty((num_splits, K, M, R), dtype=torch.float32) if sums_dS else dS[None]
     dB_parts = dB.new_empty((num_parts, K, O, R), dtype=torch.float32) if sums_dB else dB[None]
     far = _far(config["BLOCK_M"] * max(dY.stride(1), S.stride(1), dS_parts.stride(2)), O * max(B.stride(1), R))
@@ -289,24 +290,25 @@ def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB
         dY, S, B, dS_parts, dB_parts, scaling, *sizes, *strides, FAR=far, **config, **options
     )
     if sums_dS:
-        _add_up(dS_parts, dS)
+        _add_up(dS_parts, dS, False)
     if sums_dB:
-        _add_up(dB_parts, dB)
+        _add_up(dB_parts, dB, add)
 
 
 @on_its_device
-def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
-    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]."""
+def down_backward(x: Tensor, dS: Tensor, dA: Tensor, add: bool) -> None:
+    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]. `add`: to what dA holds."""
     (K, M, I), R = x.shape, dS.shape[2]
     if x.numel() == 0:
-        dA.zero_()
+        if not add:
+            dA.zero_()
         return
     x, dS = _packed(x), _packed(dS)
     config, options = blocks("down_backward", x, R)
     num_i_blocks, num_r_blocks = triton.cdiv(I, config["BLOCK_I"]), triton.cdiv(R, config["BLOCK_R"])
     m_per_split = _split(M, config["BLOCK_M"], num_i_blocks * num_r_blocks * K, x)
     num_splits = triton.cdiv(M, m_per_split)
-    sums = num_splits > 1 or not dA.is_contiguous()
+    sums = add or num_splits > 1 or not dA.is_contiguous()
     dA_parts = dA.new_empty((num_splits, K, R, I), dtype=torch.float32) if sums else dA[None]
     far = _far(config["BLOCK_M"] * max(x.stride(1), dS.stride(1)))
     strides = (*x.stride()[:2], *dS.stride()[:2], *dA_parts.stride()[:2])
@@ -314,7 +316,7 @@ def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
         x, dS, dA_parts, M, R, I, m_per_split, num_r_blocks, *strides, FAR=far, **config, **options
     )
     if sums:
-        _add_up(dA_parts, dA)
+        _add_up(dA_parts, dA, add)
 
 
 def _is_packed(tensor: Tensor) -> bool:
@@ -332,9 +334,11 @@ def _far(*reaches: int) -> bool:
     return max(reaches) >= 2**30
 
 
-def _add_up(parts: Tensor, out: Tensor) -> None:
+def _add_up(parts: Tensor, out: Tensor, add: bool) -> None:
     """Add up partial sums, in fp32 whatever the dtype of `out` is."""
-    if out.dtype == parts.dtype:
+    if add:
+        out.add_(parts.sum(dim=0))
+    elif out.dtype == parts.dtype:
         torch.sum(parts, dim=0, out=out)  # one launch instead of two
     else:
         out.copy_(parts.sum(dim=0))
