@@ -71,7 +71,7 @@ def lora_linears(
     x = x.contiguous()
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
         refuse_tangents("lora_linears", x, *weights, *present, *A, *B, *values)
-        return list(_forward(x, weights, present, A, B, values, float(scaling), path)[:-1])
+        return list(_forward(x, weights, present, A, B, values, float(scaling), path)[:-2])
     return list(_Eager.apply(float(scaling), path, len(A), gradients, x, *weights, *present, *A, *B, *values))
 
 
@@ -135,7 +135,8 @@ def _check_parts(
 
 
 # the work. x is contiguous, and an empty tensor stands for no bias. `values` is A_block, B_1, ..., B_n in the dtype of
-# x; if it is empty, they are made here. `_outputs` also returns x A^T of all maps, which the backward needs
+# x; if it is empty, they are made here. `_outputs` also returns what the backward needs: x A^T of all maps, and the
+# counters of the kernels
 
 
 def _outputs(
@@ -151,10 +152,10 @@ def _outputs(
     passes = lora_products.passes_of(path)
     K, M, I = A[0].shape[0], *x.shape[-2:]
     with torch.autocast(x.device.type, enabled=False):
-        S = lora_products.shrink(passes, x, values[0] if values else lora_products.stack(A, x.dtype))
-        by_map = lora_products.split(lora_products.particle_major(S, x), A)
-        outs = []
-        for weight, bias, b, s in zip(weights, biases, values[1:] or B, by_map, strict=True):
+        counters = lora_products.new_counters(passes, x, B)
+        S = lora_products.shrink(passes, x, values[0] if values else lora_products.stack(A, x.dtype), counters)
+        outs, bases = [], []
+        for weight, bias in zip(weights, biases, strict=True):
             # no view, because a model may change an output in place
             out = x.new_empty((K, M, weight.shape[0]))
             base = out if x.dim() == 3 else x.new_empty((1, M, weight.shape[0]))
@@ -163,15 +164,18 @@ def _outputs(
                 torch.addmm(bias, x.view(-1, I), weight.mT, out=rows)
             else:
                 torch.mm(x.view(-1, I), weight.mT, out=rows)
-            passes.expand(s, b.to(x.dtype), scaling, base, out)
             outs.append(out)
-    return [*outs, S]
+            bases.append(base)
+        by_map = lora_products.split(lora_products.particle_major(S, x), A)
+        passes.expand(by_map, values[1:] or [b.to(x.dtype) for b in B], scaling, bases, outs)
+    return [*outs, S, counters]
 
 
 def _gradients(
     dY: Sequence[Tensor],
     x: Tensor,
     S: Tensor,
+    counters: Tensor,
     weights: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -182,13 +186,14 @@ def _gradients(
 ) -> list[Tensor]:
     """The gradients of x (empty if it is not needed), of all A as one tensor [K, R, I], and of each B."""
     dA, dB = _unwritten_block(A, _common_dtype(A)), [b.new_empty(b.shape) for b in B]
-    return [_differentiated(dY, x, S, weights, A, B, values, scaling, need_dx, path, dA, dB, False), dA, *dB]
+    return [_differentiated(dY, x, S, counters, weights, A, B, values, scaling, need_dx, path, dA, dB, False), dA, *dB]
 
 
 def _differentiated(
     dY: Sequence[Tensor],
     x: Tensor,
     S: Tensor,
+    counters: Tensor,
     weights: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -207,8 +212,8 @@ def _differentiated(
     dx = x.new_empty(x.shape if need_dx else 0)
     with torch.autocast(x.device.type, enabled=False):
         by_map = [lora_products.split(lora_products.particle_major(s, x), A) for s in (S, dS)]
-        for dy, b, db, s, ds in zip(dY, values[1:] or B, dB, *by_map, strict=True):
-            passes.up_backward(dy, s, b.to(x.dtype), scaling, ds, db, add)
+        in_dtype = values[1:] or [b.to(x.dtype) for b in B]
+        passes.up_backward(dY, by_map[0], in_dtype, scaling, by_map[1], dB, add, counters)
         if need_dx:
             rows = dx.view(-1, x.shape[-1])
             for j, (dy, weight) in enumerate(zip(dY, weights, strict=True)):
@@ -216,7 +221,7 @@ def _differentiated(
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
             A_block = values[0] if values else lora_products.stack(A, x.dtype)
             lora_products.add_input_gradient(passes, dx, dS, A_block)
-        lora_products.gradient_of_A(passes, x, dS, dA, add)
+        lora_products.gradient_of_A(passes, x, dS, dA, add, counters)
     return dx
 
 
@@ -239,9 +244,9 @@ def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases, gradients=N
                 f"lora_linears: the {name} are taken as frozen, but one of them requires a gradient; "
                 "call requires_grad_(False) on it, or use backend='reference'"
             )
-    x, S, *maps = ctx.saved_tensors
+    x, S, counters, *maps = ctx.saved_tensors
     weights, A, B, values = _in_parts(maps, 3, len(dY))
-    arguments = (dY, x, S, weights, A, B, values, ctx.scaling, need_dx, ctx.path)
+    arguments = (dY, x, S, counters, weights, A, B, values, ctx.scaling, need_dx, ctx.path)
     if gradients is not None:
         held, *of_B = _check_parts("gradients", gradients, A, B).values()
         dx = _differentiated(*arguments, held, of_B, True)
@@ -272,9 +277,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scaling, path, num_maps, gradients, x, *maps):
         weights, biases, A, B, values = _in_parts(maps, 4, num_maps)
-        *outs, S = _outputs(x, weights, biases, A, B, values, scaling, path)
+        *outs, S, counters = _outputs(x, weights, biases, A, B, values, scaling, path)
         ctx.scaling, ctx.path, ctx.gradients = scaling, path, gradients
-        ctx.save_for_backward(x, S, *weights, *A, *B, *values)
+        ctx.save_for_backward(x, S, counters, *weights, *A, *B, *values)
         return tuple(outs)
 
     @staticmethod
@@ -291,13 +296,13 @@ class _Eager(torch.autograd.Function):
 
 class _EagerBackward(torch.autograd.Function):
     @staticmethod
-    def run(dY, x, S, weights, A, B, values, *options):
-        return _EagerBackward.apply(*options, len(dY), x, S, *dY, *weights, *A, *B, *values)
+    def run(dY, x, S, counters, weights, A, B, values, *options):
+        return _EagerBackward.apply(*options, len(dY), x, S, counters, *dY, *weights, *A, *B, *values)
 
     @staticmethod
-    def forward(ctx, scaling, need_dx, path, num_maps, x, S, *maps):
+    def forward(ctx, scaling, need_dx, path, num_maps, x, S, counters, *maps):
         dY, weights, A, B, values = _in_parts(maps, 4, num_maps)
-        return tuple(_gradients(dY, x, S, weights, A, B, values, scaling, need_dx, path))
+        return tuple(_gradients(dY, x, S, counters, weights, A, B, values, scaling, need_dx, path))
 
     backward = staticmethod(_refuse_second_derivative)
     jvp = staticmethod(_refuse_forward_mode)
@@ -313,23 +318,24 @@ _backward = torch.library.custom_op("renyi_kernels::lora_linears_backward", _gra
 def _(x, weights, biases, A, B, values, scaling, path):
     K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
     outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
-    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
+    counters = lora_products.new_counters(lora_products.passes_of(path), x, B)
+    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R)), counters]
 
 
 @_backward.register_fake
-def _(dY, x, S, weights, A, B, values, scaling, need_dx, path):
+def _(dY, x, S, counters, weights, A, B, values, scaling, need_dx, path):
     dA = _unwritten_block(A, _common_dtype(A))
     return [x.new_empty(x.shape if need_dx else 0), dA, *(b.new_empty(b.shape) for b in B)]
 
 
 def _keep(ctx, inputs, output):
     x, weights, _, A, B, values, ctx.scaling, ctx.path = inputs
-    ctx.save_for_backward(x, output[-1], *weights, *A, *B, *values)
+    ctx.save_for_backward(x, *output[-2:], *weights, *A, *B, *values)
 
 
 def _differentiate_operator(ctx, gradients):
     need_dx, need_weights, need_biases, _, _, values, *_ = ctx.needs_input_grad
-    dY = gradients[:-1]
+    dY = gradients[:-2]
     refuse_tangents("lora_linears", *dY)
     dx, dA, dB = _differentiate(ctx, _backward, dY, need_dx, need_weights, need_biases)
     return dx, [None] * len(dY), [None] * len(dY), dA, dB, [None] * len(values), None, None

@@ -239,7 +239,7 @@ def test_a_change_before_the_backward_raises(given_, backend, changed, compiled)
     if compiled:
         present = [weights[0].new_empty(0) if bias is None else bias for bias in biases]
         values = [copies.A_block, *copies.B]
-        *outs, _ = torch.ops.renyi_kernels.lora_linears(x, weights, present, A, B, values, SCALING, backend)
+        *outs, _, _ = torch.ops.renyi_kernels.lora_linears(x, weights, present, A, B, values, SCALING, backend)
     else:
         outs = lora_linears(x, weights, biases, A, B, SCALING, copies=copies.copies, backend=backend)
     tensor = {"A": A[1], "B": B[0], "copy of A": copies.A_block, "copy of B": copies.B[2]}[changed]
@@ -293,9 +293,9 @@ def test_what_the_operators_do_asks_the_device_for_nothing(dtype, with_copies, n
         )
         copies = Matrix(masters.A, masters.B, dtype)
         values = [copies.A_block, *copies.B] if with_copies else []
-        *outs, S = _outputs(x, weights, biases, masters.A, masters.B, values, SCALING, "torch")
+        *outs, S, counters = _outputs(x, weights, biases, masters.A, masters.B, values, SCALING, "torch")
         assert [out.shape for out in outs] == [(K, M, 7), (K, M, 3)]
-        grads = _gradients(outs, x, S, weights, masters.A, masters.B, values, SCALING, need_dx, "torch")
+        grads = _gradients(outs, x, S, counters, weights, masters.A, masters.B, values, SCALING, need_dx, "torch")
         dx, dA, *dB = grads
         assert dx.shape == (x.shape if need_dx else (0,))
         assert dA.shape == (K, 3, I)
