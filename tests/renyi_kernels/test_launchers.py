@@ -55,36 +55,57 @@ SHAPES = {
     "up_backward": ("KMO", "KMR", "KOR", "KMR", "KOR"),
     "down_backward": ("KMI", "KMR", "KRI"),
 }
-# those that are written; the first two where they lie, so that their last dimension has to
+# those that are written, and those whose last dimension has to be packed
 WRITTEN = {"shrink": {2}, "expand": {3}, "up_backward": {3, 4}, "down_backward": {2}}
+LAST_IS_PACKED = {"shrink": {2}, "expand": {0, 3}, "up_backward": {1, 3}, "down_backward": set()}
+
+
+def counters_for(passes, like, ranks, K):
+    """What the kernels count in, as `shrink` leaves it."""
+    return passes.new_counters(like, ranks, K).zero_()
 
 
 @pytest.mark.parametrize("kernel", SHAPES)
 @fuzz
-@given(data=st.data(), dtype=FLOATS, gradients=FLOATS, M=st.sampled_from([1, 5, 70]), seed=st.integers(0, 2**31))
-def test_a_low_rank_pass_takes_any_layout(draw, kernel, data, dtype, gradients, M, seed):
+@given(
+    data=st.data(),
+    dtype=FLOATS,
+    gradients=FLOATS,
+    M=st.sampled_from([1, 5, 70]),
+    seed=st.integers(0, 2**31),
+    add=st.booleans(),
+)
+def test_a_low_rank_pass_takes_any_layout(draw, kernel, data, dtype, gradients, M, seed, add):
     sizes = {"K": 2, "M": M, "I": 9, "O": data.draw(st.sampled_from([1, 70])), "R": data.draw(st.sampled_from([1, 3]))}
     normal = draw(seed, dtype)
     given_, gold = [], []
     for place, letters in enumerate(SHAPES[kernel]):
         tensor = normal(*(sizes[letter] for letter in letters))
-        written = place in WRITTEN[kernel]
-        if written and kernel.endswith("backward") and letters != "KMR":
+        if place in WRITTEN[kernel] and kernel.endswith("backward") and letters != "KMR":
             tensor = tensor.to(gradients)
         gold.append(tensor.cpu().double())
-        in_place = written and not kernel.endswith("backward")
-        given_.append(lie(tensor, data.draw(PACKED if in_place else ANY)))
-    if "B" in kernel or kernel in ("expand", "up_backward"):
-        place = 2 if kernel == "expand" else 3
-        given_.insert(place, 1.75)
-        gold.insert(place, 1.75)
+        given_.append(lie(tensor, data.draw(PACKED if place in LAST_IS_PACKED[kernel] else ANY)))
     if kernel == "expand" and data.draw(st.booleans()):
-        given_[3], gold[3] = given_[4], gold[4]
-    getattr(lora_passes, kernel)(*given_)
-    getattr(torch_passes, kernel)(*gold)
-    for ours, truth in zip(given_, gold, strict=True):
-        if isinstance(ours, torch.Tensor):  # what is only read is as it was, too
-            assert_close(ours.cpu(), truth, torch.float16 if torch.float16 in (dtype, gradients) else torch.float32)
+        given_[2], gold[2] = given_[3], gold[3]
+    launch(kernel, lora_passes, given_, sizes, add)
+    launch(kernel, torch_passes, gold, sizes, add)
+    for ours, truth in zip(given_, gold, strict=True):  # what is only read is as it was, too
+        assert_close(ours.cpu(), truth, torch.float16 if torch.float16 in (dtype, gradients) else torch.float32)
+
+
+def launch(kernel, passes, tensors, sizes, add):
+    """The pass on these tensors, with a map of its own where it takes several."""
+    counters = counters_for(passes, tensors[0], [sizes["R"]], sizes["K"])
+    of_maps = [[tensor] for tensor in tensors]
+    if kernel == "shrink":
+        passes.shrink(*tensors, counters)
+    elif kernel == "expand":
+        passes.expand(*of_maps[:2], 1.75, *of_maps[2:])
+    elif kernel == "up_backward":
+        passes.up_backward(*of_maps[:3], 1.75, *of_maps[3:], add, counters)
+    else:
+        passes.down_backward(*tensors, add, counters)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("mask_dtype", [None, *MASKS], ids=str)

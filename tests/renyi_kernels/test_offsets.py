@@ -66,8 +66,8 @@ def tile(request):
 
 ARGUMENTS = {
     "shrink": ["x", "A", "S"],
-    "expand": ["S", "B", "scaling", "base", "out"],
-    "up_backward": ["dY", "S", "B", "scaling", "dS", "dB"],
+    "expand": ["S", "B", "base", "out"],
+    "up_backward": ["dY", "S", "B", "dS", "dB"],
     "down_backward": ["x", "dS", "dA"],
 }
 WRITTEN = {"shrink": ["S"], "expand": ["out"], "up_backward": ["dS", "dB"], "down_backward": ["dA"]}
@@ -77,14 +77,24 @@ def arguments_of(kernel, draw, K, M, R, I=33, O=66):
     """What a launcher takes, by name, in its order; what it writes to is filled with something else."""
     made = {"x": draw(K, M, I), "A": draw(K, R, I), "B": draw(K, O, R), "S": draw(K, M, R), "dY": draw(K, M, O)}
     made |= {"dS": draw(K, M, R), "dB": draw(K, O, R), "dA": draw(K, R, I), "base": draw(K, M, O), "out": draw(K, M, O)}
-    return {name: made.get(name, 2.0) for name in ARGUMENTS[kernel]}
+    return {name: made[name] for name in ARGUMENTS[kernel]}
 
 
 def launch(kernel, arguments):
     """What the launcher writes; the given tensors are left alone, but for one that it is to write to where it lies."""
-    arguments = {n: x.clone() if isinstance(x, torch.Tensor) and x.is_contiguous() else x for n, x in arguments.items()}
-    getattr(lora_passes, kernel)(*arguments.values())
-    return [arguments[name] for name in WRITTEN[kernel]]
+    a = SimpleNamespace(**{name: x.clone() if x.is_contiguous() else x for name, x in arguments.items()})
+    K, R = next((len(x), x.shape[2]) for name, x in arguments.items() if name in ("S", "dS"))
+    counters = lora_passes.new_counters(next(iter(arguments.values())), [R], K).zero_()
+    if kernel == "shrink":
+        lora_passes.shrink(a.x, a.A, a.S, counters)
+    elif kernel == "expand":
+        lora_passes.expand([a.S], [a.B], 2.0, [a.base], [a.out])
+    elif kernel == "up_backward":
+        lora_passes.up_backward([a.dY], [a.S], [a.B], 2.0, [a.dS], [a.dB], True, counters)
+    else:
+        lora_passes.down_backward(a.x, a.dS, a.dA, True, counters)
+    assert not counters.any()
+    return [getattr(a, name) for name in WRITTEN[kernel]]
 
 
 def far_from_row_to_row(tensor, reach):
@@ -93,9 +103,7 @@ def far_from_row_to_row(tensor, reach):
     return (0 if tensor.shape[0] == 1 else row * tensor.shape[1], row, 1)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "far"), [(kernel, name) for kernel, names in ARGUMENTS.items() for name in names if name != "scaling"]
-)
+@pytest.mark.parametrize(("kernel", "far"), [(kernel, name) for kernel, names in ARGUMENTS.items() for name in names])
 def test_rows_that_lie_far_apart_within_a_tile(spread, draw, tile, kernel, far):
     M = 2 * tile(kernel, draw(1)) + 1
     arguments = arguments_of(kernel, draw, 1, M, R=66)
@@ -112,17 +120,16 @@ def test_particles_that_lie_far_apart(spread, draw, kernel):
     arguments = arguments_of(kernel, draw, 3, 2, R=2)
     expected = launch(kernel, arguments)
     for name in ARGUMENTS[kernel]:
-        if name != "scaling":
-            ours = launch(kernel, arguments | {name: spread(arguments[name], PARTICLE, 128, 1)})
-            assert all(x.any() and torch.equal(x, y) for x, y in zip(ours, expected, strict=True)), name
+        ours = launch(kernel, arguments | {name: spread(arguments[name], PARTICLE, 128, 1)})
+        assert all(x.any() and torch.equal(x, y) for x, y in zip(ours, expected, strict=True)), name
 
 
 def test_the_transposed_adapter_of_an_input_gradient_may_be_far(spread, draw):
     """`expand` with A as its B: there the rank goes from row to row."""
     S, A, out = draw(1, 3, 66), draw(1, 66, 33), draw(1, 3, 33)
     packed, far = out.clone(), out.clone()
-    lora_passes.expand(S, A.mT, 1.0, packed, packed)
-    lora_passes.expand(S, spread(A, *far_from_row_to_row(A, 65)).mT, 1.0, far, far)
+    lora_passes.expand([S], [A.mT], 1.0, [packed], [packed])
+    lora_passes.expand([S], [spread(A, *far_from_row_to_row(A, 65)).mT], 1.0, [far], [far])
     assert not torch.equal(packed, out)
     assert torch.equal(far, packed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 
 import torch
@@ -13,11 +13,14 @@ _PROGRAMS_WITHOUT_DEVICE = 8
 
 
 def on_its_device(launcher: Callable) -> Callable:
-    """Launch on the device of the first argument. Triton alone would take the current device."""
+    """Launch on the device of the first argument, a tensor or several. Triton alone would take the current device."""
 
     @wraps(launcher)
-    def launch(first: Tensor, *others: object) -> object:
-        with torch.cuda.device_of(first):
+    def launch(first: Tensor | Sequence[Tensor], *others: object) -> object:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return launcher(first, *others)
+        with torch.cuda.device_of(tensor):
             return launcher(first, *others)
 
     return launch

@@ -5,6 +5,7 @@ A device that is not in the table takes the row "any". Its tiles fit into 64 KiB
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from renyi_kernels.triton_ops.device import architecture
@@ -50,6 +51,11 @@ def row(kernel: str, itemsize: int, arch: str, block_r: int) -> tuple[dict[str, 
     keys = [(kernel, itemsize, arch, block_r), (kernel, itemsize, arch, 0), (kernel, itemsize, "any", 0)]
     sizes, num_warps, num_stages = next(_ROWS[key] for key in keys if key in _ROWS)
     return {"BLOCK_R": block_r, **sizes}, {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def is_amd(device: torch.device) -> bool:
+    """Whether the device is a GPU of AMD."""
+    return architecture(device).startswith("gfx")
 
 
 def block_r(rank: int) -> int:
