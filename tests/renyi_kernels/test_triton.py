@@ -418,6 +418,40 @@ def test_a_device_that_is_not_in_the_table_takes_the_default_tiles():
                     assert tuning.row(kernel, itemsize, arch, block_r) == default
 
 
+@pytest.mark.parametrize(
+    ("kernel", "rows", "outputs", "rank", "by_vendor"),
+    [
+        ("expand", 1024, 1536, 8, True),
+        ("expand", 1024, 1537, 8, False),
+        ("expand", 1023, 1536, 8, False),
+        ("expand", 1024, 1536, 17, False),
+        ("up_backward", 1024, 8960, 64, True),
+        ("up_backward", 1024, 8959, 64, False),
+        ("up_backward", 1024, 8960, 32, False),
+    ],
+)
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_products_of_the_vendor_run_where_the_table_says_that_they_are_faster(
+    monkeypatch, kernel, rows, outputs, rank, by_vendor, arch
+):
+    monkeypatch.setattr(tuning, "architecture", lambda device: arch)
+    empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    S, B, Y = [empty(2, rows, rank)], [empty(2, outputs, rank)], [empty(2, rows, outputs)]
+    ran = []
+
+    class Notes:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: ran.append("kernel")
+
+    monkeypatch.setattr(lora_passes, f"grouped_lora_{kernel}_kernel", Notes())
+    monkeypatch.setattr(lora_passes.torch_passes, kernel, lambda *args: ran.append("vendor"))
+    if kernel == "expand":
+        lora_passes.expand(S, B, SCALING, Y, Y)
+    else:
+        lora_passes.up_backward(Y, S, B, SCALING, S, B, True, lora_passes.new_counters(S[0], [rank], 2))
+    assert ran == ["vendor" if by_vendor and arch == "sm_90" else "kernel"]
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 64), (4096, 64)])
 def test_the_block_of_a_rank_covers_it_up_to_a_limit(rank, expected):
     assert tuning.block_r(rank) == expected

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kernels.torch_ops import grouped_lora as torch_passes
 from renyi_kernels.triton_ops.device import on_its_device, programs_wanted
-from renyi_kernels.triton_ops.tuning import SMALLEST_BLOCK_R, blocks, is_amd
+from renyi_kernels.triton_ops.tuning import SMALLEST_BLOCK_R, blocks, is_amd, vendor_is_faster
 
 
 @triton.jit
@@ -425,6 +426,9 @@ def expand(
     K, M, _ = out[0].shape
     if M == 0:
         return
+    if base is not None and len(out) == 1 and vendor_is_faster("expand", S[0], B[0].shape[2], M, B[0].shape[1]):
+        torch_passes.expand(S, B, scaling, base, out)
+        return
     has_base = base is not None
     base = out if base is None else [*map(_packed, base)]
     O, R = tuple(b.shape[1] for b in B), tuple(b.shape[2] for b in B)
@@ -464,6 +468,9 @@ def up_backward(
     if M == 0:
         for db in () if add else dB:
             db.zero_()
+        return
+    if all(vendor_is_faster("up_backward", dy, b.shape[2], M, b.shape[1]) for dy, b in zip(dY, B, strict=True)):
+        torch_passes.up_backward(dY, S, B, scaling, dS, dB, add, counters)
         return
     dY, B = [*map(_packed, dY)], [*map(_packed, B)]
     written = [_with_packed_rows(db, add) for db in dB]
