@@ -14,7 +14,7 @@ import torch
 import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
-from renyi_kernels.triton_ops import tuning
+from renyi_kernels.triton_ops import launches, tuning
 
 from .alone import MARKER, is_wanted, run_alone
 
@@ -61,6 +61,7 @@ def tile(request):
             patch.setattr(lora_passes, "blocks", like_the_tallest)
         if request.param == "one_program":
             patch.setattr(lora_passes, "programs_wanted", lambda device: 1)
+        patch.setattr(launches, "_known", {})
         yield lambda kernel, like: lora_passes.blocks(kernel, like, 64)[0]["BLOCK_M"]
 
 

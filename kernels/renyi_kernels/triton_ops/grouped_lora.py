@@ -24,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from renyi_kernels.torch_ops import grouped_lora as torch_passes
 from renyi_kernels.triton_ops.device import on_its_device, programs_wanted
-from renyi_kernels.triton_ops.tuning import SMALLEST_BLOCK_R, blocks, is_amd
+from renyi_kernels.triton_ops.launches import Launch, remembered
+from renyi_kernels.triton_ops.tuning import SMALLEST_BLOCK_R, blocks, is_amd, vendor_is_faster
 
 
 @triton.jit
@@ -394,26 +396,36 @@ def grouped_lora_down_backward_kernel(
 
 
 # Launchers. Their inputs may have any strides. `S`, `dS` and `out` have to be packed. The maps of a launch have S and
-# dS with the same strides. `counters` comes from `shrink`, and the launches of one backward share it one by one
+# dS with the same strides. `counters` comes from `shrink`, and the launches of one backward share it one by one. Each
+# launcher asks a function beside it for the launch. There is None if a tensor has to be copied first, if there is
+# nothing to do, or if something else does it
 
 
 @on_its_device
 def shrink(x: Tensor, A: Tensor, S: Tensor, counters: Tensor) -> None:
     """S [K, M, R] = x A_k^T for x [K, M, I]. `counters` is set to 0."""
+    launch = remembered(_launch_of_shrink, [x], [A], [S], [counters])
+    if launch is not None:
+        launch(x, A, S, counters)
+    elif S.numel():
+        shrink(_packed(x), _packed(A), S, counters)
+
+
+def _launch_of_shrink(
+    xs: Sequence[Tensor], As: Sequence[Tensor], Ss: Sequence[Tensor], all_counters: Sequence[Tensor]
+) -> Launch | None:
+    (x,), (A,), (S,), (counters,) = xs, As, Ss, all_counters
     assert _is_packed(S)
+    if S.numel() == 0 or not (_is_packed(x) and _is_packed(A)):
+        return None
     (K, M, I), R = x.shape, A.shape[1]
-    if S.numel() == 0:
-        return
-    x, A = _packed(x), _packed(A)
     config, options = blocks("shrink", x, R)
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]), K)
     far = _far(config["BLOCK_M"] * max(x.stride(1), S.stride(1)), R * A.stride(1))
     if far:
         options["num_warps"] = 8  # on an sm_80 the registers of 4 warps cannot hold offsets of 64 bits
-    strides = (*x.stride()[:2], *A.stride()[:2], *S.stride()[:2])
-    grouped_lora_shrink_kernel[grid](
-        x, A, S, counters, counters.numel(), M, R, I, *strides, FAR=far, **config, **options
-    )
+    numbers = (counters.numel(), M, R, I, *x.stride()[:2], *A.stride()[:2], *S.stride()[:2])
+    return Launch(grouped_lora_shrink_kernel, grid, numbers, {"FAR": far, **config, **options})
 
 
 @on_its_device
@@ -421,29 +433,33 @@ def expand(
     S: Sequence[Tensor], B: Sequence[Tensor], scaling: float, base: Sequence[Tensor] | None, out: Sequence[Tensor]
 ) -> None:
     """Of every map: out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`; B [K, O, R]."""
+    launch = remembered(_launch_of_expand, S, B, base, out)
+    if launch is not None:
+        launch(tuple(S), tuple(B), tuple(out if base is None else base), tuple(out), scaling)
+    elif base is not None and _by_vendor("expand", S, B, out):
+        torch_passes.expand(S, B, scaling, base, out)
+    elif base is not None and out[0].numel():
+        expand(S, B, scaling, [*map(_packed, base)], out)
+
+
+def _launch_of_expand(
+    S: Sequence[Tensor], B: Sequence[Tensor], base: Sequence[Tensor] | None, out: Sequence[Tensor]
+) -> Launch | None:
     assert all(map(_is_packed, (*S, *out)))
     K, M, _ = out[0].shape
-    if M == 0:
-        return
     has_base = base is not None
-    base = out if base is None else [*map(_packed, base)]
+    base = out if base is None else base
+    if M == 0 or (has_base and _by_vendor("expand", S, B, out)) or not all(map(_is_packed, base)):
+        return None
     O, R = tuple(b.shape[1] for b in B), tuple(b.shape[2] for b in B)
     config, options = blocks("expand", S[0], max(R))
     grid = (triton.cdiv(M, config["BLOCK_M"]), sum(triton.cdiv(o, config["BLOCK_O"]) for o in O), K)
     rows = max(t.stride(1) for t in (*S, *base, *out))
     reaches = [max(o * b.stride(1), r * b.stride(2)) for o, r, b in zip(O, R, B, strict=True)]
     far = _far(config["BLOCK_M"] * rows, *reaches)
-    strides = (
-        *_strides_of_all(S),
-        *_strides(B, 3),
-        tuple(b.stride(0) if b.shape[0] == K else 0 for b in base),
-        tuple(b.stride(1) for b in base),
-        *_strides(out, 2),
-    )
-    grouped_lora_expand_kernel[grid](
-        tuple(S), tuple(B), tuple(base), tuple(out), scaling, M, R, O, *strides,
-        HAS_BASE=has_base, FAR=far, **config, **options,
-    )  # fmt: skip
+    of_base = (tuple(b.stride(0) if b.shape[0] == K else 0 for b in base), tuple(b.stride(1) for b in base))
+    numbers = (M, R, O, *_strides_of_all(S), *_strides(B, 3), *of_base, *_strides(out, 2))
+    return Launch(grouped_lora_expand_kernel, grid, numbers, {"HAS_BASE": has_base, "FAR": far, **config, **options})
 
 
 @on_its_device
@@ -459,52 +475,80 @@ def up_backward(
 ) -> None:
     """Of every map: dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]. `add`: to
     what dB holds."""
-    assert all(map(_is_packed, (*S, *dS)))
-    K, M, _ = dY[0].shape
-    if M == 0:
+    launch = remembered(_launch_of_up_backward, dY, S, B, dS, dB, [counters], add=add)
+    if launch is not None:
+        parts = _scratch(launch, counters)
+        launch(tuple(dY), tuple(S), tuple(B), tuple(dS), tuple(dB), parts, counters, scaling)
+    elif dY[0].shape[1] == 0:
         for db in () if add else dB:
             db.zero_()
-        return
-    dY, B = [*map(_packed, dY)], [*map(_packed, B)]
-    written = [_with_packed_rows(db, add) for db in dB]
+    elif _by_vendor("up_backward", S, B, dY):
+        torch_passes.up_backward(dY, S, B, scaling, dS, dB, add, counters)
+    else:
+        written = [_with_packed_rows(db, add) for db in dB]
+        up_backward([*map(_packed, dY)], S, [*map(_packed, B)], scaling, dS, written, add, counters)
+        _pass_on(written, dB, add)
+
+
+def _launch_of_up_backward(
+    dY: Sequence[Tensor],
+    S: Sequence[Tensor],
+    B: Sequence[Tensor],
+    dS: Sequence[Tensor],
+    dB: Sequence[Tensor],
+    all_counters: Sequence[Tensor],
+    add: bool,
+) -> Launch | None:
+    assert all(map(_is_packed, (*S, *dS)))
+    K, M, _ = dY[0].shape
+    if M == 0 or _by_vendor("up_backward", S, B, dY):
+        return None
+    if not all(map(_is_packed, (*dY, *B))) or not all(map(_has_packed_rows, dB)):
+        return None
     O, R = tuple(b.shape[1] for b in B), tuple(b.shape[2] for b in B)
     plan = _plan_of_up_backward(dY[0], K, M, O, R)
-    assert plan.num_counters <= counters.numel()
-    parts = _scratch(plan.num_parts, dY[0]) if plan.num_parts else counters
-    block_m = plan.config["BLOCK_M"]
-    far = _far(
-        block_m * max(t.stride(1) for t in (*dY, *S, *dS)),
-        *(o * max(b.stride(1), r) for o, r, b in zip(O, R, B, strict=True)),
-    )
-    of_written = tuple(db.stride(0) for db in written)
-    strides = (*_strides(dY, 2), *_strides_of_all(S), *_strides(B, 2), *_strides_of_all(dS), of_written)
-    grouped_lora_up_backward_kernel[plan.grid](
-        tuple(dY), tuple(S), tuple(B), tuple(dS), tuple(written), parts, counters, scaling, M, R, O, plan.per_split,
-        *strides, ADD=add, FAR=far, **plan.flags, **plan.config, **plan.options,
-    )  # fmt: skip
-    _pass_on(written, dB, add)
+    assert plan.num_counters <= all_counters[0].numel()
+    rows = max(t.stride(1) for t in (*dY, *S, *dS))
+    reaches = [o * max(b.stride(1), r) for o, r, b in zip(O, R, B, strict=True)]
+    far = _far(plan.config["BLOCK_M"] * rows, *reaches)
+    strides = (*_strides(dY, 2), *_strides_of_all(S), *_strides(B, 2), *_strides_of_all(dS), *_strides(dB, 1))
+    constants = {"ADD": add, "FAR": far, **plan.flags, **plan.config, **plan.options}
+    numbers = (M, R, O, plan.per_split, *strides)
+    return Launch(grouped_lora_up_backward_kernel, plan.grid, numbers, constants, plan.num_parts)
 
 
 @on_its_device
 def down_backward(x: Tensor, dS: Tensor, dA: Tensor, add: bool, counters: Tensor) -> None:
     """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]. `add`: to what dA holds."""
-    (_, M, I), R = x.shape, dS.shape[2]
-    if M == 0:
+    launch = remembered(_launch_of_down_backward, [x], [dS], [dA], [counters], add=add)
+    if launch is not None:
+        launch(x, dS, dA, _scratch(launch, counters), counters)
+    elif x.shape[1] == 0:
         if not add:
             dA.zero_()
-        return
-    x, dS = _packed(x), _packed(dS)
+    else:
+        written = _with_packed_rows(dA, add)
+        down_backward(_packed(x), _packed(dS), written, add, counters)
+        _pass_on([written], [dA], add)
+
+
+def _launch_of_down_backward(
+    xs: Sequence[Tensor],
+    all_dS: Sequence[Tensor],
+    all_dA: Sequence[Tensor],
+    all_counters: Sequence[Tensor],
+    add: bool,
+) -> Launch | None:
+    (x,), (dS,), (dA,) = xs, all_dS, all_dA
+    (_, M, I), R = x.shape, dS.shape[2]
+    if M == 0 or not (_is_packed(x) and _is_packed(dS) and _has_packed_rows(dA)):
+        return None
     plan = _plan_of_down_backward(x, R)
-    assert plan.num_counters <= counters.numel()
-    written = _with_packed_rows(dA, add)
-    parts = _scratch(plan.num_parts, x) if plan.num_parts else counters
+    assert plan.num_counters <= all_counters[0].numel()
     far = _far(plan.config["BLOCK_M"] * max(x.stride(1), dS.stride(1)))
-    strides = (*x.stride()[:2], *dS.stride()[:2], written.stride(0))
-    grouped_lora_down_backward_kernel[plan.grid](
-        x, dS, written, parts, counters, M, R, I, plan.per_split, *strides,
-        ADD=add, FAR=far, **plan.flags, **plan.config, **plan.options,
-    )  # fmt: skip
-    _pass_on([written], [dA], add)
+    numbers = (M, R, I, plan.per_split, *x.stride()[:2], *dS.stride()[:2], dA.stride(0))
+    constants = {"ADD": add, "FAR": far, **plan.flags, **plan.config, **plan.options}
+    return Launch(grouped_lora_down_backward_kernel, plan.grid, numbers, constants, plan.num_parts)
 
 
 def new_counters(x: Tensor, ranks: Sequence[int], K: int) -> Tensor:
@@ -578,8 +622,16 @@ def _flags(like: Tensor, rank: int, block_r: int, options: dict[str, int]) -> di
     }
 
 
-def _scratch(size: int, like: Tensor) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
+def _scratch(launch: Launch, counters: Tensor) -> Tensor:
+    """Memory for the partial sums. If there are none, any tensor will do."""
+    return counters.new_empty(launch.scratch, dtype=torch.float32) if launch.scratch else counters
+
+
+def _by_vendor(kernel: str, S: Sequence[Tensor], B: Sequence[Tensor], Y: Sequence[Tensor]) -> bool:
+    """Whether the pass of `torch_ops` is faster, for all maps. It has no `expand` for several maps in one launch."""
+    if kernel == "expand" and len(Y) > 1:
+        return False
+    return all(vendor_is_faster(kernel, S[0], b.shape[2], y.shape[1], b.shape[1]) for y, b in zip(Y, B, strict=True))
 
 
 def _strides(tensors: Sequence[Tensor], count: int) -> list[tuple[int, ...]]:
@@ -599,9 +651,14 @@ def _is_packed(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
 
 
+def _has_packed_rows(gradient: Tensor) -> bool:
+    """Whether each of its matrices is one block of memory."""
+    return gradient[0].is_contiguous()
+
+
 def _with_packed_rows(gradient: Tensor, add: bool) -> Tensor:
     """The tensor if each of its matrices is one block of memory. Otherwise another one for the values that go to it."""
-    if gradient[0].is_contiguous():
+    if _has_packed_rows(gradient):
         return gradient
     new = gradient.new_zeros if add else gradient.new_empty
     return new(gradient.shape, dtype=torch.float32)
