@@ -179,17 +179,26 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
 
 
 def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
-    """For each dtype of the gradient, or none: with and without bias and soft cap; with a vocabulary of whole blocks or
-    not."""
+    """For each dtype of the gradient, or none: with and without bias and soft cap; with rows that are aligned or not.
+    Then the gradient from the second product, in each dtype, with a head of whole rows and with one of every other."""
+    target, rows = torch.empty(1024, dtype=torch.int64, device="meta"), torch.empty(1024, device="meta")
     for V in (151936, 50257):
-        products = torch.empty((1024, V), device="meta")
-        target = torch.empty(1024, dtype=torch.int64, device="meta")
+        aligned = lambda dtype, V=V: torch.empty((1024, -(-V // 32) * 32), dtype=dtype, device="meta")[:, :V]
+        products = aligned(torch.float32)
         for dtype in (None, *_DTYPES):
+            E = None if dtype is None else aligned(dtype)
             for softcap in (None, 30.0):
                 for bias in (None, torch.empty(V, dtype=dtype, device="meta")):
                     mode = f"{'forward' if dtype is None else _DTYPES[dtype]} V={V}"
                     mode += (" bias" if bias is not None else "") + (" softcap" if softcap else "")
-                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, dtype)
+                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, E)
+    for D in (1536, 577):
+        for dtype, name in _DTYPES.items():
+            P, out = torch.empty((1024, D), device="meta"), torch.empty((1024, D), dtype=dtype, device="meta")
+            for step in (1, 2):
+                weight = torch.empty((50257, step * D), dtype=dtype, device="meta")[:, ::step]
+                mode = f"{name} D={D}" + (" every other" if step > 1 else "")
+                yield mode, ops.gradient_pass, (P, weight, target, rows, rows, out)
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:

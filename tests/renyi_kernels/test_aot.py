@@ -29,6 +29,7 @@ def test_every_kernel_compiles_for_every_target_without_a_spill():
         "grouped_lora_up_backward_kernel",
         "grouped_lora_down_backward_kernel",
         "linear_logprob_pass_kernel",
+        "linear_logprob_gradient_kernel",
         "renyi_reduce_forward_kernel",
         "renyi_reduce_backward_kernel",
     }

@@ -169,11 +169,23 @@ def test_the_reduction_reads_a_far_mask(spread, draw, device, alpha, strides):
 
 
 def test_the_log_probability_pass_works_on_far_rows(spread, draw, device):
-    products, target = draw(3, 65), torch.tensor([0, 7, 64], device=device)
+    products, target = draw(3, 65).float(), torch.tensor([0, 7, 64], device=device)
     far = spread(products, PARTICLE, 1)
-    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, torch.float16)
-    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, torch.float16)
-    assert all(torch.equal(x, y) for x, y in zip(ours, packed, strict=True))
+    E = products.half()
+    far_E = spread(E, PARTICLE, 1)
+    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, E)
+    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, far_E)
+    assert all(torch.equal(x, y) for x, y in zip((*ours, far_E), (*packed, E), strict=True))
+
+
+@pytest.mark.parametrize("far", ["P", "weight", "out"])
+def test_the_gradient_of_the_head_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"P": draw(3, 65).float(), "weight": draw(3, 65), "out": draw(3, 65)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    for P, weight, out in (tensors.values(), moved.values()):
+        logprob_passes.gradient_pass(P, weight, target, P[:, 0].contiguous(), P[:, 1].contiguous(), out)
+    assert torch.equal(moved["out"], tensors["out"])
 
 
 # the process of its own
