@@ -33,7 +33,7 @@ TARGETS = {
 }
 _MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_POINTERS = {**_DTYPES, torch.float64: "fp64", torch.int64: "i64", torch.uint8: "u8"}
+_POINTERS = {**_DTYPES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Launch:
     @classmethod
     def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
         """The launch as Triton's own launcher prepares it: a 1 is a constant, and multiples of 16 are marked."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         launch = cls(mode, kernel)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args, strict=False)) | kwargs
@@ -61,6 +63,8 @@ class Launch:
             elif isinstance(value, Tensor):
                 launch.signature[name] = f"*{_POINTERS[value.dtype]}"
                 launch.aligned.append(index)
+            elif isinstance(value, TensorDescriptor):
+                launch.signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>"
             elif isinstance(value, float):
                 launch.signature[name] = parameter.annotation_type or "fp32"
             else:
@@ -98,7 +102,7 @@ def launches(target: str) -> list[Launch]:
     """Every different launch of the modes below on a device of that kind."""
     from triton.runtime.jit import JITFunction
 
-    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, renyi_reduce, tuning
+    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, linear_logprob_gemm, renyi_reduce, tuning
 
     found: dict[tuple, Launch] = {}
     mode = ""
@@ -110,10 +114,12 @@ def launches(target: str) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tuning, "architecture", lambda device: target),
+        patch.object(linear_logprob_gemm, "architecture", lambda device: target),
     ):
         for module, cases in (
             (grouped_lora, grouped_lora_modes),
             (linear_logprob, linear_logprob_modes),
+            (linear_logprob_gemm, linear_logprob_gemm_modes),
             (renyi_reduce, renyi_reduce_modes),
         ):
             for mode, launcher, arguments in cases(module):  # noqa: B007 - `record` reads the mode
@@ -167,6 +173,22 @@ def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
                     mode = f"{'forward' if dtype is None else _DTYPES[dtype]} V={V}"
                     mode += (" bias" if bias is not None else "") + (" softcap" if softcap else "")
                     yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, dtype)
+
+
+def linear_logprob_gemm_modes(ops: Any) -> Iterator[tuple]:
+    """With rows that the copy engine takes and with odd ones, with and without bias, soft cap and gradient."""
+    for dtype, D, softcap, need_grad in (
+        (torch.bfloat16, 1536, None, True),
+        (torch.bfloat16, 1536, 30.0, True),
+        (torch.bfloat16, 1537, None, True),
+        (torch.bfloat16, 1536, None, False),
+        (torch.float32, 1536, 30.0, True),
+    ):
+        N, V = 1024, 151936
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        E, bias = (empty(N, V) if need_grad else None), (empty(V) if softcap else None)
+        mode = f"{_DTYPES[dtype]} D={D}{' bias softcap' if softcap else ''}{'' if need_grad else ' forward'}"
+        yield mode, ops.logprob_product, (empty(N, D), empty(V, D), empty(N, dtype=torch.int64), bias, softcap, 1.0, E)
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:

@@ -13,6 +13,10 @@ from torch import Tensor
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 from renyi_kernels.torch_ops.linear_logprob import logprob_pass as torch_pass
 
+# Whether the Triton path writes exponentials from within the first product, and no logits
+# (`triton_ops/linear_logprob_gemm.py`). It is off until a GPU has shown that this is faster
+PRODUCT_WITH_EPILOGUE = False
+_ROWS_OF_A_TILE = 128
 # on a CPU more rows at once are not faster, and they do not stay in its cache
 _MOST_ROWS_ON_CPU = 256
 # without CUDA, a head in low precision is converted to fp32, so many rows of the vocabulary at a time
@@ -58,6 +62,14 @@ def linear_logprob(
         num_rows = rows.numel()
     chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad), num_rows)
     labels = labels.to(hidden.device, non_blocking=True)
+    if PRODUCT_WITH_EPILOGUE and path == "triton":
+        chunk = min(_rows_with_epilogue(hidden, V, chunk_mib), num_rows)
+        for start in range(0, num_rows, max(chunk, 1)):
+            end = min(start + chunk, num_rows)
+            part = slice(start, end) if rows is None else rows[start:end]
+            of_part = _with_epilogue(hidden[part], weight, labels[part], bias, logit_softcap, logit_scale, need_grad)
+            logprob[part], gradient[part if need_grad else slice(0)] = of_part
+        return logprob, gradient
     # all chunks use the same buffers: to allocate new ones each time would cost as much as the arithmetic
     buffer = hidden.new_empty((chunk, V), dtype=logprob.dtype)
     widened = None
@@ -87,6 +99,37 @@ def rows_per_chunk(hidden: Tensor, num_vocabulary: int, chunk_mib: float, softca
         bytes_per_logit += (hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0) + (wide if softcap else 0)
     rows = max(1, int(chunk_mib * 2**20) // (num_vocabulary * bytes_per_logit))
     return min(rows, _MOST_ROWS_ON_CPU) if hidden.device.type == "cpu" else rows
+
+
+def _rows_with_epilogue(hidden: Tensor, num_vocabulary: int, chunk_mib: float) -> int:
+    rows = max(1, int(chunk_mib * 2**20) // (num_vocabulary * hidden.dtype.itemsize))
+    return rows if rows < _ROWS_OF_A_TILE else rows // _ROWS_OF_A_TILE * _ROWS_OF_A_TILE
+
+
+def _with_epilogue(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logit_softcap: float | None,
+    logit_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(logprob [n], its gradient [n, D]) of a few rows. Without `need_grad` the gradient is empty."""
+    from renyi_kernels.triton_ops.linear_logprob_gemm import logprob_product
+
+    (n, D), V = hidden.shape, weight.shape[0]
+    # rows of E begin at multiples of 64 bytes
+    E = hidden.new_empty((n, -(-V // _TILE) * _TILE))[:, :V] if need_grad else None
+    logprob, a, b = logprob_product(hidden, weight, target, bias, logit_softcap, logit_scale, E)
+    if E is None or a is None or b is None:
+        return logprob, hidden.new_empty((0, D))
+    if E.dtype == logprob.dtype or E.device.type != "cuda":
+        gradient = torch.mm(E.to(logprob.dtype), weight.to(logprob.dtype))
+    else:
+        gradient = torch.mm(E, weight, out_dtype=logprob.dtype)
+    gradient.mul_(-b[:, None]).addcmul_(a[:, None], weight[target.clamp(0, V - 1)])
+    return logprob, gradient.to(hidden.dtype)
 
 
 def _products_into(out: Tensor, hidden: Tensor, weight: Tensor, widened: Tensor | None) -> None:

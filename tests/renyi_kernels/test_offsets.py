@@ -13,6 +13,7 @@ import torch
 
 import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
+import renyi_kernels.triton_ops.linear_logprob_gemm as product_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
 from renyi_kernels.triton_ops import tuning
 
@@ -166,6 +167,17 @@ def test_the_log_probability_pass_works_on_far_rows(spread, draw, device):
     packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, torch.float16)
     ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, torch.float16)
     assert all(torch.equal(x, y) for x, y in zip(ours, packed, strict=True))
+
+
+@pytest.mark.parametrize("far", ["hidden", "weight", "E"])
+def test_the_product_with_epilogue_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"hidden": draw(3, 9), "weight": draw(3, 9), "E": draw(3, 3)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    runs = []
+    for hidden, weight, E in (tensors.values(), moved.values()):
+        runs.append((*product_passes.logprob_product(hidden, weight, target, None, None, 1.0, E), E))
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 # the process of its own
