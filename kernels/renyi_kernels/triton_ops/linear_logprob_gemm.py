@@ -267,8 +267,7 @@ def logprob_product(
     arch = architecture(hidden.device)
     aligned = all(x is None or _is_aligned(x) for x in (hidden, weight, E))
     tma = aligned and arch in _WITH_TMA
-    # large tiles leave no registers for a soft cap, nor for loads of single numbers
-    sizes, options = head_blocks(hidden.dtype.itemsize, arch if aligned and logit_softcap is None else "any")
+    sizes, options = head_blocks(hidden.dtype.itemsize, arch, aligned and logit_softcap is None)
     block_n, block_v, block_d = sizes["BLOCK_N"], sizes["BLOCK_V"], sizes["BLOCK_D"]
     num_n, num_v = triton.cdiv(N, block_n), triton.cdiv(V, block_v)
     S, top = hidden.new_empty((2, N, num_v), dtype=torch.float32)

@@ -36,16 +36,18 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
     ("down_backward", 2, "sm_100", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),
     ("down_backward", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_I": 32}, 4, 1),
 }
-# the head's product with an epilogue: (bytes of an element, device) -> as above. Between two products a tile's sums
-# stay in registers, with what the epilogue makes of them. On an sm_90 the tiles of 3 steps (144 KiB) and the tile of E
-# (64 KiB) fill the shared memory. The row "any" is for a soft cap and for rows that are not aligned, too. It is slow
-_HEAD_ROWS: dict[tuple[int, str], tuple[dict[str, int], int, int]] = {
-    (2, "any"): ({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32}, 4, 2),
-    (2, "sm_80"): ({"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4),
-    (2, "sm_90"): ({"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64}, 8, 3),
-    (2, "sm_100"): ({"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4),
-    (2, "gfx942"): ({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, 4, 2),
-    (4, "any"): ({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32}, 4, 2),
+# the head's product with an epilogue: (bytes of an element, device, whether tiles may be large) -> as above. Between
+# two products a tile's sums stay in registers, with what the epilogue makes of them. So a soft cap takes small tiles,
+# and so do rows that are not aligned. On an sm_90 the tiles of 3 steps (144 KiB) and the tile of E (64 KiB) fill the
+# shared memory
+_HEAD_ROWS: dict[tuple[int, str, bool], tuple[dict[str, int], int, int]] = {
+    (2, "any", False): ({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 2),
+    (2, "sm_80", True): ({"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4),
+    (2, "sm_90", True): ({"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64}, 8, 3),
+    (2, "sm_100", True): ({"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 4),
+    (2, "gfx942", True): ({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, 4, 2),
+    (2, "gfx942", False): ({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32}, 4, 2),
+    (4, "any", False): ({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32}, 4, 2),
 }
 LARGEST_BLOCK_R = 64
 SMALLEST_BLOCK_R = 16  # matrix units take no narrower side
@@ -63,9 +65,10 @@ def row(kernel: str, itemsize: int, arch: str, block_r: int) -> tuple[dict[str, 
     return {"BLOCK_R": block_r, **sizes}, {"num_warps": num_warps, "num_stages": num_stages}
 
 
-def head_blocks(itemsize: int, arch: str) -> tuple[dict[str, int], dict[str, int]]:
+def head_blocks(itemsize: int, arch: str, large: bool) -> tuple[dict[str, int], dict[str, int]]:
     """(block sizes, launch options) for the head's product with an epilogue."""
-    sizes, num_warps, num_stages = _HEAD_ROWS.get((itemsize, arch)) or _HEAD_ROWS[itemsize, "any"]
+    keys = [(itemsize, arch, large), (itemsize, arch, False), (itemsize, "any", False)]
+    sizes, num_warps, num_stages = next(_HEAD_ROWS[key] for key in keys if key in _HEAD_ROWS)
     return sizes, {"num_warps": num_warps, "num_stages": num_stages}
 
 

@@ -199,6 +199,6 @@ def test_a_probability_next_to_one_keeps_its_digits(case, product):
 def test_no_row_of_the_table_needs_more_shared_memory_than_its_device_has():
     """The tiles of all steps, and beside them the tile of E."""
     limits = {"any": 64, "gfx942": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227}
-    for (itemsize, arch), (sizes, _, num_stages) in tuning._HEAD_ROWS.items():
+    for (itemsize, arch, _), (sizes, _, num_stages) in tuning._HEAD_ROWS.items():
         n, v, d = sizes["BLOCK_N"], sizes["BLOCK_V"], sizes["BLOCK_D"]
         assert itemsize * (num_stages * (n + v) * d + n * v) <= limits[arch] * 1024, arch
