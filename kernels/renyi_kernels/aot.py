@@ -50,6 +50,8 @@ class Launch:
     @classmethod
     def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
         """The launch as Triton's own launcher prepares it: a 1 is a constant, and multiples of 16 are marked."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         launch = cls(mode, kernel)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args, strict=False)) | kwargs
@@ -62,6 +64,8 @@ class Launch:
                 launch.signature[name] = tuple(
                     launch._kind(value[place], (index, place), parameter) for place in range(len(value))
                 )
+            elif isinstance(value, TensorDescriptor):
+                launch.signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>"
             else:
                 launch.signature[name] = launch._kind(value, (index,), parameter)
         return launch
@@ -109,7 +113,7 @@ def launches(target: str) -> list[Launch]:
     """Every different launch of the modes below on a device of that kind."""
     from triton.runtime.jit import JITFunction
 
-    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, renyi_reduce, tuning
+    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, linear_logprob_gemm, renyi_reduce, tuning
 
     found: dict[tuple, Launch] = {}
     mode = ""
@@ -121,10 +125,12 @@ def launches(target: str) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tuning, "architecture", lambda device: target),
+        patch.object(linear_logprob_gemm, "architecture", lambda device: target),
     ):
         for module, cases in (
             (grouped_lora, grouped_lora_modes),
             (linear_logprob, linear_logprob_modes),
+            (linear_logprob_gemm, linear_logprob_gemm_modes),
             (renyi_reduce, renyi_reduce_modes),
         ):
             for mode, launcher, arguments in cases(module):  # noqa: B007 - `record` reads the mode
@@ -199,6 +205,22 @@ def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
                 weight = torch.empty((50257, step * D), dtype=dtype, device="meta")[:, ::step]
                 mode = f"{name} D={D}" + (" every other" if step > 1 else "")
                 yield mode, ops.gradient_pass, (P, weight, target, rows, rows, out)
+
+
+def linear_logprob_gemm_modes(ops: Any) -> Iterator[tuple]:
+    """With rows that the copy engine takes and with odd ones, with and without bias, soft cap and gradient."""
+    for dtype, D, softcap, need_grad in (
+        (torch.bfloat16, 1536, None, True),
+        (torch.bfloat16, 1536, 30.0, True),
+        (torch.bfloat16, 1537, None, True),
+        (torch.bfloat16, 1536, None, False),
+        (torch.float32, 1536, 30.0, True),
+    ):
+        N, V = 1024, 151936
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        E, bias = (empty(N, V) if need_grad else None), (empty(V) if softcap else None)
+        mode = f"{_DTYPES[dtype]} D={D}{' bias softcap' if softcap else ''}{'' if need_grad else ' forward'}"
+        yield mode, ops.logprob_product, (empty(N, D), empty(V, D), empty(N, dtype=torch.int64), bias, softcap, 1.0, E)
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:

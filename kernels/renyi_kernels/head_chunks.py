@@ -6,6 +6,7 @@ Layout: N tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from renyi_kernels.reference import IGNORE_INDEX, at_least_fp32
 from renyi_kernels.torch_ops import linear_logprob as torch_passes
 
+# Whether the Triton path writes exponentials from within the first product, and no logits
+# (`triton_ops/linear_logprob_gemm.py`). It is off until a GPU has shown that this is faster
+PRODUCT_WITH_EPILOGUE = False
 # on a CPU more rows at once are not faster, and they do not stay in its cache
 _MOST_ROWS_ON_CPU = 256
 # without CUDA, a head in low precision is converted to fp32, so many rows of the vocabulary at a time
@@ -60,10 +64,12 @@ def linear_logprob(
     if not all_labelled:
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1).to(hidden.device, non_blocking=True)
         num_rows = rows.numel()
-    chunk = min(rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad, path), num_rows)
+    in_one = PRODUCT_WITH_EPILOGUE and path == "triton"
+    most = rows_per_chunk(hidden, V, chunk_mib, logit_softcap is not None, need_grad, path, has_logits=not in_one)
+    chunk = min(most, num_rows)
     labels = labels.to(hidden.device, non_blocking=True)
     # all chunks use the same buffers: to allocate new ones each time would cost as much as the arithmetic
-    products = _aligned(hidden, chunk, V, logprob.dtype)
+    products = _aligned(hidden, 0 if in_one else chunk, V, logprob.dtype)
     E = None
     if need_grad:
         over = _over_the_products(hidden.dtype, path)
@@ -77,9 +83,12 @@ def linear_logprob(
         part = slice(start, end) if rows is None else rows[start:end]
         some_products, targets = products[: end - start], labels[part]
         some_E = some_products if E is products else E if E is None else E[: end - start]
-        _products_into(some_products, hidden[part], weight, widened)
         head = (bias, logit_softcap, logit_scale)
-        logprob[part], a, b = passes.logprob_pass(some_products, targets, *head, some_E)
+        if in_one:
+            logprob[part], a, b = _logprob_product(hidden[part], weight, targets, *head, some_E)
+        else:
+            _products_into(some_products, hidden[part], weight, widened)
+            logprob[part], a, b = passes.logprob_pass(some_products, targets, *head, some_E)
         if some_E is not None:
             into = gradient[part]
             passes.gradient_pass(_times_weight(some_E, weight, path), weight, targets, a, b, into)
@@ -93,13 +102,26 @@ def _over_the_products(dtype: torch.dtype, path: str) -> bool:
     return path == "torch" and dtype == at_least_fp32(dtype)
 
 
+def _logprob_product(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from renyi_kernels.triton_ops.linear_logprob_gemm import logprob_product  # needs triton
+
+    return logprob_product(*arguments)
+
+
 def rows_per_chunk(
-    hidden: Tensor, num_vocabulary: int, chunk_mib: float, softcap: bool, need_grad: bool, path: str
+    hidden: Tensor,
+    num_vocabulary: int,
+    chunk_mib: float,
+    softcap: bool,
+    need_grad: bool,
+    path: str,
+    *,
+    has_logits: bool = True,
 ) -> int:
     """How many rows a chunk has: as many as fit into `chunk_mib` with their logits, with E, and with what the torch
     path keeps of a soft cap; and at least one."""
     wide = at_least_fp32(hidden.dtype).itemsize
-    bytes_per_logit = wide
+    bytes_per_logit = wide if has_logits or not need_grad else 0
     if need_grad:
         bytes_per_logit += 0 if _over_the_products(hidden.dtype, path) else hidden.dtype.itemsize
         bytes_per_logit += wide if softcap and path == "torch" else 0

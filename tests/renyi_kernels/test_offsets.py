@@ -13,6 +13,7 @@ import torch
 
 import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
+import renyi_kernels.triton_ops.linear_logprob_gemm as product_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
 from renyi_kernels.triton_ops import launches, tuning
 
@@ -186,6 +187,17 @@ def test_the_gradient_of_the_head_takes_far_rows(spread, draw, device, far):
     for P, weight, out in (tensors.values(), moved.values()):
         logprob_passes.gradient_pass(P, weight, target, P[:, 0].contiguous(), P[:, 1].contiguous(), out)
     assert torch.equal(moved["out"], tensors["out"])
+
+
+@pytest.mark.parametrize("far", ["hidden", "weight", "E"])
+def test_the_product_with_epilogue_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"hidden": draw(3, 9), "weight": draw(3, 9), "E": draw(3, 3)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    runs = []
+    for hidden, weight, E in (tensors.values(), moved.values()):
+        runs.append((*product_passes.logprob_product(hidden, weight, target, None, None, 1.0, E), E))
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 # the process of its own

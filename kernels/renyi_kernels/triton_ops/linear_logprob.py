@@ -18,7 +18,7 @@ _BLOCK_D = 1024
 # By dtype of E: the factor it is stored with, and by how many nats a logit may exceed the target's if it is stored
 # relative to that. E in bf16 has the range of fp32: it holds exp(44), and so do its sums. For fp16 a factor moves E to
 # the middle of a small range: 64 exp(6.5) is below 65504
-_RANGES = {torch.bfloat16: (1.0, 44.0), torch.float32: (1.0, 44.0), torch.float16: (64.0, 6.5)}
+RANGES = {torch.bfloat16: (1.0, 44.0), torch.float32: (1.0, 44.0), torch.float16: (64.0, 6.5)}
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def logprob_pass(
     a, b = (None, None) if E is None else (torch.empty_like(logprob), torch.empty_like(logprob))
     if N == 0:
         return logprob, a, b
-    factor, largest = _RANGES[products.dtype if E is None else E.dtype]
+    factor, largest = RANGES[products.dtype if E is None else E.dtype]
     stand_in = products  # the kernel does not follow this pointer
     linear_logprob_pass_kernel[(N,)](
         products,
