@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ class Surroundings:
 
     Attributes:
         added_to: tensors that the function adds something to.
-        read: tensors that it reads. If one of these, or of `added_to`, lies elsewhere than before, all recordings are
+        read: tensors that it reads. If one of these, or of `added_to`, lies elsewhere than before, the recording is
             made anew.
         mode: whatever decides in Python what the function does. Every mode has recordings of its own.
     """
@@ -56,20 +56,38 @@ class Pool:
         self._lock = threading.RLock()
         self._handle: Any = None
         self._graphs = weakref.WeakSet[Any]()
+        self._failed: list[Any] = []
+        self._recordings = weakref.WeakSet[Recordings]()
         self._last: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         return Pool()
 
+    def add(self, recordings: Recordings) -> None:
+        """Let `drop` drop these too."""
+        self._recordings.add(recordings)
+
     def record(self, stream: torch.cuda.Stream, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """A function that repeats this call, by a CUDA graph whose intermediate results lie in this pool."""
         if not self._graphs:  # torch takes no pool again whose graphs are gone
+            self._handle = None
+        if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what ran before has left memory that only its own stream may use again
         graph = torch.cuda.CUDAGraph()
-        # other threads may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"):
-            outputs = call()
+        try:
+            # other threads may pin memory meanwhile. The outer block leaves the stream again if torch's cannot
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"),
+            ):
+                outputs = call()
+        except BaseException:
+            # torch leaves the pool of a graph that failed open, and goes on asking the graph about it
+            self._failed.append(graph)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._handle)
+            self._handle = None
+            raise
         self._graphs.add(graph)
 
         def replay() -> Outputs:
@@ -77,6 +95,11 @@ class Pool:
             return outputs
 
         return replay
+
+    def drop(self) -> None:
+        """Drop all recordings that share this pool. They are made anew when they are needed."""
+        for recordings in list(self._recordings):
+            recordings.drop()
 
     @contextmanager
     def alone(self, device: torch.device) -> Iterator[None]:
@@ -89,9 +112,11 @@ class Pool:
                 stream = torch.cuda.current_stream()
                 if self._last is not None:
                     stream.wait_event(self._last)
-                yield
-                self._last = self._last or torch.cuda.Event()
-                self._last.record(stream)
+                try:
+                    yield
+                finally:
+                    self._last = self._last or torch.cuda.Event()
+                    self._last.record(stream)
 
 
 class Recordings:
@@ -122,8 +147,8 @@ class Recordings:
         self._constants, self._tolerance, self._pool = tuple(constants), tolerance, pool
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._made: dict[Hashable, _Recording] = {}
-        self._addresses: list[int] = []
         self._given_up = False
+        pool.add(self)
 
     @property
     def num_made(self) -> int:
@@ -143,15 +168,11 @@ class Recordings:
             return self._function(inputs)
         with self._pool.alone(self._device):
             shape = self._shape(inputs)
-            recording = self._made.get(shape) if self._addresses == self._current_addresses() else None
-            if recording is not None:
+            recording = self._made.get(shape)
+            if recording is not None and recording.addresses == self._current_addresses():
                 return recording.replay(inputs)
-            try:
-                return self._record(shape, inputs)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    self._made.clear()
-                raise
+            self._made.pop(shape, None)
+            return self._record(shape, inputs)
 
     def drop(self) -> None:
         """Drop all recordings, and with them their memory. They are made anew when they are needed."""
@@ -169,32 +190,38 @@ class Recordings:
     def _record(self, shape: Hashable, inputs: Inputs) -> Outputs:
         """Call the function, then make a recording of this call, and compare what both give."""
         before = [tensor.clone() if tensor.any() else None for tensor in self._surroundings.added_to()]
-        with self._beside_the_others():
-            outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
-        addresses = self._current_addresses()
-        if addresses != self._addresses:
-            self._made.clear()
-            self._addresses = addresses
-        if len(self._made) == MOST_SHAPES:
-            self._give_up(f"there are more than {MOST_SHAPES} shapes of inputs")
-            return outputs
-        added_to = self._surroundings.added_to()
-        truth = [tensor.clone() for tensor in added_to]
         try:
-            recording = _Recording(self._function, inputs, self._constants, self._device, self._stream, self._pool)
-            for tensor, start in zip(added_to, before, strict=True):
-                tensor.zero_() if start is None else tensor.copy_(start)
-            problem = self._difference(outputs, recording.replay(inputs))
-            for tensor, value, start in zip(added_to, truth, before, strict=True):
-                added, expected = (tensor, value) if start is None else (tensor - start, value - start)
-                if problem is None and _apart(added, expected) > self._tolerance:
-                    problem = "a recording adds other values than a plain call"
+            with self._beside_the_others():
+                outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
+            if len(self._made) == MOST_SHAPES:
+                self._give_up(f"there are more than {MOST_SHAPES} shapes of inputs")
+                return outputs
+            added_to = self._surroundings.added_to()
+            truth = [tensor.clone() for tensor in added_to]
+            addresses = self._current_addresses()
+            try:
+                recording = _Recording(
+                    self._function, inputs, self._constants, self._device, self._stream, self._pool, addresses
+                )
+                _restore(added_to, before)
+                problem = self._difference(outputs, recording.replay(inputs))
+                for tensor, value, start in zip(added_to, truth, before, strict=True):
+                    added, expected = (tensor, value) if start is None else (tensor - start, value - start)
+                    if problem is None and _apart(added, expected) > self._tolerance:
+                        problem = "a recording adds other values than a plain call"
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                cause: BaseException = error
+                while cause.__context__ is not None:  # the first one; others say that nothing was recorded
+                    cause = cause.__context__
+                problem = f"{type(cause).__name__}: {reason(cause)}"
         except Exception as error:
             if is_out_of_memory(error):
-                raise
-            problem = f"{type(error).__name__}: {reason(error)}"
-        for tensor, value in zip(added_to, truth, strict=True):
-            tensor.copy_(value)
+                self._made.clear()
+                _restore(self._surroundings.added_to(), before)
+            raise
+        _restore(added_to, truth)
         if problem is None:
             self._made[shape] = recording
         else:
@@ -243,11 +270,15 @@ class _Recording:
         device: torch.device,
         stream: torch.cuda.Stream | None,
         pool: Pool,
+        addresses: list[int],
     ) -> None:
-        self._inputs = {
-            name: tensor.clone() if name in constants else torch.empty_like(tensor, device=device, pin_memory=False)
-            for name, tensor in inputs.items()
-        }
+        self.addresses = addresses
+        # nobody could write to tensors of the inference mode later
+        with torch.inference_mode(False), torch.no_grad():
+            self._inputs = {
+                name: tensor.clone() if name in constants else torch.empty_like(tensor, device=device, pin_memory=False)
+                for name, tensor in inputs.items()
+            }
         self._copied = [name for name in inputs if name not in constants]
         self._fill(inputs)
         call = partial(function, self._inputs)
@@ -263,9 +294,17 @@ class _Recording:
             self._inputs[name].copy_(inputs[name], non_blocking=True)
 
 
+def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+    """Give the tensors these values; None is zero."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.zero_() if value is None else tensor.copy_(value)
+
+
 def _apart(value: Tensor, truth: Tensor) -> float:
     """How far a tensor is from the true one, relative to the norm of that. Entries that are not finite are no distance
     where both have the same."""
+    if not truth.is_floating_point():
+        value, truth = value.double(), truth.double()
     same = (value == truth) | (value.isnan() & truth.isnan())
     distance = torch.linalg.vector_norm(torch.where(same, 0.0, value - truth))
     size = torch.linalg.vector_norm(truth.nan_to_num(0.0, 0.0, 0.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -68,7 +68,12 @@ def test_every_call_gives_what_the_function_gives_and_adds_once(work):
 
 def test_a_shape_a_type_a_constant_and_a_mode_have_recordings_of_their_own(work):
     run = work.recordings(constants=["most"])
-    for given in (inputs(4), inputs(6), {"x": torch.arange(4)}, inputs(4) | {"most": torch.tensor([1, 2])}):
+    for given in (
+        inputs(4),
+        inputs(6),
+        inputs(4) | {"ids": torch.arange(4)},
+        inputs(4) | {"most": torch.tensor([1, 2])},
+    ):
         check(work, run, given)
     assert run.num_made == 4
     check(work, run, inputs(4) | {"most": torch.tensor([1, 3])})
@@ -95,11 +100,33 @@ def test_constants_are_read_where_they_lie(work):
 @pytest.mark.parametrize("moved", ["total", "factor"])
 def test_what_lies_elsewhere_now_is_recorded_anew(work, moved):
     run = work.recordings()
-    check(work, run, inputs(4))
-    check(work, run, inputs(6))
+    for size in (4, 6):
+        check(work, run, inputs(size))
     setattr(work, moved, getattr(work, moved).clone())
-    check(work, run, inputs(4))
-    assert run.num_made == 1
+    calls = []
+    for size in (4, 6, 4, 6):
+        before = work.calls
+        check(work, run, inputs(size))
+        calls.append(work.calls - before)
+    assert calls == [2, 2, 1, 1]
+    assert run.num_made == 2
+
+
+def test_recordings_of_one_pool_are_dropped_together(work):
+    pool = Pool()
+    several = [work.recordings(pool=pool) for _ in range(2)]
+    for run in several:
+        check(work, run, inputs())
+    pool.drop()
+    assert [run.num_made for run in several] == [0, 0]
+    check(work, several[0], inputs())
+
+
+def test_inputs_of_the_inference_mode_can_be_replaced_later(work):
+    run = work.recordings()
+    with torch.inference_mode():
+        run({"x": torch.arange(4.0)})
+    check(work, run, inputs())
 
 
 def test_more_shapes_than_there_may_be_are_run_as_they_are(work):
@@ -206,9 +233,11 @@ def test_out_of_memory_is_the_callers_and_drops_all_recordings(work, repeats, wh
             raise error
 
         repeats(refuse)
+    before = work.total.clone()
     with pytest.raises(torch.OutOfMemoryError):
         run(inputs(6))
     assert run.num_made == 0
+    assert work.total.equal(before)  # who tries again does not add twice
 
 
 def test_an_error_of_the_function_is_the_callers(work):
@@ -232,6 +261,9 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch):
         def replay(self):
             pass
 
+    def refuse():
+        raise ValueError("no")
+
     @contextmanager
     def capturing(graph, *, pool, stream, capture_error_mode):
         pools.append(pool)
@@ -240,6 +272,8 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles), raising=False)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     pool = Pool()
     kept = [pool.record(None, dict) for _ in range(2)]
     assert kept[0]() == {}
@@ -249,6 +283,10 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch):
     kept.clear()
     kept.append(pool.record(None, dict))
     assert pools == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match="no"):  # nor is that of a graph that could not be made
+        pool.record(None, refuse)
+    kept.append(pool.record(None, dict))
+    assert pools == [0, 0, 0, 1, 1, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
