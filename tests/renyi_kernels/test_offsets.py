@@ -136,6 +136,30 @@ def test_the_transposed_adapter_of_an_input_gradient_may_be_far(spread, draw):
     assert torch.equal(far, packed)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "far"), [("expand", "B"), ("expand", "out"), ("up_backward", "dY"), ("up_backward", "B")]
+)
+def test_the_far_map_may_be_the_second_of_a_launch(spread, draw, tile, kernel, far):
+    M = tile(kernel, draw(1)) + 1
+    maps = [arguments_of(kernel, draw, 1, M, R=3, O=O) for O in (5, 66)]
+    reach = min(tile(kernel, draw(1)), maps[1][far].shape[1]) - 1
+    moved = spread(maps[1][far], *far_from_row_to_row(maps[1][far], reach))
+
+    def run(second):
+        given_ = {name: [maps[0][name].clone(), second[name]] for name in ARGUMENTS[kernel]}
+        if kernel == "expand":
+            lora_passes.expand(given_["S"], given_["B"], 2.0, given_["base"], given_["out"])
+        else:
+            counters = lora_passes.new_counters(maps[0]["dY"], [3, 3], 1).zero_()
+            both = (given_[name] for name in ("dS", "dB"))
+            lora_passes.up_backward(given_["dY"], given_["S"], given_["B"], 2.0, *both, False, counters)
+        return [x for name in WRITTEN[kernel] for x in given_[name]]
+
+    copies = lambda: {name: x.clone() for name, x in maps[1].items()}
+    ours, expected = run(copies() | {far: moved}), run(copies())
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+
+
 def test_only_a_far_tile_pays_for_long_offsets(draw):
     """A million rows of 8960 are far from one end to the other, and no tile of them is."""
     assert not lora_passes._far(256 * 151_936)
