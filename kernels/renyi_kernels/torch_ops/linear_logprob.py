@@ -52,12 +52,13 @@ def logprob_pass(
             e.scatter_(1, y, -of_target)
             b[some] = (logit_scale / total).squeeze(1)
         else:
-            # rounded as probabilities: their sums are small, also for fp16
-            of_target = of_target / total + _round_into(E[some], e.div_(total))
-            whole = of_target.to(E.dtype)
-            E[some].scatter_(1, y, -whole)
-            a[some] = (logit_scale * (of_target - whole)).squeeze(1)
-            b[some] = logit_scale
+            # rounded so that they sum to one: fp16 holds them and their sums, however likely the target is
+            unit = S.clamp(min=torch.finfo(S.dtype).tiny)
+            of_target = of_target / unit + _round_into(E[some], e.div_(unit))
+            rounded, factor = of_target.to(E.dtype), logit_scale * unit / total
+            E[some].scatter_(1, y, -rounded)
+            a[some] = (factor * (of_target - rounded)).squeeze(1)
+            b[some] = factor.squeeze(1)
     return logprob, a, b
 
 
