@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # a CPU works on a few rows at a time: so many bytes of them stay in its cache
-_CACHED_BYTES = 4 * 2**20
+_CACHED_BYTES = 2 * 2**20
 
 
 def logprob_pass(
@@ -44,20 +44,23 @@ def logprob_pass(
         logprob[some] = (z_y - top - torch.log1p(e_y - 1.0 + S)).squeeze(1)
         if E is None or b is None:
             continue
-        of_target, total = S, e_y + S
+        of_target, sum_E, total = S, S, e_y + S
         if slope is not None:
             of_target = S * slope.gather(1, y)
-            e.mul_(slope)
+            sum_E = e.mul_(slope).sum(dim=1, keepdim=True)
         if a is None:
             e.scatter_(1, y, -of_target)
             b[some] = (logit_scale / total).squeeze(1)
         else:
-            # rounded so that they sum to one: fp16 holds them and their sums, however likely the target is
+            # divided by S, so that fp16 holds E and its sums, however likely the target is
             unit = S.clamp(min=torch.finfo(S.dtype).tiny)
-            of_target = of_target / unit + _round_into(E[some], e.div_(unit))
-            rounded, factor = of_target.to(E.dtype), logit_scale * unit / total
-            E[some].scatter_(1, y, -rounded)
-            a[some] = (factor * (of_target - rounded)).squeeze(1)
+            rounded = E[some].copy_(e.mul_(1.0 / unit))
+            # E_y is minus the others' sum, so this row adds up to almost nothing: to what rounding has changed in it.
+            # Rows w_v of a head have much in common. If w_y's coefficient takes that in, errors of rounding multiply
+            # only the differences w_y - w_v
+            rounded.scatter_(1, y, (-sum_E / unit).to(E.dtype))
+            factor = logit_scale * unit / total
+            a[some] = (factor * ((of_target - sum_E) / unit + rounded.sum(dim=1, keepdim=True))).squeeze(1)
             b[some] = factor.squeeze(1)
     return logprob, a, b
 
@@ -77,16 +80,6 @@ def _logits(
             slope = torch.square(z).neg_().add_(1.0)
         z.mul_(logit_softcap)
     return slope
-
-
-def _round_into(rounded: Tensor, exact: Tensor) -> Tensor:
-    """Rounds a matrix, and returns by how much that has changed the sum of each row.
-
-    Rows w_v of a head have much in common. Added to the coefficient of w_y, this sum lets errors of rounding multiply
-    only the differences w_y - w_v.
-    """
-    rounded.copy_(exact)
-    return rounded.sum(dim=1, keepdim=True, dtype=exact.dtype) - exact.sum(dim=1, keepdim=True)
 
 
 def gradient_pass(P: Tensor, weight: Tensor, target: Tensor, a: Tensor | None, b: Tensor, out: Tensor) -> None:
