@@ -85,6 +85,8 @@ def text(rows: list[Row]) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in group[0]["shape"].items())
         lines, reasons = [head], []
         for row in ratios(group):
+            if row["status"].startswith("missing: "):
+                continue
             if row["status"] != "ok":
                 reasons.append(f"{row['variant']} ({row['kind']})  {row['status']}")
                 continue
@@ -92,10 +94,26 @@ def text(rows: list[Row]) -> str:
             cells = [row["variant"], row["kind"], row["path"] or "-"]
             cells += [number(row[name]) for name in ("median_ms", "p20_ms", "p80_ms", "peak_mib")]
             lines.append([*cells, *(number(ratio[kind]) for kind in ("naive", "peer", "floor"))])
+        if not reasons and len(lines) == 1:
+            continue
         title = f"{op} {shape_name} {direction}: {sizes} {dtype}, {device}, {threads} threads"
         parts.append("\n".join([title, *([table(lines)] if len(lines) > 1 else []), *reasons]))
+    parts += missing(rows)
     legend = "x naive, x best peer: how many times faster than those; floor x: how many times the floor's time"
     return "\n\n".join([*parts, legend]) + "\n"
+
+
+def missing(rows: list[Row]) -> list[str]:
+    """A paragraph that names the rows that were not measured, if there are any."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"].startswith("missing: "):
+            reason = row["status"].removeprefix("missing: ")
+            names.setdefault(f"{row['op']} {row['shape_name']} {row['direction']}, {reason}", []).append(row["variant"])
+    if not names:
+        return []
+    head = f"{sum(map(len, names.values()))} rows are missing; the same command again measures them:"
+    return ["\n".join([head, *(f"{name}: {', '.join(variants)}" for name, variants in names.items())])]
 
 
 def readme(rows: list[Row]) -> str:
@@ -104,7 +122,7 @@ def readme(rows: list[Row]) -> str:
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
         ours = best(group, "ours")
-        if not shape_name.startswith("bar") or direction not in ("both", "step") or ours is None:
+        if not shape_name.startswith("bar") or direction not in ("both", "step", "tokens") or ours is None:
             continue
         cells = [f"{device}, {threads} threads", f"{op} {shape_name.removeprefix('bar_')}, {dtype}"]
         cells.append(f"**{number(ours['median_ms'])}** ({ours['path']})")
