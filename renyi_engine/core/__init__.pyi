@@ -1,4 +1,5 @@
 from . import files as files, output_folder as output_folder, seeding as seeding, typos as typos
+from .cuda_graphs import Pool as Pool, Recordings as Recordings, Surroundings as Surroundings
 from .files import read_json as read_json, write_text as write_text
 from .flags import Parser as Parser, parse as parse
 from .memory import (
@@ -9,6 +10,7 @@ from .memory import (
 )
 from .messages import reason as reason, some as some
 from .output_folder import CONFIG_FILE as CONFIG_FILE
+from .packed_rows import attention_of as attention_of
 from .progress import TrainingProgress as TrainingProgress, track as track
 from .settings import (
     SQUARABLE as SQUARABLE,

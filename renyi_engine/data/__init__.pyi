@@ -23,6 +23,7 @@ from .examples import (
     tokenize as tokenize,
 )
 from .excerpts import excerpt as excerpt, marked as marked
+from .filled_rows import Filler as Filler, RowSizes as RowSizes, choose_sizes as choose_sizes, fill as fill
 from .reasoning import (
     ANALYSIS as ANALYSIS,
     FINAL as FINAL,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from renyi_engine.core import attention_of
 from renyi_engine.data.examples import Example
 from renyi_engine.data.turns import common_prefix
 from renyi_kernels import IGNORE_INDEX
@@ -32,8 +33,7 @@ def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
 
     Returns:
         input_ids, position_ids: ``[1, N]``; positions count from the beginning of each sequence.
-        segments: ``[n, 2]``, for the host. The row is n parts, each of so many tokens; they see themselves and the
-            tokens of the part with the second number, where it is not -1.
+        segments, ends, perhaps keys: who sees whom, see `core.packed_rows`. The row is n parts.
         labels: ``[L]``, the labels that count. label_rows: ``[L]``, the places in the row that predict them.
         label_places: ``[B, T]``: of every sequence, in the given order, which of the L labels are its first, second
             and so on; L where it has no more.
@@ -67,7 +67,7 @@ def pack(families: Iterable[Sequence[Example]]) -> dict[str, Tensor]:
     return {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([positions]),
-        "segments": torch.tensor(segments),
+        **attention_of(segments),
         "labels": torch.tensor(labels, dtype=torch.int64),
         "label_rows": torch.tensor(label_rows, dtype=torch.int64),
         "label_places": pad_sequence(label_places, batch_first=True, padding_value=len(labels)),

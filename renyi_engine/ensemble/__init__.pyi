@@ -1,6 +1,7 @@
 from . import adapter_folder as adapter_folder, model_limits as model_limits, targets as targets
 from .adapted_maps import Rows as Rows
 from .borrowed_model import require_bare as require_bare
+from .captured import records as records, with_gradients as with_gradients
 from .config import AdapterConfig as AdapterConfig, EnsembleConfig as EnsembleConfig, ModelConfig as ModelConfig
 from .fingerprint import Fingerprint as Fingerprint, difference as difference, is_fingerprint as is_fingerprint
 from .lora_ensemble import LoraEnsemble as LoraEnsemble, sum_tokens as sum_tokens

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from renyi_engine.core import is_out_of_memory
-from renyi_engine.ensemble import adapter_folder, architecture, base_check, generation, packing_trial, targets
+from renyi_engine.core import Pool, is_out_of_memory
+from renyi_engine.ensemble import adapter_folder, architecture, base_check, captured, generation, packing_trial, targets
 from renyi_engine.ensemble.adapted_maps import Rows, by_input
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.borrowed_model import Loan, claimed
@@ -64,6 +64,8 @@ class LoraEnsemble(nn.Module):
         """The alpha that a loaded ensemble was trained with; None if its folder does not say it."""
         self.reads_from_cache: bool | None = None
         """Whether `generate` may use the model's cache; None until it has been tried."""
+        self.graph_pool = Pool()
+        """The memory of what is recorded as CUDA graphs (see `captured`)."""
         self._loan = Loan(model)
         self._found = found
         maps = {path: model.get_submodule(path) for path in adapters}
@@ -217,7 +219,7 @@ class LoraEnsemble(nn.Module):
         if self.rows is Rows.OWN:
             raise RuntimeError("a packed row is one for all particles, but here every particle has rows of its own")
         device = self.model.get_input_embeddings().weight.device
-        packing = Packing(self._found.decoder.config, batch["segments"].tolist())
+        packing = Packing(self._found.decoder.config, batch)
         with self._installation.forward(self.rows, packing):
             ids, positions = (batch[name].to(device, non_blocking=True) for name in ("input_ids", "position_ids"))
             ids, positions = self._for_all(ids), self._for_all(positions)
@@ -300,6 +302,7 @@ class LoraEnsemble(nn.Module):
         """Supervised log-likelihoods ``s[k, i]``, ``[K, B]``, fp32, in nats: sums over the labelled tokens (4.1)."""
         return sum_tokens(self.token_logprob(batch))
 
+    captured = captured.captured
     generate = generation.generate
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +43,8 @@ class PackedMask:
     """What layers are given in place of a mask. `own(q_length, kv_length)` is the model's own mask, for one sequence
     whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal."""
 
-    def __init__(self, segments: Sequence[Segment], own: Callable[[int, int], Any]) -> None:
-        self.segments = segments
+    def __init__(self, packing: Packing, own: Callable[[int, int], Any]) -> None:
+        self.packing = packing
         self._own, self._made = own, dict[tuple[int, int], Any]()
         self._rows: dict[tuple[int, torch.device], varlen.Row] = {}
 
@@ -54,7 +54,7 @@ class PackedMask:
             return None
         place = query.shape[0], query.device  # the shared trunk runs one row, and other layers K
         if place not in self._rows:
-            self._rows[place] = varlen.row(self.segments, *place)
+            self._rows[place] = self.packing.row(query.shape[2], *place)
         row = self._rows[place]
         return row if self.of(row.max_k, row.max_k) is None else None
 
@@ -65,13 +65,30 @@ class PackedMask:
 
 
 class Packing:
-    """The sequences of one packed row. `config`: of the model that reads it."""
+    """The sequences of one packed row. `config`: of the model that reads it. `batch`: see `data.pack`, `data.fill`."""
 
-    def __init__(self, config: PreTrainedConfig, segments: Sequence[Sequence[int]]) -> None:
-        self.segments = [Segment(*segment) for segment in segments]
+    def __init__(self, config: PreTrainedConfig, batch: Mapping[str, Tensor]) -> None:
+        self._batch = batch
         parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
         parts = [part for part in parts if isinstance(part, PreTrainedConfig)]
         self._configs = [part for part in parts if part._attn_implementation is not None]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        return [Segment(*segment) for segment in self._batch["segments"].tolist() if segment[0]]
+
+    def row(self, num_tokens: int, num_particles: int, device: torch.device) -> varlen.Row:
+        """The row for one call of attention. Rows that were filled up say what the longest parts are."""
+        if "longest" in self._batch:
+            max_q, max_k = self._batch["longest"].tolist()
+        else:
+            max_q = max(segment.length for segment in self.segments)
+            max_k = max(
+                segment.length + (self.segments[segment.prefix].length if segment.prefix >= 0 else 0)
+                for segment in self.segments
+            )
+        keys = self._batch.get("keys")
+        return varlen.row(self._batch["ends"], keys, (max_q, max_k), num_tokens, num_particles, device)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -137,7 +154,7 @@ def _mask(attention: str, *, batch_size: int, q_length: int, kv_length: int, q_o
         alone = {"attention_mask": None, "q_offset": kv_length - q_length}
         return make(batch_size=1, q_length=q_length, kv_length=kv_length, **options | alone)
 
-    return PackedMask(packing.segments, own)
+    return PackedMask(packing, own)
 
 
 def _attend(
@@ -157,7 +174,7 @@ def _attend(
     options.pop("position_ids", None)  # those of the whole row, by which flash attention would cut a sequence again
 
     def by_sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        segments = attention_mask.segments
+        segments = attention_mask.packing.segments
         lengths = [segment.length for segment in segments]
         queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
         outputs = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from renyi_engine.core import is_out_of_memory, reason
+from renyi_engine.core import attention_of, is_out_of_memory, reason
 from renyi_engine.ensemble import architecture
 
 MOVED = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -110,12 +110,11 @@ def _read(ensemble: Readable, parts: list[Tensor]) -> list[Tensor]:
     lengths = [len(part) for part in parts]
     starts = [0, 0, 0, lengths[2], lengths[2]]
     positions = [start + torch.arange(length) for start, length in zip(starts, lengths, strict=True)]
-    prefixes = [-1, -1, -1, 2, 2]
+    segments = list(zip(lengths, [-1, -1, -1, 2, 2], strict=True))
     row = {
         "input_ids": torch.cat(parts)[None],
         "position_ids": torch.cat(positions)[None],
-        "segments": torch.tensor([lengths, prefixes]).mT,
-    }
+    } | attention_of(segments)
     return list(ensemble.packed_hidden(row).split(lengths, dim=1))
 
 

@@ -102,20 +102,36 @@ class ParticleMatrix:
         for group, places in zip(self.groups, self._places, strict=True):
             group.copies = places.block.of(source), [place.of(source) for place in places.B]
 
+    @property
+    def copy(self) -> Tensor | None:
+        """The copy ``[K, P]`` that `refresh` made last."""
+        return self._copy
+
     # ------------------------------------------------------------------ gradients
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero, and let autograd add the next ones into one matrix."""
+        self._make_gradients()
+        self.gradients.zero_()
+        for parameter, view in zip(self._own, self._gradient_views, strict=True):
+            if parameter.grad is not view:
+                parameter.grad = view
+
+    @torch.no_grad()
+    def attach_gradients(self) -> None:
+        """Let autograd add the next gradients into one matrix, to those that the parameters have."""
+        self._make_gradients()
+        for parameter, view in zip(self._own, self._gradient_views, strict=True):
+            if parameter.grad is not view:
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
+
+    def _make_gradients(self) -> None:
         self.link()
         if self._gradients is None or self._gradients.device != self.values.device:
             self._gradients = torch.zeros_like(self.values, requires_grad=False)
             self._gradient_views = [view for pair in self.named(self._gradients).values() for view in pair]
-        else:
-            self._gradients.zero_()
         self.values.grad = self._gradients
-        for parameter, view in zip(self._own, self._gradient_views, strict=True):
-            if parameter.grad is not view:
-                parameter.grad = view
 
     def accumulate(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a scalar, to `gradients`."""
@@ -126,8 +142,8 @@ class ParticleMatrix:
 
     @property
     def gradients(self) -> Tensor:
-        """The gradients ``[K, P]``, fp32, of everything since `zero_gradients`."""
-        assert self._gradients is not None, "zero_gradients comes first"
+        """The gradients ``[K, P]``, fp32, of everything since they were set to zero."""
+        assert self._gradients is not None, "zero_gradients or attach_gradients comes first"
         return self._gradients
 
     def gradient_norms(self) -> Tensor:

@@ -7,8 +7,7 @@ Layout: K particles (the rows of the model), N tokens of a packed row, H heads, 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,8 @@ class Row(NamedTuple):
     Attributes:
         ends_q, ends_k: ``[n * K + 1]`` int32: where the queries, and the keys, of each part end.
         max_q, max_k: the most queries and keys of a part.
-        keys: ``[M]``: the tokens whose keys each part sees, one part after the other; None if these are its own tokens.
+        keys: ``[M]``: the tokens whose keys each part sees, one part after the other, and -1 where there is none; None
+            if every part sees its own tokens alone.
     """
 
     ends_q: Tensor
@@ -52,29 +52,25 @@ def _has_right_sizes(query: Tensor, value: Tensor) -> bool:
     return D <= 256 and D % 8 == 0 and value.shape[-1] == D
 
 
-def row(segments: Sequence[tuple[int, int]], num_particles: int, device: torch.device) -> Row:
-    """`segments`: (number of tokens, number of the part whose keys come before its own, or -1) of each part."""
-    starts = [0, *itertools.accumulate(length for length, _ in segments)]
-    keys, num_keys = [], []
-    for part, (length, prefix) in enumerate(segments):
-        seen = list(range(starts[part], starts[part] + length))
-        if prefix >= 0:
-            seen = [*range(starts[prefix], starts[prefix] + segments[prefix][0]), *seen]
-        keys += seen
-        num_keys.append(len(seen))
-    lengths = [length for length, _ in segments]
-    shared = any(prefix >= 0 for _, prefix in segments)
+def row(
+    ends: Tensor,
+    keys: Tensor | None,
+    longest: tuple[int, int],
+    num_tokens: int,
+    num_particles: int,
+    device: torch.device,
+) -> Row:
+    """The row of all particles, from that of one: see `core.packed_rows`. `longest`: max_q and max_k. Nothing here asks
+    for a value."""
+    ends = ends.to(device, non_blocking=True)
+    keys = None if keys is None else keys.to(device, non_blocking=True)
+    particles = torch.arange(num_particles, dtype=torch.int32, device=device)[:, None]
 
-    def put(numbers: list[int], dtype: torch.dtype) -> Tensor:
-        # from other memory than pinned one, a GPU may copy only when it has done everything before
-        return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    def of_all(ends: Tensor, num: int) -> Tensor:
+        return torch.cat([ends[:1], (particles * num + ends[1:]).flatten()])
 
-    def ends(sizes: Sequence[int]) -> Tensor:
-        all_ends = [0, *itertools.accumulate(itertools.chain(*itertools.repeat(sizes, num_particles)))]
-        return put(all_ends, torch.int32)
-
-    of_keys = put(keys, torch.int64) if shared else None
-    return Row(ends(lengths), ends(num_keys), max(lengths), max(num_keys), of_keys)
+    num_keys = num_tokens if keys is None else len(keys)
+    return Row(of_all(ends[0], num_tokens), of_all(ends[1], num_keys), *longest, keys)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float | None) -> Tensor:
@@ -82,7 +78,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float |
     K, H, N, _ = query.shape
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     if row.keys is not None:
-        k, v = k.index_select(1, row.keys), v.index_select(1, row.keys)
+        there, places = (row.keys >= 0)[:, None, None], row.keys.clamp(min=0)
+        # the kernel writes no gradient of keys that no part sees, and whatever stands there must not be added
+        k, v = (states.index_select(1, places).where(there, 0.0) for states in (k, v))
     if k.shape[2] != H:
         k, v = (states.repeat_interleave(H // states.shape[2], dim=2) for states in (k, v))
     q, k, v = (states.flatten(0, 1) for states in (q, k, v))

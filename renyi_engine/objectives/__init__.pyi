@@ -12,7 +12,13 @@ from .dpo import ACCURACY as ACCURACY, MARGIN as MARGIN, DpoTask as DpoTask
 from .loss import data_term as data_term
 from .metrics import ESS as ESS, EVAL as EVAL, LOSS as LOSS, Metric as Metric, Nll as Nll, nll_per as nll_per
 from .prior import PriorName as PriorName, potential_curvature as potential_curvature, prior_term as prior_term
-from .scoring import Evaluation as Evaluation, evaluate as evaluate, means as means, sums as sums
+from .scoring import (
+    Evaluation as Evaluation,
+    Scorer as Scorer,
+    evaluate as evaluate,
+    means as means,
+    sums as sums,
+)
 from .sft import SftTask as SftTask
 from .task import (
     Item as Item,

@@ -5,15 +5,15 @@ Layout: K particles, N examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from renyi_engine.data import longest_first
-from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.data import Filler, RowSizes, longest_first
+from renyi_engine.ensemble import LoraEnsemble, records
 from renyi_engine.objectives.metrics import ESS, LOSS, nll_per, of_particles
 from renyi_engine.objectives.task import Item, Task, batch_of, length
 from renyi_kernels import renyi_reduce
@@ -68,17 +68,54 @@ def means(totals: Mapping[str, float | list[float]], num_examples: int) -> dict[
     return found
 
 
-@torch.no_grad()
+class Scorer:
+    """Scores the same examples under every particle, as often as it is called.
+
+    On a GPU, the forwards are recorded as CUDA graphs, unless `cuda_graphs` is False or the model cannot read packed
+    rows: see `LoraEnsemble.captured`.
+    """
+
+    def __init__(
+        self,
+        ensemble: LoraEnsemble,
+        task: Task,
+        examples: Sequence[Item],
+        batch_size: int,
+        *,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.ensemble, self.task, self.examples = ensemble, task, examples
+        order = longest_first(map(length, examples))
+        self._parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self._back = torch.tensor(order).argsort()
+        self._fill: Filler | None = None
+        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = self._score
+        if cuda_graphs and ensemble.packs and records(ensemble.particles.values.device):
+            self._fill = Filler(RowSizes.of(self._batch(part)) for part in self._parts)
+            self._run = ensemble.captured(self._score, compared=["logp"])
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """The scores, in the order of the examples."""
+        found = []
+        for part in self._parts:
+            batch = self._batch(part)
+            found.append(self._run(batch if self._fill is None else self._fill(batch)))
+        scored = {
+            name: torch.cat([part[name].float().cpu() for part in found], dim=-1)[..., self._back] for name in found[0]
+        }
+        num_labels = torch.tensor([example.num_labels for example in self.examples])
+        rows = [example.row for example in self.examples]
+        return Evaluation(rows, self.task.unit, num_labels, scored.pop("logp"), scored)
+
+    def _batch(self, part: Sequence[int]) -> Mapping[str, Tensor]:
+        return batch_of(self.task, self.ensemble, [self.examples[i] for i in part])
+
+    def _score(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scores = self.task.score(self.ensemble, batch)
+        return {"logp": scores.logp, **scores.details}
+
+
 def evaluate(ensemble: LoraEnsemble, task: Task, examples: Sequence[Item], batch_size: int) -> Evaluation:
-    """Score every example under every particle. The result is in the order of `examples`."""
-    order = longest_first(map(length, examples))
-    parts = []
-    for start in range(0, len(order), batch_size):
-        scores = task.score(
-            ensemble, batch_of(task, ensemble, [examples[i] for i in order[start : start + batch_size]])
-        )
-        parts.append({"logp": scores.logp, **scores.details})
-    back = torch.tensor(order).argsort()
-    scored = {name: torch.cat([part[name].float().cpu() for part in parts], dim=-1)[..., back] for name in parts[0]}
-    num_labels = torch.tensor([example.num_labels for example in examples])
-    return Evaluation([example.row for example in examples], task.unit, num_labels, scored.pop("logp"), scored)
+    """Score every example under every particle, once: see `Scorer`."""
+    return Scorer(ensemble, task, examples, batch_size)()

@@ -54,12 +54,12 @@ class BatchesAhead:
 
     def _make_all(self, chosen: list[int], size: int) -> list[Batch]:
         examples = [self._examples[i] for i in chosen]
-        batches = [self._make(part) for part in self._parts(examples, size)]
+        batches = [self._make(part) for part in self.parts(examples, size)]
         if self._pinned:
             return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches
 
-    def _parts(self, examples: list[Any], size: int) -> list[list[Any]]:
+    def parts(self, examples: list[Any], size: int) -> list[list[Any]]:
         """The examples of each micro-batch. One that alone has more than the most tokens is alone."""
         parts: list[list[Any]] = []
         left = 0.0

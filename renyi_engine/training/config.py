@@ -133,6 +133,13 @@ class TrainConfig(AdapterConfig):
         "same step. Without it, a micro-batch is one row.",
         group="advanced",
     )
+    cuda_graphs: Literal["auto", "true", "false"] = flag(
+        "auto",
+        "Record the forward and backward of micro-batches as CUDA graphs, and replay them, so that the GPU does not "
+        "wait for Python. For that, rows are filled up to a few sizes. 'auto': on a GPU, if the model can read packed "
+        "rows.",
+        group="optimisation",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = flag(
         "random",
         "Order of the examples. 'group_by_length' draws batches of similar length, which need less padding where they "
@@ -207,6 +214,8 @@ class TrainConfig(AdapterConfig):
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
             self.resume_from_checkpoint = "true" if said in ("true", "yes", "on") else None
+        if isinstance(self.cuda_graphs, bool):
+            self.cuda_graphs = "true" if self.cuda_graphs else "false"
         require(self, ("alpha",), FINITE_ALPHA, lambda v: math.isfinite(v) and v >= 0)
         require_kinds(self)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed

@@ -8,7 +8,7 @@ from typing import Any
 from renyi_engine.core import TrainingProgress, must_fit
 from renyi_engine.data import excerpt
 from renyi_engine.ensemble import LoraEnsemble
-from renyi_engine.objectives import ESS, Evaluation, Task, alpha_rule, evaluate
+from renyi_engine.objectives import ESS, Evaluation, Scorer, Task, alpha_rule
 from renyi_engine.training import record_contents
 from renyi_engine.training.callbacks import Callbacks
 from renyi_engine.training.config import TrainConfig
@@ -84,7 +84,7 @@ class Journal:
         if self.evaluation is not None and self.evaluation[0] == state.step:
             return
         with must_fit("an evaluation", "lower --per_device_eval_batch_size"):
-            found = evaluate(self.ensemble, self.task, self._evaluated, config.per_device_eval_batch_size)
+            found = self._scorer()
         self.evaluation = state.step, found
         summary = found.summary(state.alpha)
         split = "held-out" if held_out else "training"
@@ -109,6 +109,11 @@ class Journal:
     @property
     def _evaluated(self) -> list[Any]:
         return self.dataset.held_out or self.dataset.train[:TRAINING_EXAMPLES_SHOWN]
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        batch_size, recorded = self.config.per_device_eval_batch_size, self.config.cuda_graphs != "false"
+        return Scorer(self.ensemble, self.task, self._evaluated, batch_size, cuda_graphs=recorded)
 
     @cached_property
     def _texts(self) -> list[str]:

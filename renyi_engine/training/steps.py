@@ -8,24 +8,27 @@ Layout: K particles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from renyi_engine.data import StepSampler
-from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.data import Filler, RowSizes, StepSampler
+from renyi_engine.ensemble import LoraEnsemble, records
 from renyi_engine.objectives import Task, batch_of, length
 from renyi_engine.training.batches_ahead import BatchesAhead
 from renyi_engine.training.config import TrainConfig, steps_of
 from renyi_engine.training.figures import Figures, MadeStep
 from renyi_engine.training.loss_spikes import RecentNlls
 from renyi_engine.training.state import State
-from renyi_engine.training.train_step import train_step
+from renyi_engine.training.train_step import micro_step, train_step
+
+_LOOKED_AHEAD = 500
+"""The sizes of rows are chosen by so many steps."""
 
 
 class Steps:
@@ -66,8 +69,12 @@ class Steps:
         self._learning_rate = self._number(0.0, torch.float32 if self.device.type == "cuda" else torch.float64)
         # asked here, because the first one to ask tries the model, and the thread that makes batches must not
         most_tokens, pinned = config.packed_row_tokens if ensemble.packs else None, self.device.type == "cuda"
-        make = partial(batch_of, task, ensemble)
-        self.batches = BatchesAhead(examples, make, most_tokens=most_tokens, pinned=pinned)
+        self.batches = BatchesAhead(examples, self._batch, most_tokens=most_tokens, pinned=pinned)
+        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+        self._filler: Filler | None = None
+        self._planned_for: int | None = None
+        if config.cuda_graphs != "false" and ensemble.packs and records(self.device):
+            self._run = ensemble.captured(partial(micro_step, ensemble, task))
         self.recent_nlls = RecentNlls([], self.device)
 
     def go_on(self, recent_nlls: list[float]) -> None:
@@ -85,6 +92,8 @@ class Steps:
             DoesNotFit: see `train_step`. Nothing was changed.
         """
         size, chosen = state.micro_batch_size, self.sampler.examples(state.position)
+        if self._run is not None and size != self._planned_for:
+            self._plan(state.position, size)
         batches = self.batches.take(chosen, size)
         if state.position + 1 < self.total:
             self.batches.begin(self.sampler.examples(state.position + 1), size)
@@ -103,10 +112,26 @@ class Steps:
                 self._number(len(examples), torch.float32),
                 self.recent_nlls.limit(self.config.spike_threshold) * labels / len(examples),
                 self.tell,
+                self._run,
             )
         self.recent_nlls.remember(result.mixture_nll.sum().double() / labels, result.updated.any())
         rows = [example.row for example in examples]
         return MadeStep(state.step + 1, alpha, rows, labels, tokens, Figures(result))
+
+    def _plan(self, position: int, size: int) -> None:
+        """Choose the sizes to which packed rows are filled up, by the next micro-batches of `size` examples."""
+        alone = cache(lambda i: RowSizes.of(self.task.pack([self.examples[i]])))
+        rows = []
+        for step in range(position, min(position + _LOOKED_AHEAD, self.total)):
+            chosen = self.sampler.examples(step)
+            numbers = iter(chosen)
+            for part in self.batches.parts([self.examples[i] for i in chosen], size):
+                rows.append(RowSizes.together([alone(next(numbers)) for _ in part]))
+        self._filler, self._planned_for = Filler(rows), size
+
+    def _batch(self, items: Sequence[Any]) -> Mapping[str, Tensor]:
+        batch = batch_of(self.task, self.ensemble, items)
+        return batch if self._filler is None else self._filler(batch)
 
     @contextmanager
     def _learning_rate_on_device(self) -> Iterator[None]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from renyi_engine.core import must_fit
-from renyi_engine.ensemble import LoraEnsemble
+from renyi_engine.ensemble import LoraEnsemble, with_gradients
 from renyi_engine.objectives import Task, data_term, prior_term
 from renyi_engine.training.config import TrainConfig
 from renyi_engine.training.particle_optim import clip_grad_norms_, step_healthy
@@ -47,6 +48,20 @@ class StepResult:
     updated: Tensor
 
 
+def micro_step(ensemble: LoraEnsemble, task: Task, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The loss of one micro-batch, and what is measured of it. `inputs`: the batch, and beside it ``alpha`` and
+    ``num_examples``, the number of examples in all micro-batches together.
+
+    Returns:
+        loss: a scalar, to be differentiated; see `train_step`. losses, ess: [examples]. logp: [K, examples], nats.
+        And the task's details.
+    """
+    scores = task.score(ensemble, inputs)
+    loss, reduction = data_term(scores.logp, inputs["alpha"], inputs["num_examples"])
+    figures = {"losses": reduction.loss, "ess": reduction.ess, "logp": reduction.logp}
+    return {"loss": ensemble.config.num_particles * loss, **figures, **scores.details}
+
+
 def train_step(
     ensemble: LoraEnsemble,
     task: Task,
@@ -58,6 +73,7 @@ def train_step(
     num_examples: int | Tensor,
     largest_nll: float | Tensor = math.inf,
     tell: Callable[[str], object] = lambda event: None,
+    run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
@@ -72,6 +88,9 @@ def train_step(
     A particle whose gradient is not finite is not updated. No particle is updated if the mean NLL of the mixture, in
     nats, is above `largest_nll`.
 
+    `run` does `micro_step` and its backward: `ensemble.captured` of it, which replays CUDA graphs, or None to run it as
+    it is.
+
     `tell` is called at transformers' events within a step: on_substep_end after every micro-batch but the last, then
     on_pre_optimizer_step and on_optimizer_step.
 
@@ -79,15 +98,17 @@ def train_step(
         DoesNotFit: the device ran out of memory in a micro-batch.
     """
     particles, num_particles = ensemble.particles, ensemble.config.num_particles
+    run = run or with_gradients(ensemble, partial(micro_step, ensemble, task))
+    device = particles.values.device
+    numbers = {
+        name: value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+        for name, value in (("alpha", alpha), ("num_examples", num_examples))
+    }
     particles.zero_gradients()
-    reductions, details = [], []
+    found = []
     for number, batch in enumerate(micro_batches, start=1):
         with must_fit(f"a micro-batch of {batch['input_ids'].numel()} tokens"):
-            scores = task.score(ensemble, batch)
-            loss, reduction = data_term(scores.logp, alpha, num_examples)
-            particles.accumulate(num_particles * loss)
-        reductions.append(reduction)
-        details.append(scores.details)
+            found.append(run({**batch, **numbers}))
         if number < len(micro_batches):
             tell("on_substep_end")
     prior = prior_term(
@@ -102,7 +123,8 @@ def train_step(
         particles.accumulate(num_particles * prior)
     norms = particles.gradient_norms()
     clip_grad_norms_(particles.gradients, norms, config.max_grad_norm)
-    logp, healthy = torch.cat([r.logp for r in reductions], dim=1), norms.isfinite()
+    figures = {name: torch.cat([part[name] for part in found], dim=-1) for name in found[0] if name != "loss"}
+    logp, healthy = figures.pop("logp"), norms.isfinite()
     mixture_nll = _mixture_nll(logp, healthy)
     spike = healthy.any() & (mixture_nll.mean() > largest_nll)
     updated = healthy & ~spike
@@ -111,9 +133,9 @@ def train_step(
     tell("on_optimizer_step")
     return StepResult(
         logp=logp,
-        details={name: torch.cat([part[name] for part in details], dim=-1) for name in details[0]},
-        loss=torch.cat([r.loss.detach() for r in reductions]),
-        ess=torch.cat([r.ess for r in reductions]),
+        loss=figures.pop("losses"),
+        ess=figures.pop("ess"),
+        details=figures,
         prior=prior.detach(),
         mixture_nll=mixture_nll,
         norms=norms,

@@ -123,7 +123,9 @@ class Trainer:
             model = base_model.load_model(config) if self.model is None else base_model.made_ready(self.model, config)
             check_fits(model, [*dataset.train, *dataset.held_out])
             if config.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                # no layer draws random numbers, and their state could not be read while a CUDA graph is recorded
+                how = {"use_reentrant": False, "preserve_rng_state": False}
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
             ensemble = LoraEnsemble.attach(model, config.ensemble_config()).train()
             if not config.padding_free:
                 ensemble.packs = False

@@ -1,0 +1,273 @@
+"""Work on a GPU that is recorded once for every shape of its inputs, and then replayed: CUDA graphs.
+
+A GPU often waits for Python, which orders its work one operation after the other. A recording orders all of it at once.
+It repeats the same operations on the same memory, so inputs are copied to where the recording reads them, and outputs
+from where it writes them. No recording is used before its results were compared with those of the plain call.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from renyi_engine.core.memory import is_out_of_memory
+from renyi_engine.core.messages import reason
+
+Inputs = Mapping[str, Tensor]
+Outputs = dict[str, Tensor]
+Function = Callable[[Inputs], Outputs]
+
+MOST_SHAPES = 8
+"""A recording takes time to make, and some memory. Inputs of more shapes than this are run without one."""
+_NOTHING = 1e-6
+"""A tensor whose norm is below this counts as zero."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What else a function works with, beside its inputs and outputs. Every entry is asked anew at each call.
+
+    Attributes:
+        added_to: tensors that the function adds something to.
+        read: tensors that it reads. If one of these, or of `added_to`, lies elsewhere than before, all recordings are
+            made anew.
+        mode: whatever decides in Python what the function does. Every mode has recordings of its own.
+    """
+
+    added_to: Callable[[], Sequence[Tensor]] = list
+    read: Callable[[], Sequence[Tensor]] = list
+    mode: Callable[[], Hashable] = lambda: None
+
+
+class Pool:
+    """The memory of the intermediate results of all recordings that share it. One replay at a time uses it. A deep copy
+    is another pool."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._handle: Any = None
+        self._last: torch.cuda.Event | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        return Pool()
+
+    @property
+    def handle(self) -> Any:
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    @contextmanager
+    def alone(self, device: torch.device) -> Iterator[None]:
+        """A block in which nobody else uses the pool: no other thread, and no other stream of the device."""
+        with self._lock:
+            if device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream(device)
+            if self._last is not None:
+                stream.wait_event(self._last)
+            yield
+            self._last = self._last or torch.cuda.Event()
+            self._last.record(stream)
+
+
+class Recordings:
+    """Calls `function`, by a recording where there is one. On a CPU a recording is a plain call, with all else as it is
+    on a GPU.
+
+    Inputs may lie on the CPU, best in pinned memory. Those named in `constants` stay there, and Python may read them:
+    each of their values has recordings of its own. The function must not look at the values of the others in Python,
+    must not keep its inputs or outputs, and must do the same whenever it gets inputs of these shapes.
+
+    `tolerance`: how far what the function adds, and the outputs that `compared` names, may be from those of the plain
+    call, relative to their norm. If they are farther away, no recording is used. Threads may share these recordings.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        device: torch.device,
+        surroundings: Surroundings,
+        *,
+        tolerance: float,
+        compared: Callable[[Outputs], Iterable[str]] = list,
+        constants: Sequence[str] = (),
+        pool: Pool,
+    ) -> None:
+        self._compared = compared
+        self._function, self._device, self._surroundings = function, device, surroundings
+        self._constants, self._tolerance, self._pool = tuple(constants), tolerance, pool
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._made: dict[Hashable, _Recording] = {}
+        self._addresses: list[int] = []
+        self._given_up = False
+
+    @property
+    def num_made(self) -> int:
+        """How many recordings there are."""
+        return len(self._made)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
+        raise TypeError("recorded CUDA graphs cannot be copied; make new ones for the copy")
+
+    def __call__(self, inputs: Inputs) -> Outputs:
+        """What the function gives for these inputs.
+
+        Raises:
+            torch.OutOfMemoryError: a new recording does not fit into memory. All recordings are dropped then.
+        """
+        if self._given_up:
+            return self._function(inputs)
+        with self._pool.alone(self._device):
+            shape = self._shape(inputs)
+            recording = self._made.get(shape) if self._addresses == self._current_addresses() else None
+            if recording is not None:
+                return recording.replay(inputs)
+            try:
+                return self._record(shape, inputs)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    self._made.clear()
+                raise
+
+    def drop(self) -> None:
+        """Drop all recordings, and with them their memory. They are made anew when they are needed."""
+        with self._pool.alone(self._device):
+            self._made.clear()
+
+    def _shape(self, inputs: Inputs) -> Hashable:
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        constants = tuple(tuple(inputs[name].flatten().tolist()) for name in self._constants if name in inputs)
+        return shapes, constants, self._surroundings.mode()
+
+    def _current_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in (*self._surroundings.added_to(), *self._surroundings.read())]
+
+    def _record(self, shape: Hashable, inputs: Inputs) -> Outputs:
+        """Call the function, then make a recording of this call, and compare what both give."""
+        before = [tensor.clone() for tensor in self._surroundings.added_to()]
+        with self._beside_the_others():
+            outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
+        addresses = self._current_addresses()
+        if addresses != self._addresses:
+            self._made.clear()
+            self._addresses = addresses
+        if len(self._made) == MOST_SHAPES:
+            self._give_up(f"there are more than {MOST_SHAPES} shapes of inputs")
+            return outputs
+        added_to = self._surroundings.added_to()
+        truth = [tensor.clone() for tensor in added_to]
+        try:
+            recording = _Recording(self._function, inputs, self._constants, self._device, self._stream, self._pool)
+            for tensor, value in zip(added_to, before, strict=True):
+                tensor.copy_(value)
+            replayed = recording.replay(inputs)
+            problem = self._difference(outputs, replayed)
+            for tensor, value, start in zip(added_to, truth, before, strict=True):
+                if problem is None and _apart(tensor - start, value - start) > self._tolerance:
+                    problem = "a recording adds other values than a plain call"
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            problem = f"{type(error).__name__}: {reason(error)}"
+        for tensor, value in zip(added_to, truth, strict=True):
+            tensor.copy_(value)
+        if problem is None:
+            self._made[shape] = recording
+        else:
+            self._give_up(problem)
+        return outputs
+
+    def _difference(self, outputs: Outputs, replayed: Outputs) -> str | None:
+        if outputs.keys() != replayed.keys():
+            return "the function gave other outputs when it was called again"
+        for name in self._compared(outputs):
+            value = outputs[name]
+            if value.shape != replayed[name].shape or _apart(replayed[name], value) > self._tolerance:
+                return f"a recording gives other values of {name} than a plain call"
+        return None
+
+    def _give_up(self, problem: str) -> None:
+        self._given_up = True
+        self._made.clear()
+        warnings.warn(
+            f"the work on the GPU is not recorded as CUDA graphs ({problem}): it is ordered one operation after the "
+            "other, which takes more time",
+            stacklevel=4,
+        )
+
+    @contextmanager
+    def _beside_the_others(self) -> Iterator[None]:
+        """A block on the stream that recordings are made on: what is set up once for a stream is set up there."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+
+class _Recording:
+    """One recording, and the memory from which it reads its inputs."""
+
+    def __init__(
+        self,
+        function: Function,
+        inputs: Inputs,
+        constants: Sequence[str],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        pool: Pool,
+    ) -> None:
+        self._inputs = {
+            name: tensor.clone() if name in constants else torch.empty_like(tensor, device=device, pin_memory=False)
+            for name, tensor in inputs.items()
+        }
+        self._copied = [name for name in inputs if name not in constants]
+        self._fill(inputs)
+        call = partial(function, self._inputs)
+        self._replay = call if stream is None else _graph(call, stream, pool)
+
+    def replay(self, inputs: Inputs) -> Outputs:
+        self._fill(inputs)
+        # the next replay, also one of another recording with the same pool, writes over what this one gives
+        return {name: tensor.clone() for name, tensor in self._replay().items()}
+
+    def _fill(self, inputs: Inputs) -> None:
+        for name in self._copied:
+            self._inputs[name].copy_(inputs[name], non_blocking=True)
+
+
+def _graph(call: Callable[[], Outputs], stream: torch.cuda.Stream, pool: Pool) -> Callable[[], Outputs]:
+    """A function that repeats this call, by a CUDA graph."""
+    torch.cuda.empty_cache()  # the plain call has left memory that only its own stream may use again
+    graph = torch.cuda.CUDAGraph()
+    # other threads may pin memory meanwhile
+    with torch.cuda.graph(graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
+        outputs = call()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def _apart(value: Tensor, truth: Tensor) -> float:
+    """How far a tensor is from the true one, relative to the norm of that. Entries that are not finite are no distance
+    where both have the same."""
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    distance = torch.linalg.vector_norm(torch.where(same, 0.0, value - truth))
+    size = torch.linalg.vector_norm(truth.nan_to_num(0.0, 0.0, 0.0))
+    return float((distance / (size + _NOTHING)).nan_to_num(torch.inf))
