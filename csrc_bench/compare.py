@@ -83,7 +83,7 @@ def text(rows: list[Row]) -> str:
     parts = []
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
         sizes = " ".join(f"{name}={value}" for name, value in group[0]["shape"].items())
-        lines, reasons = [head], []
+        lines, reasons = [[*head, *(["tokens/s"] if direction == "tokens" else [])]], []
         for row in ratios(group):
             if row["status"].startswith("missing: "):
                 continue
@@ -93,7 +93,9 @@ def text(rows: list[Row]) -> str:
             ratio = row["ratio"]
             cells = [row["variant"], row["kind"], row["path"] or "-"]
             cells += [number(row[name]) for name in ("median_ms", "p20_ms", "p80_ms", "peak_mib")]
-            lines.append([*cells, *(number(ratio[kind]) for kind in ("naive", "peer", "floor"))])
+            cells += [number(ratio[kind]) for kind in ("naive", "peer", "floor")]
+            rate = [number(1e3 * row["shape"]["tokens"] / row["median_ms"])] if direction == "tokens" else []
+            lines.append(cells + rate)
         if not reasons and len(lines) == 1:
             continue
         title = f"{op} {shape_name} {direction}: {sizes} {dtype}, {device}, {threads} threads"

@@ -47,13 +47,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
-    """The rows that the file of --results lacks, those that tell most first. It is noted there that they are missing."""
+    """Leave the rows that the file of --results lacks, those that tell most first. The file notes what is missing."""
     config.results = _load(config.getoption("results"))
     there = {key(row): row["status"] for row in _rows(config.results)}
     wanted = {}
     for item in items:
         point = item.callspec.params["point"]
-        item.add_marker(pytest.mark.benchmark(timer=measure.clock, disable_gc=True, group=f"{point.suite.op} {point}"))
+        group = f"{point.suite.op} {point.shape['name']} {point.direction}"
+        item.add_marker(pytest.mark.benchmark(timer=measure.clock, disable_gc=True, group=group))
         row = row_of(point)
         if measure.is_missing(there.get(key(row), str(NOT_YET))):
             wanted[item] = row

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -230,14 +231,16 @@ class OpSuite:
         variant, device = self.variants(device_type())[point.variant], device_type()
         sets, upstream, gold = self._sets(point.shape, device)
         path = require_path(self.op, sets[0][0], variant.backend) if variant.backend else None
-        if variant.kind == "floor":
-            function = variant.build(point.shape, "both" if point.direction == "graph" else point.direction)
-            calls = [partial(function, *inputs) for inputs in sets]
-        else:
-            function = variant.build(point.shape)
-            self._check(function, sets[0], upstream, gold)
-            calls = [self._call(function, inputs, upstream, point.direction) for inputs in sets]
-        yield graphed(calls) if point.direction == "graph" else calls, path
+        # torch.compile must let the backward be timed alone, many times on what one forward has kept
+        with torch._functorch.config.patch(donated_buffer=False):
+            if variant.kind == "floor":
+                function = variant.build(point.shape, "both" if point.direction == "graph" else point.direction)
+                calls = [partial(function, *inputs) for inputs in sets]
+            else:
+                function = variant.build(point.shape)
+                self._check(function, sets[0], upstream, gold)
+                calls = [self._call(function, inputs, upstream, point.direction) for inputs in sets]
+            yield graphed(calls) if point.direction == "graph" else calls, path
 
     def _sets(self, shape: Shape, device: str) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
         """Input sets that together exceed the cache, upstream gradients, and gold: outputs and gradients of set 0."""
@@ -313,10 +316,7 @@ def variants_of_op(device: str, ours: Callable[..., Callable], naive: Callable, 
 
 def compiled(function: Callable) -> Callable:
     """torch.compile, for this shape only."""
-    import torch._functorch.config
-
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the backward is timed alone, many times on one graph
     return torch.compile(function, dynamic=False)
 
 
