@@ -6,6 +6,7 @@ How much rounding alone does is seen beside it: the eager steps on another path 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,11 @@ from csrc_bench.batches import equal_lengths
 from csrc_bench.measure import Shape, device_type
 from csrc_bench.training_steps import Ensemble, build_model, stacked, vocabulary_of
 
-STEPS = 50
 
-
-def losses(model, shape: Shape, *path: object, **ways: bool) -> Tensor:
-    """[STEPS] nats a token. Each step has a batch of its own, the same in every way."""
+def losses(steps: int, model, shape: Shape, *path: object, **ways: bool) -> Tensor:
+    """[steps] nats a token. Each step has a batch of its own, the same in every way."""
     way = Ensemble(model, shape, *path, **ways)
-    batches = way.batches([equal_lengths(shape, vocabulary_of(shape), seed) for seed in range(STEPS)])
+    batches = way.batches([equal_lengths(shape, vocabulary_of(shape), seed) for seed in range(steps)])
     found = torch.stack([way.step(batch).loss.mean() for batch in batches]).cpu()
     way.close()
     return found / (shape["T"] - 1)
@@ -30,15 +29,15 @@ def losses(model, shape: Shape, *path: object, **ways: bool) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a model of a few numbers")
-    device = device_type()
-    shape = suite.shapes(device, parser.parse_args().tiny)[0]
-    model, path = build_model(shape["model"]), "triton" if device == "cuda" else "torch"
-    eager = losses(model, shape, path)
-    print(f"{STEPS} steps at {shape}: eager, {eager[0]:.4f} nats a token at first, {eager[-1]:.4f} at last")
+    device, tiny = device_type(), parser.parse_args().tiny
+    shape, path = suite.shapes(device, tiny)[0], "triton" if device == "cuda" else "torch"
+    learn = partial(losses, 3 if tiny else 50, build_model(shape["model"]), shape)
+    eager = learn(path)
+    print(f"{len(eager)} steps at {shape}: eager, {eager[0]:.4f} nats a token at first, {eager[-1]:.4f} at last")
     others = {
-        "captured": losses(model, shape, path, captured=True),
-        "captured, compiled": losses(model, shape, path, captured=True, compiled=True),
-        "eager, naive ops": losses(model, shape, "reference", stacked),
+        "captured": learn(path, captured=True),
+        "captured, compiled": learn(path, captured=True, compiled=True),
+        "eager, naive ops": learn("reference", stacked),
     }
     for name, found in others.items():
         print(f"{name}: at most {(found - eager).abs().max():.1e} nats a token from eager, at last {found[-1]:.4f}")

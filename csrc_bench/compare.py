@@ -78,7 +78,8 @@ def table(lines: list[list[str]]) -> str:
 
 
 def text(rows: list[Row]) -> str:
-    """Every group: timed rows from fast to slow, then the rows that were not timed, with the reason."""
+    """Every group: timed rows from fast to slow, then the rows that were not timed, with the reason. Missing rows are
+    left out."""
     head = ["variant", "kind", "path", "median ms", "p20", "p80", "peak MiB", "x naive", "x best peer", "floor x"]
     parts = []
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
@@ -100,7 +101,6 @@ def text(rows: list[Row]) -> str:
             continue
         title = f"{op} {shape_name} {direction}: {sizes} {dtype}, {device}, {threads} threads"
         parts.append("\n".join([title, *([table(lines)] if len(lines) > 1 else []), *reasons]))
-    parts += missing(rows)
     legend = "x naive, x best peer: how many times faster than those; floor x: how many times the floor's time"
     return "\n\n".join([*parts, legend]) + "\n"
 
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", action="store_true", help="the main shapes only, as a Markdown table")
     options = parser.parse_args(arguments)
     rows = load(options.files)
-    print(readme(rows) if options.readme else text(rows), end="")
+    print(readme(rows) if options.readme else "\n\n".join([*missing(rows), text(rows)]), end="")
 
 
 if __name__ == "__main__":

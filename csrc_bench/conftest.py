@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import platform
 import time
@@ -63,6 +64,7 @@ def pytest_collection_modifyitems(config, items):
     _write(config)
     place = {item: order.place(f"{row['op']} {item.callspec.params['point']}") for item, row in wanted.items()}
     limit = len(order.FIRST) if config.getoption("first") else len(order.FIRST) + 1
+    gc.freeze()  # what was imported needs not be looked through after each row
     items[:] = sorted((item for item in wanted if place[item] < limit), key=place.get)
 
 

@@ -128,7 +128,7 @@ class Session:
         self.stages.append(stage)
         print(stage, flush=True)
         rows = compare.load([self.results]) if self.results.exists() else []
-        parts = ["\n".join(self.stages), *compare.missing(rows), *([compare.text(rows)] if rows else [])]
+        parts = ["\n".join(self.stages), *compare.missing(rows), compare.text(rows)]
         (self.out / "summary.txt").write_text("\n\n".join(parts) + "\n")
 
 
@@ -141,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out, seconds = options.out.resolve(), 60 * options.minutes
     out.mkdir(parents=True, exist_ok=True)
+    if options.tiny:
+        os.environ["OMP_NUM_THREADS"] = "1"  # where there is little to do, threads only wait for each other
     session = Session(out, seconds, options.tiny)
     passed = options.skip_tests or session.tests(min(TESTS_SECONDS, TESTS_SHARE * seconds))
     session.rows("rows that tell most", ["--first"], kept=AFTERWARDS_SECONDS)

@@ -101,6 +101,27 @@ def test_a_group_of_nothing_but_reasons_has_no_table(results):
     assert "skipped: not installed" in text
 
 
+def test_missing_rows_are_named_apart_from_the_tables(results, capsys):
+    late = row("liger", "peer", status="missing: out of time")
+    never = row("ours", "ours", status="missing: not measured yet", shape_name="k4")
+    compare.main([str(results(untimed=[late, late | {"variant": "vmap"}, never]))])
+    text = capsys.readouterr().out
+    assert text.splitlines()[:3] == [
+        "3 rows are missing; the same command again measures them:",
+        "renyi_loss bar_smollm2 both, out of time: liger, vmap",
+        "renyi_loss k4 both, not measured yet: ours",
+    ]
+    assert text.count("liger") == text.count("k4") == 1
+
+
+def test_tokens_a_second_are_those_of_all_continuations(results):
+    drawn = {"op": "generate", "direction": "tokens", "shape": {"K": 8, "tokens": 600}}
+    text = compare.text(compare.load([results([row("ours", "ours", 30.0, **drawn)], [])]))
+    head, line = text.splitlines()[1:3]
+    assert head.endswith("tokens/s")
+    assert line.split()[-1] == "20000"
+
+
 def test_rows_of_several_files_meet_by_device_and_the_last_one_counts(results):
     first = results()
     again = results([row("ours", "ours", 15.0)], [], name="again.json")
