@@ -1,5 +1,10 @@
 from . import files as files, output_folder as output_folder, seeding as seeding, typos as typos
-from .cuda_graphs import Pool as Pool, Recordings as Recordings, Surroundings as Surroundings
+from .cuda_graphs import (
+    MOST_SHAPES as MOST_SHAPES,
+    Pool as Pool,
+    Recordings as Recordings,
+    Surroundings as Surroundings,
+)
 from .files import read_json as read_json, write_text as write_text
 from .flags import Parser as Parser, parse as parse
 from .memory import (

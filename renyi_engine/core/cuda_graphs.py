@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,16 +55,28 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._handle: Any = None
+        self._graphs = weakref.WeakSet[Any]()
         self._last: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         return Pool()
 
-    @property
-    def handle(self) -> Any:
-        if self._handle is None:
+    def record(self, stream: torch.cuda.Stream, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        """A function that repeats this call, by a CUDA graph whose intermediate results lie in this pool."""
+        if not self._graphs:  # torch takes no pool again whose graphs are gone
             self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
+        torch.cuda.empty_cache()  # what ran before has left memory that only its own stream may use again
+        graph = torch.cuda.CUDAGraph()
+        # other threads may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"):
+            outputs = call()
+        self._graphs.add(graph)
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
 
     @contextmanager
     def alone(self, device: torch.device) -> Iterator[None]:
@@ -72,12 +85,13 @@ class Pool:
             if device.type != "cuda":
                 yield
                 return
-            stream = torch.cuda.current_stream(device)
-            if self._last is not None:
-                stream.wait_event(self._last)
-            yield
-            self._last = self._last or torch.cuda.Event()
-            self._last.record(stream)
+            with torch.cuda.device(device):
+                stream = torch.cuda.current_stream()
+                if self._last is not None:
+                    stream.wait_event(self._last)
+                yield
+                self._last = self._last or torch.cuda.Event()
+                self._last.record(stream)
 
 
 class Recordings:
@@ -145,7 +159,7 @@ class Recordings:
             self._made.clear()
 
     def _shape(self, inputs: Inputs) -> Hashable:
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        shapes = tuple((name, inputs[name].shape, inputs[name].dtype) for name in sorted(inputs))
         constants = tuple(tuple(inputs[name].flatten().tolist()) for name in self._constants if name in inputs)
         return shapes, constants, self._surroundings.mode()
 
@@ -154,7 +168,7 @@ class Recordings:
 
     def _record(self, shape: Hashable, inputs: Inputs) -> Outputs:
         """Call the function, then make a recording of this call, and compare what both give."""
-        before = [tensor.clone() for tensor in self._surroundings.added_to()]
+        before = [tensor.clone() if tensor.any() else None for tensor in self._surroundings.added_to()]
         with self._beside_the_others():
             outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
         addresses = self._current_addresses()
@@ -168,12 +182,12 @@ class Recordings:
         truth = [tensor.clone() for tensor in added_to]
         try:
             recording = _Recording(self._function, inputs, self._constants, self._device, self._stream, self._pool)
-            for tensor, value in zip(added_to, before, strict=True):
-                tensor.copy_(value)
-            replayed = recording.replay(inputs)
-            problem = self._difference(outputs, replayed)
+            for tensor, start in zip(added_to, before, strict=True):
+                tensor.zero_() if start is None else tensor.copy_(start)
+            problem = self._difference(outputs, recording.replay(inputs))
             for tensor, value, start in zip(added_to, truth, before, strict=True):
-                if problem is None and _apart(tensor - start, value - start) > self._tolerance:
+                added, expected = (tensor, value) if start is None else (tensor - start, value - start)
+                if problem is None and _apart(added, expected) > self._tolerance:
                     problem = "a recording adds other values than a plain call"
         except Exception as error:
             if is_out_of_memory(error):
@@ -237,7 +251,7 @@ class _Recording:
         self._copied = [name for name in inputs if name not in constants]
         self._fill(inputs)
         call = partial(function, self._inputs)
-        self._replay = call if stream is None else _graph(call, stream, pool)
+        self._replay = call if stream is None else pool.record(stream, call)
 
     def replay(self, inputs: Inputs) -> Outputs:
         self._fill(inputs)
@@ -247,21 +261,6 @@ class _Recording:
     def _fill(self, inputs: Inputs) -> None:
         for name in self._copied:
             self._inputs[name].copy_(inputs[name], non_blocking=True)
-
-
-def _graph(call: Callable[[], Outputs], stream: torch.cuda.Stream, pool: Pool) -> Callable[[], Outputs]:
-    """A function that repeats this call, by a CUDA graph."""
-    torch.cuda.empty_cache()  # the plain call has left memory that only its own stream may use again
-    graph = torch.cuda.CUDAGraph()
-    # other threads may pin memory meanwhile
-    with torch.cuda.graph(graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
-        outputs = call()
-
-    def replay() -> Outputs:
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 def _apart(value: Tensor, truth: Tensor) -> float:

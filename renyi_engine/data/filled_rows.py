@@ -61,7 +61,7 @@ class RowSizes(NamedTuple):
 
     def hold(self, row: RowSizes) -> bool:
         """Whether a row can be filled up to these sizes."""
-        if row.sequences != self.sequences or bool(row.keys) > bool(self.keys):
+        if row.sequences != self.sequences or row.tokens > self.tokens or (row.keys and not self.keys):
             return False
         return all(size <= largest for size, largest in zip(self._filled(row), self, strict=True))
 
@@ -106,17 +106,17 @@ def choose_sizes(rows: Iterable[RowSizes], most: int = 6) -> list[RowSizes]:
     ((usual, _),) = Counter(row.sequences for row in rows).most_common(1)
     rows = [row for row in rows if row.sequences == usual]
     largest = RowSizes(*map(max, zip(*rows, strict=True)))
-    found, start = [], 0
+    found = []
     for end in _ends([row.tokens for row in rows], most):
-        part = rows[start:end]
-        sizes = RowSizes(*map(max, zip(*part, strict=True)))
-        tokens = -(-sizes.tokens // _MULTIPLE) * _MULTIPLE
+        sizes = RowSizes(*map(max, zip(*rows[:end], strict=True)))
         sizes = sizes._replace(
-            tokens=tokens, keys=largest.keys, longest=largest.longest, longest_keys=largest.longest_keys
+            tokens=-(-sizes.tokens // _MULTIPLE) * _MULTIPLE,
+            keys=largest.keys,
+            longest=largest.longest,
+            longest_keys=largest.longest_keys,
         )
-        filled = RowSizes(*map(max, zip(*map(sizes._filled, part), strict=True)))
+        filled = RowSizes(*map(max, zip(*map(sizes._filled, rows[:end]), strict=True)))
         found.append(sizes._replace(parts=filled.parts, keys=filled.keys))
-        start = end
     return found
 
 

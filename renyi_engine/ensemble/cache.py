@@ -4,53 +4,57 @@ A reader gives the logits of the first new token, and a function that takes the 
 logits of the tokens after them. A cache is used only if a trial has shown that it gives the same values as reading all
 again. A model may ignore the cache that it is given, need a cache of its own class, or take padding into it.
 
+Where work is recorded as CUDA graphs, the cache is one whose memory stays where it is: see `decode_steps`.
+
 Layout: K particles, B prompts, T tokens, n samples, S = K*B*n rows, particle-major, V vocabulary.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from renyi_engine.core import is_out_of_memory, reason
+from renyi_engine.ensemble import captured
 from renyi_engine.ensemble.adapted_maps import Rows
+from renyi_engine.ensemble.decode_steps import Decoder, DecodeSteps, Prompts
 from renyi_engine.ensemble.model_limits import changing_positions
 
 
-class Readable(Protocol):
+class Readable(Decoder, Protocol):
     """What a reader needs of an ensemble. `LoraEnsemble` is the only such class, and it says what these mean."""
 
     reads_from_cache: bool | None
+    decode_steps: DecodeSteps
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
-    @property
-    def model(self) -> PreTrainedModel: ...
-    @property
-    def rows(self) -> Rows: ...
     @property
     def num_running(self) -> int: ...
     @property
     def num_shared_layers(self) -> int: ...
     def running(self, rows: Rows) -> AbstractContextManager[None]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
-    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor: ...
 
 
-Reader = Callable[[Readable, Tensor, Tensor, int], tuple[Tensor, Callable[[Tensor], Tensor]]]
+Reading = tuple[Tensor, Callable[[Tensor], Tensor]]
+Reader = Callable[[Readable, Tensor, Tensor, int], AbstractContextManager[Reading]]
 """It takes (ensemble, input_ids [B, T], attention_mask [B, T], n), and gives logits [S, V] and a function that takes
-tokens [S] and gives logits [S, V]."""
+tokens [S] and gives logits [S, V], for use inside the block."""
 
 AGREE = {torch.float32: 1e-3, torch.float64: 1e-3}
 AGREE_LOW = 0.2
 """How far the log-probabilities of two readings may be apart, by the dtype of the base: in nats, the mean over the
 vocabulary by probability. Right caches differ by 1e-5 in fp32 and by less than 0.1 in bf16, wrong ones by 0.3 or more.
 """
+_STEPS = 3
+"""How many tokens the trial reads after a prompt."""
 
 
 def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> list[tuple[list[int], Reader]]:
@@ -68,7 +72,9 @@ def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> 
             f"rotary positions of {type(ensemble.model).__name__} (rope_type {kind!r}) depend on the whole batch; "
             "ask for fewer tokens, or shorten the prompts"
         )
-    cached = from_cache if _cache_agrees(ensemble) else again
+    cached: Reader = from_cache if _cache_agrees(ensemble) else again
+    if cached is from_cache and captured.records(ensemble.particles.values.device) and _fixed_cache_agrees(ensemble):
+        cached = partial(from_fixed_cache, max_new_tokens=max_new_tokens)
     # Phi-3 has one kind of positions up to the limit and another beyond it, always for all tokens of a batch
     short = [i for i, end in enumerate(ends) if end <= limit]
     long = [i for i, length in enumerate(lengths) if length > limit]
@@ -76,19 +82,13 @@ def readers(ensemble: Readable, lengths: Sequence[int], max_new_tokens: int) -> 
     return [(group, read) for group, read in ((short, cached), (long, cached), (crossing, again)) if group]
 
 
-def from_cache(
-    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+@contextmanager
+def from_cache(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int) -> Iterator[Reading]:
     """Each particle reads the prompts once, and all of its samples start from what the cache holds then. Layers below
     the first adapted one read the prompts once for all particles."""
-    (B, _), n, device = input_ids.shape, num_samples, input_ids.device
-    cache = DynamicCache(config=ensemble.model.config)
-    logits = ensemble.next_logits(input_ids, attention_mask, cache)
-    of_prompt = torch.arange(B, device=device).repeat_interleave(n).repeat(ensemble.num_running)
-    of_particle = torch.arange(ensemble.num_running * B, device=device).repeat_interleave(n)
-    for index, layer in enumerate(cache.layers):
-        layer.reorder_cache(of_prompt if index < ensemble.num_shared_layers else of_particle)
-    mask = attention_mask[of_prompt]
+    logits, mask, cache, rows = _read_prompts(ensemble, input_ids, attention_mask, num_samples)
+    for layer, of_layer in zip(cache.layers, rows, strict=True):
+        layer.reorder_cache(of_layer)
 
     def next_logits(tokens: Tensor) -> Tensor:
         nonlocal mask
@@ -96,12 +96,32 @@ def from_cache(
         with _own_rows(ensemble):
             return ensemble.next_logits(tokens[:, None], mask, cache)
 
-    return logits[of_particle], next_logits
+    yield logits, next_logits
 
 
-def again(
-    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+@contextmanager
+def from_fixed_cache(
+    ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int, max_new_tokens: int
+) -> Iterator[Reading]:
+    """As `from_cache`, with a cache whose memory stays where it is."""
+    prompts = _read_prompts(ensemble, input_ids, attention_mask, num_samples)
+    with _own_rows(ensemble), ensemble.decode_steps.after(ensemble, prompts, max_new_tokens) as next_logits:
+        yield prompts.logits, next_logits
+
+
+def _read_prompts(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int) -> Prompts:
+    (B, _), n, device = input_ids.shape, num_samples, input_ids.device
+    cache = DynamicCache(config=ensemble.model.config)
+    logits = ensemble.next_logits(input_ids, attention_mask, cache)
+    of_prompt = torch.arange(B, device=device).repeat_interleave(n).repeat(ensemble.num_running)
+    of_particle = torch.arange(ensemble.num_running * B, device=device).repeat_interleave(n)
+    shared = ensemble.num_shared_layers
+    rows = [of_prompt if index < shared else of_particle for index in range(len(cache.layers))]
+    return Prompts(logits[of_particle], attention_mask[of_prompt], cache, rows)
+
+
+@contextmanager
+def again(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int) -> Iterator[Reading]:
     """Every sequence is read from its first token, without padding and without a cache, one prompt after the other. So
     the model's way with padding and caches does not matter. The work grows by the number of tokens in a sequence."""
     K, n = ensemble.num_running, num_samples
@@ -115,7 +135,7 @@ def again(
                 sequences[b] = torch.cat([sequences[b], drawn.reshape(K * n, 1)], dim=1)
             return torch.stack([ensemble.logits(ensemble(rows)[:, :, -1]) for rows in sequences], 1).flatten(0, 2)
 
-    return torch.stack([one.expand(K, n, -1) for one in logits], 1).flatten(0, 2), next_logits
+    yield torch.stack([one.expand(K, n, -1) for one in logits], 1).flatten(0, 2), next_logits
 
 
 def _own_rows(ensemble: Readable) -> AbstractContextManager[None]:
@@ -124,22 +144,11 @@ def _own_rows(ensemble: Readable) -> AbstractContextManager[None]:
 
 
 def _cache_agrees(ensemble: Readable) -> bool:
-    """Whether the cache gives right values. It is tried once, on two short prompts of all particles, one of them
-    padded."""
+    """Whether the cache gives right values. It is tried once."""
     if ensemble.reads_from_cache is None:
-        with ensemble.running(Rows.SHARED):
-            whole = _try(ensemble, again)
-            try:
-                apart = (whole.exp() * (_try(ensemble, from_cache) - whole).abs()).sum(-1).max().item()
-                agrees = apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW)
-                problem = f"log-probabilities would be wrong by {apart:.2g} nats"
-            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-                if is_out_of_memory(error):
-                    raise
-                # some models take no cache, or only a cache of their own class; what they raise then differs
-                agrees, problem = False, reason(error)
-        ensemble.reads_from_cache = agrees
-        if not agrees:
+        problem = _problem(ensemble, from_cache)
+        ensemble.reads_from_cache = problem is None
+        if problem is not None:
             warnings.warn(
                 f"{type(ensemble.model).__name__} cannot continue from a cache ({problem}): it reads the whole "
                 "sequence again for every new token, which is slow",
@@ -148,11 +157,44 @@ def _cache_agrees(ensemble: Readable) -> bool:
     return ensemble.reads_from_cache
 
 
+def _fixed_cache_agrees(ensemble: Readable) -> bool:
+    """Whether a cache whose memory stays where it is gives right values. It is tried once."""
+    steps = ensemble.decode_steps
+    if steps.usable is None:
+        problem = _problem(ensemble, partial(from_fixed_cache, max_new_tokens=_STEPS + 1))
+        steps.usable = problem is None
+        steps.drop()  # no batch has the shape of the trial
+        if problem is not None:
+            warnings.warn(
+                f"the decoding of {type(ensemble.model).__name__} is not recorded as CUDA graphs ({problem}): its work "
+                "is ordered one operation after the other, which takes more time",
+                stacklevel=2,
+            )
+    return steps.usable
+
+
+def _problem(ensemble: Readable, read: Reader) -> str | None:
+    """What is wrong with this reader; None if it gives right values for two short prompts of all particles, one of them
+    padded."""
+    with ensemble.running(Rows.SHARED):
+        whole = _try(ensemble, again)
+        try:
+            apart = (whole.exp() * (_try(ensemble, read) - whole).abs()).sum(-1).max().item()
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise
+            # some models take no cache, or only a cache of their own class; what they raise then differs
+            return reason(error)
+    agrees = apart <= AGREE.get(ensemble.model.dtype, AGREE_LOW)
+    return None if agrees else f"log-probabilities would be wrong by {apart:.2g} nats"
+
+
 def _try(ensemble: Readable, read: Reader) -> Tensor:
     """Log-probabilities ``[steps, S, V]`` of several tokens after a prompt. Some caches go wrong at the second one."""
     device = ensemble.model.get_input_embeddings().weight.device
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 10, 11, 12, 13]], device=device)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)
-    logits, next_logits = read(ensemble, ids, mask, 2)
-    tokens = torch.arange(len(logits), device=device) % 7 + 3
-    return torch.stack([logits, *(next_logits(tokens + step) for step in range(3))]).double().log_softmax(-1)
+    with read(ensemble, ids, mask, 2) as (logits, next_logits):
+        tokens = torch.arange(len(logits), device=device) % 7 + 3
+        found = [logits, *(next_logits(tokens + step) for step in range(_STEPS))]
+    return torch.stack(found).double().log_softmax(-1)

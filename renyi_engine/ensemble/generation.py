@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from renyi_engine.core import seeding
-from renyi_engine.ensemble import cache
+from renyi_engine.ensemble import cache, captured
 from renyi_engine.ensemble.cache import Readable
+
+ASK_EVERY = 16
+"""A GPU is asked after so many tokens whether all continuations have ended. While it answers, it has nothing to do."""
 
 
 @torch.no_grad()
@@ -37,6 +40,10 @@ def generate(
     Each particle reads a prompt once, and all its samples start from what the model then holds in its cache. Layers
     below the first adapted one read it once for all particles. If the cache of a model gives wrong values, every
     sequence is read again for every token. This is slow, and a warning says so once.
+
+    On a GPU the cache has a fixed size, and the work for one token is recorded as a CUDA graph. Both are kept for later
+    calls with as many rows and about as many tokens, until `detach`. Where a model cannot be recorded, a warning says
+    so once.
 
     Args:
         input_ids, attention_mask: ``[B, T]``, padded on the left.
@@ -64,13 +71,15 @@ def generate(
     # if no token ends a continuation, there is no padding
     padding = next(iter(stops), 0) if pad_token_id is None else pad_token_id
     tokens = torch.full((K, B, n, max_new_tokens), padding, dtype=torch.int64, device=device)
+    ask_every = ASK_EVERY if captured.records(device) else 1
     longest = 0
     for prompts, read in cache.readers(ensemble, attention_mask.sum(-1).tolist(), max_new_tokens):
         mask = attention_mask[prompts]
         start = int(mask.any(0).nonzero()[0])
-        logits, next_logits = read(ensemble, input_ids[prompts, start:].to(device), mask[:, start:].to(device), n)
         draw_step = _drawer(uniform[:, prompts].flatten(0, 2), temperature, top_p)
-        drawn = decode(logits, next_logits, draw_step, max_new_tokens, stops, padding)
+        ids, mask = input_ids[prompts, start:].to(device), mask[:, start:].to(device)
+        with read(ensemble, ids, mask, n) as (logits, next_logits):
+            drawn = decode(logits, next_logits, draw_step, max_new_tokens, stops, padding, ask_every)
         length = drawn.shape[-1]
         tokens[:, prompts, :, :length] = drawn.view(K, len(prompts), n, length)
         longest = max(longest, length)
@@ -116,6 +125,7 @@ def decode(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     pad_token_id: int,
+    ask_every: int = 1,
 ) -> Tensor:
     """New tokens ``[S, L]``, L at most `max_new_tokens`. After its stop token, which is kept, a row is padding.
 
@@ -123,18 +133,21 @@ def decode(
         logits: [S, V] of the first new token.
         next_logits: takes tokens [S] and gives the logits [S, V] of the tokens after them.
         draw_step: takes (logits [S, V], step) and gives tokens [S].
+        ask_every: after how many tokens the device is asked whether all rows have stopped.
     """
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    num_steps = torch.zeros((), dtype=torch.int64, device=logits.device)
     tokens: list[Tensor] = []
     for step in range(max_new_tokens):
         if step:
             logits = next_logits(tokens[-1])
+        num_steps += ~finished.all()
         tokens.append(draw_step(logits, step).masked_fill(finished, pad_token_id))
-        finished = finished | torch.isin(tokens[-1], stops)
-        if finished.all():
+        finished = finished | (tokens[-1][:, None] == stops).any(-1)
+        if (step + 1) % ask_every == 0 and finished.all():
             break
-    return torch.stack(tokens, dim=1)
+    return torch.stack(tokens, dim=1)[:, : int(num_steps)]
 
 
 def _stop_tokens(ensemble: Readable, eos_token_id: int | Sequence[int] | None) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from renyi_engine.core import Pool, is_out_of_memory
 from renyi_engine.ensemble import adapter_folder, architecture, base_check, captured, generation, packing_trial, targets
@@ -25,6 +25,7 @@ from renyi_engine.ensemble.adapted_maps import Rows, by_input
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.borrowed_model import Loan, claimed
 from renyi_engine.ensemble.config import EnsembleConfig
+from renyi_engine.ensemble.decode_steps import DecodeSteps
 from renyi_engine.ensemble.fingerprint import Fingerprint, fingerprint
 from renyi_engine.ensemble.initial_adapters import initial_adapters
 from renyi_engine.ensemble.installation import Installation
@@ -66,6 +67,8 @@ class LoraEnsemble(nn.Module):
         """Whether `generate` may use the model's cache; None until it has been tried."""
         self.graph_pool = Pool()
         """The memory of what is recorded as CUDA graphs (see `captured`)."""
+        self.decode_steps = DecodeSteps()
+        """What `generate` has recorded as CUDA graphs."""
         self._loan = Loan(model)
         self._found = found
         maps = {path: model.get_submodule(path) for path in adapters}
@@ -150,6 +153,7 @@ class LoraEnsemble(nn.Module):
             if self._installation.maps:  # the model was not given back yet
                 self._installation.take_off()
                 self._loan.give_back()
+        self.decode_steps.drop()
         return self.model
 
     # ------------------------------------------------------------------ running
@@ -305,14 +309,18 @@ class LoraEnsemble(nn.Module):
     captured = captured.captured
     generate = generation.generate
 
-    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Cache, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits ``[rows, V]`` of the token after `input_ids` ``[rows, T]``, by the model's own head.
 
-        The T tokens go into the cache. `attention_mask` covers what the cache held before, and these T tokens.
+        The T tokens go into the cache. `attention_mask` covers what the cache held before, and these T tokens. If it
+        covers more than that, `positions` ``[rows, T]`` are those of these tokens.
         """
         with self._installation.forward(self.rows):
             input_ids, attention_mask = self._for_all(input_ids), self._for_all(attention_mask)
-            positions = architecture.positions(attention_mask)[:, -input_ids.shape[1] :]
+            if positions is None:
+                positions = architecture.positions(attention_mask)[:, -input_ids.shape[1] :]
             argument = architecture.cache_argument(self._found.decoder)
             if argument == "cache_params":
                 # Mamba has no attention to what it has read: its mask covers the tokens that it reads now

@@ -64,7 +64,8 @@ def row(
     for a value."""
     ends = ends.to(device, non_blocking=True)
     keys = None if keys is None else keys.to(device, non_blocking=True)
-    particles = torch.arange(num_particles, dtype=torch.int32, device=device)[:, None]
+    # no arange: by that `packing_trial` knows layers that count the tokens of a row
+    particles = torch.ones((num_particles, 1), dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32) - 1
 
     def of_all(ends: Tensor, num: int) -> Tensor:
         return torch.cat([ends[:1], (particles * num + ends[1:]).flatten()])

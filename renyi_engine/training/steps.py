@@ -93,7 +93,7 @@ class Steps:
         """
         size, chosen = state.micro_batch_size, self.sampler.examples(state.position)
         if self._run is not None and size != self._planned_for:
-            self._plan(state.position, size)
+            self._plan(size)
         batches = self.batches.take(chosen, size)
         if state.position + 1 < self.total:
             self.batches.begin(self.sampler.examples(state.position + 1), size)
@@ -118,11 +118,12 @@ class Steps:
         rows = [example.row for example in examples]
         return MadeStep(state.step + 1, alpha, rows, labels, tokens, Figures(result))
 
-    def _plan(self, position: int, size: int) -> None:
-        """Choose the sizes to which packed rows are filled up, by the next micro-batches of `size` examples."""
+    def _plan(self, size: int) -> None:
+        """Choose the sizes to which packed rows are filled up, by the first micro-batches of the run, each of `size`
+        examples. A run that goes on chooses the same ones."""
         alone = cache(lambda i: RowSizes.of(self.task.pack([self.examples[i]])))
         rows = []
-        for step in range(position, min(position + _LOOKED_AHEAD, self.total)):
+        for step in range(min(_LOOKED_AHEAD, self.total)):
             chosen = self.sampler.examples(step)
             numbers = iter(chosen)
             for part in self.batches.parts([self.examples[i] for i in chosen], size):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from renyi_engine import base_model
 from renyi_engine.core import require_given
-from renyi_engine.ensemble import LoraEnsemble, require_bare
+from renyi_engine.ensemble import LoraEnsemble, records, require_bare
 from renyi_engine.objectives import Evaluation, check_fits
 from renyi_engine.training.callbacks import Callbacks
 from renyi_engine.training.config import DpoConfig, SftConfig, TrainConfig
@@ -130,6 +130,7 @@ class Trainer:
             if not config.padding_free:
                 ensemble.packs = False
             try:
+                _require_gpu(config, ensemble)
                 run.claim(config)
                 for part in (dataset.train, dataset.held_out):
                     base = ensemble.base_fingerprint["digest"]
@@ -153,6 +154,12 @@ class Trainer:
 def train(config: TrainConfig) -> TrainResult:
     """`Trainer(config).train()`."""
     return Trainer(config).train()
+
+
+def _require_gpu(config: TrainConfig, ensemble: LoraEnsemble) -> None:
+    device = ensemble.particles.values.device
+    if config.cuda_graphs == "true" and not records(device):
+        raise ValueError(f"cuda_graphs: true needs a model on a GPU, but this one is on the {device}; leave it at auto")
 
 
 def _require_type(argument: str, value: object, types: tuple[type, ...], expected: str) -> None:

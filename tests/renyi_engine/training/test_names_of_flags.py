@@ -16,7 +16,7 @@ OURS = {
     "num_particles", "init", "prior", "prior_lambda", "prior_std", "kernel_bandwidth",
     "alpha", "alpha_schedule", "alpha_0", "alpha_warmup_steps", "alpha_controller", "alpha_max", "alpha_star_steps",
     "spike_threshold", "max_consecutive_skips", "eval_dataset_name", "min_score_gap", "score_columns",
-    "packed_row_tokens",
+    "packed_row_tokens", "cuda_graphs",
 }  # fmt: skip
 
 
