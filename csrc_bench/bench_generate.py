@@ -10,8 +10,8 @@ from torch import Tensor
 
 from csrc_bench.batches import Family, equal_lengths
 from csrc_bench.measure import Shape, Variant, Wrong, device_type
-from csrc_bench.step_suite import StepSuite
-from csrc_bench.training_steps import CONFIGS, Peft, Way, attach, vocabulary_of
+from csrc_bench.step_suite import StepSuite, only_called_as_it_is
+from csrc_bench.training_steps import CONFIGS, Peft, Way, as_asked, attach, vocabulary_of
 from renyi_engine.ensemble import Rows
 from renyi_kernels import use_backend
 
@@ -41,13 +41,15 @@ class Ours(Way):
 
     read = staticmethod(prompts)
 
-    def __init__(self, model, shape: Shape, backend: str) -> None:
+    def __init__(self, model, shape: Shape, backend: str, captured: bool) -> None:
         self.shape, self.backend, self.ensemble = shape, backend, attach(model, shape).eval()
+        if not captured:
+            self.ensemble.decode_steps.usable = False
 
     def generate(self, ids: Tensor, n: int, L: int, temperature: float) -> Tensor:
         """The new tokens [K, B, n, L]."""
         how = {"num_samples": n, "max_new_tokens": L, "temperature": temperature, "eos_token_id": []}
-        with use_backend(self.backend):
+        with use_backend(self.backend), as_asked():
             return self.ensemble.generate(ids, **how)
 
     def step(self, ids: Tensor) -> None:
@@ -126,8 +128,10 @@ class GenerateSuite(StepSuite):
 
 def variants(device: str) -> dict[str, Variant]:
     path = "triton" if device == "cuda" else "torch"
+    ours = lambda captured: Variant("ours", lambda model, shape: Ours(model, shape, path, captured), path)
     return {
-        "ours": Variant("ours", lambda model, shape: Ours(model, shape, path), path),
+        "ours_captured": ours(True),
+        "ours": ours(False),
         "base": Variant("other", Base),
         "peft_bf16": Variant("peer", PeftLoop, needs="peft"),
     }
@@ -141,7 +145,17 @@ def few(shape: Shape) -> list[Family]:
     return equal_lengths(shape | {"T": 6}, vocabulary_of(shape), seed=99)
 
 
-SUITE = GenerateSuite("generate", shapes, variants, batches, few, prompts, unchecked=("base",), direction="tokens")
+SUITE = GenerateSuite(
+    "generate",
+    shapes,
+    variants,
+    batches,
+    few,
+    prompts,
+    left_out=only_called_as_it_is,
+    unchecked=("base",),
+    direction="tokens",
+)
 
 
 def test_speed(point, measured):

@@ -53,7 +53,7 @@ STEPS |= {"frozen_base", "frozen_base_captured_compiled"}
     [
         ("training_step", STEPS | {"peft", "peft_bf16"}),
         ("ragged_step", STEPS | {"peft", "peft_padding_free", "ours_padded", "ours_grouped"}),
-        ("generate", {"ours", "peft_bf16", "base"}),
+        ("generate", {"ours", "ours_captured", "peft_bf16", "base"}),
     ],
 )
 def test_a_step_and_its_text_are_made_in_every_way(written, op, ways):
