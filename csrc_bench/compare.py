@@ -127,7 +127,8 @@ def readme(rows: list[Row]) -> str:
         if not shape_name.startswith("bar") or direction not in ("both", "step", "tokens") or ours is None:
             continue
         cells = [f"{device}, {threads} threads", f"{op} {shape_name.removeprefix('bar_')}, {dtype}"]
-        cells.append(f"**{number(ours['median_ms'])}** ({ours['path']})")
+        way = [] if ours["variant"] == "ours" else [ours["variant"]]
+        cells.append(f"**{number(ours['median_ms'])}** ({', '.join([*way, ours['path']])})")
         ratio = next(row["ratio"] for row in ratios(group) if row["variant"] == ours["variant"])
         for kind in ("naive", "peer", "floor"):
             end = best(group, kind)

@@ -143,6 +143,12 @@ def test_the_readmes_table_holds_the_bars_forward_and_backward_together(results,
     ]
 
 
+def test_the_readmes_table_names_the_fastest_of_our_ways(results, capsys):
+    step = [row(name, "ours", ms, direction="step") for name, ms in (("ours", 9.0), ("ours_captured", 2.0))]
+    compare.main(["--readme", str(results(step, []))])
+    assert "**2.00** (ours_captured, torch)" in capsys.readouterr().out
+
+
 def test_the_table_in_the_docs_is_made_of_the_results_that_lie_in_the_project():
     files = sorted((ROOT / "csrc_bench" / "results").glob("*.json"))
     assert files
