@@ -10,7 +10,7 @@ from torch import Tensor
 
 from csrc_bench.batches import Family, equal_lengths
 from csrc_bench.measure import Shape, Variant, Wrong, device_type
-from csrc_bench.step_suite import StepSuite, only_called_as_it_is
+from csrc_bench.step_suite import StepSuite, shows_nothing
 from csrc_bench.training_steps import CONFIGS, Peft, Way, as_asked, attach, vocabulary_of
 from renyi_engine.ensemble import Rows
 from renyi_kernels import use_backend
@@ -152,7 +152,7 @@ SUITE = GenerateSuite(
     batches,
     few,
     prompts,
-    left_out=only_called_as_it_is,
+    left_out=shows_nothing,
     unchecked=("base",),
     direction="tokens",
 )

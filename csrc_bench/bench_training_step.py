@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from csrc_bench.batches import Family, equal_lengths, stacked
 from csrc_bench.measure import Shape, Skipped, Variant, device_type
-from csrc_bench.step_suite import StepSuite, only_called_as_it_is
+from csrc_bench.step_suite import StepSuite, shows_nothing
 from csrc_bench.training_steps import (
     CONFIGS,
     Compiled,
@@ -108,7 +108,7 @@ def few(shape: Shape) -> list[Family]:
 def left_out(shape: Shape, variant: str) -> bool:
     if variant == "peft_all_layers":
         return layers_of(shape) is None  # the same as peft
-    return only_called_as_it_is(shape, variant)
+    return shows_nothing(shape, variant)
 
 
 SUITE = StepSuite(

@@ -9,7 +9,7 @@ _FLOORS = "gemms|frozen_base|frozen_base_captured_compiled"
 
 FIRST = [
     rf"training_step bar_\w+_all-step-({_OURS}|{_FLOORS}|peft_bf16)",
-    rf"ragged_step \w+_(hh_rlhf_pairs|mmlu_completion)_k4-step-({_OURS}|{_FLOORS}|peft_padding_free)",
+    rf"ragged_step bar_\w+_(hh_rlhf_pairs|mmlu_completion)_k\d\w*-step-({_OURS}|{_FLOORS}|peft_padding_free)",
     r"renyi_loss bar_(qwen2|tiny)-both-\w+",
     r"(lora_linears|grouped_lora) bar_\w+-(graph|both)-(ours|ours_torch|baddbmm_|gemms|copy)",
     r"training_step smollm2_k\d+-step-\w+",

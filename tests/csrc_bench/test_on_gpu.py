@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -45,11 +47,16 @@ def nvidia_smi(tmp_path, monkeypatch):
 def test_processes_beside_our_own_are_found_in_what_nvidia_smi_says(nvidia_smi):
     nvidia_smi()
     assert gpu.others(mine=0) == gpu.others(mine=1) == []
-    nvidia_smi("4217, python")
-    assert gpu.others(mine=0) == ["4217, python"]
+    stranger, ours = "999999999, python", f"{os.getpid()}, python"
+    nvidia_smi(stranger)
+    assert gpu.others(mine=0) == [stranger]
     assert gpu.others(mine=1) == []  # it may be ours: who knows what our number is there
-    nvidia_smi("4217, python", f"{os.getpid()}, python")
-    assert gpu.others(mine=1) == ["4217, python"]
+    nvidia_smi(stranger, ours)
+    assert gpu.others(mine=1) == [stranger]
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    nvidia_smi(ours, f"{child.pid}, python")
+    assert gpu.others(mine=1) == []
+    child.communicate()
 
 
 def test_a_machine_without_nvidia_smi_has_nobody_else(monkeypatch):
