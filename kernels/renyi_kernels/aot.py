@@ -33,7 +33,7 @@ TARGETS = {
 }
 _MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_POINTERS = {**_DTYPES, torch.float64: "fp64", torch.int64: "i64", torch.uint8: "u8"}
+_POINTERS = {**_DTYPES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 @dataclass
@@ -42,32 +42,47 @@ class Launch:
 
     mode: str
     kernel: Any
-    signature: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
-    aligned: list[int] = field(default_factory=list)
+    signature: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    constants: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by the place of an argument
+    aligned: list[tuple[int, ...]] = field(default_factory=list)
     options: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
         """The launch as Triton's own launcher prepares it: a 1 is a constant, and multiples of 16 are marked."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         launch = cls(mode, kernel)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args, strict=False)) | kwargs
         launch.options = {name: values.pop(name) for name in list(values) if name not in names}
         for index, parameter in enumerate(kernel.params):
             name, value = parameter.name, values[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-                launch.signature[name], launch.constants[name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                launch.signature[name] = f"*{_POINTERS[value.dtype]}"
-                launch.aligned.append(index)
-            elif isinstance(value, float):
-                launch.signature[name] = parameter.annotation_type or "fp32"
+            if parameter.is_constexpr:
+                launch.signature[name], launch.constants[(index,)] = "constexpr", value
+            elif isinstance(value, tuple):
+                launch.signature[name] = tuple(
+                    launch._kind(value[place], (index, place), parameter) for place in range(len(value))
+                )
+            elif isinstance(value, TensorDescriptor):
+                launch.signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>"
             else:
-                launch.signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0:
-                    launch.aligned.append(index)
+                launch.signature[name] = launch._kind(value, (index,), parameter)
         return launch
+
+    def _kind(self, value: Any, place: tuple[int, ...], parameter: Any) -> str:
+        """The type of an argument that is given at run time; what is special about its value is noted."""
+        if isinstance(value, Tensor):
+            self.aligned.append(place)
+            return f"*{_POINTERS[value.dtype]}"
+        if isinstance(value, float):
+            return parameter.annotation_type or "fp32"
+        if value == 1:
+            self.constants[place] = value
+            return "constexpr"
+        if value % 16 == 0:
+            self.aligned.append(place)
+        return "i32" if abs(value) < 2**31 else "i64"
 
     @property
     def key(self) -> tuple:
@@ -98,7 +113,7 @@ def launches(target: str) -> list[Launch]:
     """Every different launch of the modes below on a device of that kind."""
     from triton.runtime.jit import JITFunction
 
-    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, renyi_reduce, tuning
+    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, linear_logprob_gemm, renyi_reduce, tuning
 
     found: dict[tuple, Launch] = {}
     mode = ""
@@ -110,10 +125,12 @@ def launches(target: str) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tuning, "architecture", lambda device: target),
+        patch.object(linear_logprob_gemm, "architecture", lambda device: target),
     ):
         for module, cases in (
             (grouped_lora, grouped_lora_modes),
             (linear_logprob, linear_logprob_modes),
+            (linear_logprob_gemm, linear_logprob_gemm_modes),
             (renyi_reduce, renyi_reduce_modes),
         ):
             for mode, launcher, arguments in cases(module):  # noqa: B007 - `record` reads the mode
@@ -122,8 +139,8 @@ def launches(target: str) -> list[Launch]:
 
 
 def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
-    """For each dtype and rank: an input of each particle or a shared one; a base in place, shared or none; gradients in
-    fp32 or not. For the largest rank also with 64 bits in every offset."""
+    """For each dtype and rank: an input of each particle or a shared one; a base in place, shared or none; one map or
+    three; gradients in fp32 or not, added or not. For the largest rank also with 64 bits in every offset."""
     for dtype, name in _DTYPES.items():
         for K, M, I, O, R in ((8, 2048, 1536, 8960, 8), (8, 2048, 1536, 8960, 24), (8, 2048, 1536, 8960, 64), (1,) * 5):
             empty = partial(torch.empty, dtype=dtype, device="meta")
@@ -131,42 +148,79 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
             # for a shared input: one product with the A of all particles
             one_x, one_A, one_S = empty(1, M, I), empty(1, K * R, I), empty(1, M, K * R)
             shared_S = one_S.view(M, K, R).transpose(0, 1)
+            counters = ops.new_counters(x, [R], K)
             mode = f"{name} rank {R}"
-            yield mode, ops.shrink, (x, A, S)
-            yield f"{mode} shared x", ops.shrink, (one_x, one_A, one_S)
-            yield f"{mode} in place", ops.expand, (S, B, 2.0, Y, Y)
-            yield f"{mode} no base", ops.expand, (S, B, 2.0, None, Y)
-            yield f"{mode} shared base", ops.expand, (shared_S, B, 2.0, Y[:1], Y)
-            yield f"{mode} into dx", ops.expand, (S, A.mT, 1.0, x, x)
-            for gradients in dict.fromkeys((dtype, torch.float32)):
-                dB, dA, one_dA = (torch.empty_like(t, dtype=gradients) for t in (B, A, one_A))
-                few_Y, few_S = empty(K, 17, O), empty(K, 17, R)  # in one part, so the kernel writes the gradient itself
-                mode = f"{name} rank {R}, {_DTYPES[gradients]} gradients"
-                yield mode, ops.up_backward, (Y, S, B, 2.0, S, dB)
-                yield f"{mode}, shared x", ops.up_backward, (Y, shared_S, B, 2.0, shared_S, dB)
-                yield f"{mode}, few rows", ops.up_backward, (few_Y, few_S, B, 2.0, few_S, dB)
-                yield mode, ops.down_backward, (x, S, dA)
-                yield f"{mode}, shared x", ops.down_backward, (one_x, one_S, one_dA)
+            yield mode, ops.shrink, (x, A, S, counters)
+            yield f"{mode} shared x", ops.shrink, (one_x, one_A, one_S, counters)
+            yield f"{mode} in place", ops.expand, ([S], [B], 2.0, [Y], [Y])
+            yield f"{mode} no base", ops.expand, ([S], [B], 2.0, None, [Y])
+            yield f"{mode} shared base", ops.expand, ([shared_S], [B], 2.0, [Y[:1]], [Y])
+            yield f"{mode} into dx", ops.expand, ([S], [A.mT], 1.0, [x], [x])
+            # three maps, of 1536, 256 and 256 outputs: their S are columns of one tensor
+            maps = [empty(K, M, o) for o in (1536, 256, 256)] if O > 1 else [Y] * 3
+            of_maps, all_S = [empty(K, y.shape[2], R) for y in maps], empty(K, M, 3 * R).split(R, dim=2)
+            yield f"{mode} three maps in place", ops.expand, (all_S, of_maps, 2.0, maps, maps)
+            few_Y, few_S = empty(K, 17, O), empty(K, 17, R)  # in one part, so there are no partial sums
+            dB, dA, one_dA = (torch.empty_like(t) for t in (B, A, one_A))
+            yield mode, ops.up_backward, ([Y], [S], [B], 2.0, [S], [dB], False, counters)
+            yield f"{mode} few rows", ops.up_backward, ([few_Y], [few_S], [B], 2.0, [few_S], [dB], False, counters)
+            yield mode, ops.down_backward, (x, S, dA, False, counters)
+            yield f"{mode} few rows", ops.down_backward, (x[:1, :17], few_S[:1], dA[:1], False, counters)
+            yield f"{mode} shared x", ops.down_backward, (one_x, one_S, one_dA, False, counters)
+            # as a training step of the engine runs it
+            all_dB, dA = [torch.empty_like(b, dtype=torch.float32) for b in of_maps], dA.float()
+            few_maps, few_all_S = [y[:, :17] for y in maps], [s[:, :17] for s in all_S]
+            counters = ops.new_counters(x, [R] * 3, K)
+            rest = (all_dB, True, counters)
+            mode += ", gradients added"
+            yield f"{mode}, three maps", ops.up_backward, (maps, all_S, of_maps, 2.0, all_S, *rest)
+            yield f"{mode}, few rows", ops.up_backward, (few_maps, few_all_S, of_maps, 2.0, few_all_S, *rest)
+            yield mode, ops.down_backward, (x, S, dA, True, counters)
             if R == 64:
                 far = lambda t: t.as_strided(t.shape, (0, 2**26, 1))  # 32 such rows pass 2^31 elements
-                yield f"{mode}, far rows", ops.shrink, (far(x), A, S)
-                yield f"{mode}, far rows", ops.expand, (S, B, 2.0, far(Y), far(Y))
-                yield f"{mode}, far rows", ops.up_backward, (far(Y), S, B, 2.0, S, dB)
-                yield f"{mode}, far rows", ops.down_backward, (far(x), S, dA)
+                yield f"{mode}, far rows", ops.shrink, (far(x), A, S, counters)
+                yield f"{mode}, far rows", ops.expand, ([S], [B], 2.0, [far(Y)], [far(Y)])
+                yield f"{mode}, far rows", ops.up_backward, ([far(Y)], [S], [B], 2.0, [S], [dB], False, counters)
+                yield f"{mode}, far rows", ops.down_backward, (far(x), S, dA, False, counters)
 
 
 def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
-    """For each dtype of the gradient, or none: with and without bias and soft cap; with a vocabulary of whole blocks or
-    not."""
+    """For each dtype of the gradient, or none: with and without bias and soft cap; with rows that are aligned or not.
+    Then the gradient from the second product, in each dtype, with a head of whole rows and with one of every other."""
+    target, rows = torch.empty(1024, dtype=torch.int64, device="meta"), torch.empty(1024, device="meta")
     for V in (151936, 50257):
-        products = torch.empty((1024, V), device="meta")
-        target = torch.empty(1024, dtype=torch.int64, device="meta")
+        aligned = lambda dtype, V=V: torch.empty((1024, -(-V // 32) * 32), dtype=dtype, device="meta")[:, :V]
+        products = aligned(torch.float32)
         for dtype in (None, *_DTYPES):
+            E = None if dtype is None else aligned(dtype)
             for softcap in (None, 30.0):
                 for bias in (None, torch.empty(V, dtype=dtype, device="meta")):
                     mode = f"{'forward' if dtype is None else _DTYPES[dtype]} V={V}"
                     mode += (" bias" if bias is not None else "") + (" softcap" if softcap else "")
-                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, dtype)
+                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, E)
+    for D in (1536, 577):
+        for dtype, name in _DTYPES.items():
+            P, out = torch.empty((1024, D), device="meta"), torch.empty((1024, D), dtype=dtype, device="meta")
+            for step in (1, 2):
+                weight = torch.empty((50257, step * D), dtype=dtype, device="meta")[:, ::step]
+                mode = f"{name} D={D}" + (" every other" if step > 1 else "")
+                yield mode, ops.gradient_pass, (P, weight, target, rows, rows, out)
+
+
+def linear_logprob_gemm_modes(ops: Any) -> Iterator[tuple]:
+    """With rows that the copy engine takes and with odd ones, with and without bias, soft cap and gradient."""
+    for dtype, D, softcap, need_grad in (
+        (torch.bfloat16, 1536, None, True),
+        (torch.bfloat16, 1536, 30.0, True),
+        (torch.bfloat16, 1537, None, True),
+        (torch.bfloat16, 1536, None, False),
+        (torch.float32, 1536, 30.0, True),
+    ):
+        N, V = 1024, 151936
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        E, bias = (empty(N, V) if need_grad else None), (empty(V) if softcap else None)
+        mode = f"{_DTYPES[dtype]} D={D}{' bias softcap' if softcap else ''}{'' if need_grad else ' forward'}"
+        yield mode, ops.logprob_product, (empty(N, D), empty(V, D), empty(N, dtype=torch.int64), bias, softcap, 1.0, E)
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:
@@ -192,9 +246,8 @@ def _compile(launch: Launch, target: str) -> Compiled:
     from triton.compiler import ASTSource
 
     name = launch.kernel.__name__
-    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
-    constants = {(launch.kernel.arg_names.index(argument),): value for argument, value in launch.constants.items()}
-    source = ASTSource(launch.kernel, launch.signature, constants, attributes)
+    attributes = {place: [["tt.divisibility", 16]] for place in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
     try:
         made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
     except Exception as error:  # the compiler may raise anything, and this looks for it

@@ -76,40 +76,43 @@ def _check(x: Tensor, A: Tensor, B: Tensor, base_out: Tensor | None) -> None:
 
 
 @torch.library.custom_op("renyi_kernels::grouped_lora", mutates_args=())
-def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     passes = lora_products.passes_of("triton")
-    S = lora_products.shrink(passes, x, A)
+    counters = lora_products.new_counters(passes, x, [B])
+    S = lora_products.shrink(passes, x, A, counters)
     out = x.new_empty((A.shape[0], x.shape[-2], B.shape[1]))
     base = base_out.contiguous() if base_out is not None else None
     if base is not None and base.dim() == 2:
         base = base[None]
-    passes.expand(lora_products.particle_major(S, x), B, scaling, base, out)
-    return out, S
+    passes.expand([lora_products.particle_major(S, x)], [B], scaling, None if base is None else [base], [out])
+    return out, S, counters
 
 
 @_forward.register_fake
-def _(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     (K, R, _), M = A.shape, x.shape[-2]
-    return x.new_empty((K, M, B.shape[1])), x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))
+    counters = lora_products.new_counters(lora_products.passes_of("triton"), x, [B])
+    return x.new_empty((K, M, B.shape[1])), x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R)), counters
 
 
 @torch.library.custom_op("renyi_kernels::grouped_lora_backward", mutates_args=())
 def _backward(
-    dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, scaling: float, need_dx: bool
+    dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, counters: Tensor, scaling: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     passes = lora_products.passes_of("triton")
-    dS, dB = torch.empty_like(S), torch.empty_like(B)
-    by_particle = lora_products.particle_major
-    passes.up_backward(dY.contiguous(), by_particle(S, x), B, scaling, by_particle(dS, x), dB)
+    dS, dA, dB = torch.empty_like(S), torch.empty_like(A), torch.empty_like(B)
+    of_S, of_dS = (lora_products.particle_major(s, x) for s in (S, dS))
+    passes.up_backward([dY.contiguous()], [of_S], [B], scaling, [of_dS], [dB], False, counters)
     dx = x.new_zeros(x.shape if need_dx else 0)
     if need_dx:
         lora_products.add_input_gradient(passes, dx, dS, A)
-    return dx, lora_products.gradient_of_A(passes, x, dS, A.dtype), dB
+    lora_products.gradient_of_A(passes, x, dS, dA, False, counters)
+    return dx, dA, dB
 
 
 @_backward.register_fake
 def _(
-    dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, scaling: float, need_dx: bool
+    dY: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, counters: Tensor, scaling: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape if need_dx else 0), torch.empty_like(A), torch.empty_like(B)
 
@@ -117,14 +120,14 @@ def _(
 def _keep(ctx, inputs, output):
     x, A, B, ctx.scaling, base_out = inputs
     ctx.shared_base = base_out is not None and base_out.dim() == 2
-    ctx.save_for_backward(x, A, B, output[1])
+    ctx.save_for_backward(x, A, B, *output[1:])
 
 
-def _differentiate(ctx, dY, _):
-    x, A, B, S = ctx.saved_tensors
+def _differentiate(ctx, dY, *_):
+    x, A, B, S, counters = ctx.saved_tensors
     refuse_tangents("grouped_lora", dY)
     need_dx, *_, need_base = ctx.needs_input_grad
-    dx, dA, dB = _backward(dY, x, A, B, S, ctx.scaling, need_dx)
+    dx, dA, dB = _backward(dY, x, A, B, S, counters, ctx.scaling, need_dx)
     dbase = (dY.sum(dim=0) if ctx.shared_base else dY) if need_base else None
     return dx if need_dx else None, dA, dB, None, dbase
 

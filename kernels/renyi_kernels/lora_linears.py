@@ -5,7 +5,7 @@ Layout: K particles, M rows, I/O in/out features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -25,6 +25,7 @@ def lora_linears(
     scaling: float,
     *,
     copies: tuple[Tensor, Sequence[Tensor]] | None = None,
+    gradients: Callable[[], tuple[Tensor, Sequence[Tensor]] | None] | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Adapted maps that read the same input, e.g. q, k, v: ``y_jk = x_k W_j^T + b_j + scaling * (x_k A_jk^T) B_jk^T``.
@@ -44,6 +45,11 @@ def lora_linears(
             own (but one of A_block if the particles share x and A_block is not contiguous). The gradients go to A and
             B, and a change of A, B or the copies before the backward is an error there. All of them may be views of
             one matrix ``[K, P]``. The "reference" path takes A and B themselves.
+        gradients: a function that the backward calls, if every A and B requires a gradient. It gives (dA_block,
+            [dB_1, ..., dB_n]), of the shapes of `copies`, in any floating dtype and with any strides. Then the backward
+            adds the gradients of A and B to these in place, and autograd gets none for them. If it gives None, autograd
+            gets them as ever. It is not called by the "reference" path, under `torch.compile`, or in a backward with
+            ``create_graph=True``. There autograd always gets them.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
@@ -65,8 +71,8 @@ def lora_linears(
     x = x.contiguous()
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
         refuse_tangents("lora_linears", x, *weights, *present, *A, *B, *values)
-        return list(_forward(x, weights, present, A, B, values, float(scaling), path)[:-1])
-    return list(_Eager.apply(float(scaling), path, len(A), x, *weights, *present, *A, *B, *values))
+        return list(_forward(x, weights, present, A, B, values, float(scaling), path)[:-2])
+    return list(_Eager.apply(float(scaling), path, len(A), gradients, x, *weights, *present, *A, *B, *values))
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: list[Tensor], B: list[Tensor]) -> None:
@@ -103,23 +109,34 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: lis
 
 def _check_copies(copies: tuple[Tensor, Sequence[Tensor]], x: Tensor, A: list[Tensor], B: list[Tensor]) -> list[Tensor]:
     """The copies one after the other: A_block, B_1, ..., B_n."""
-    if len(copies) != 2 or len(copies[1]) != len(B):
-        expected = f"(A_block, [B_1, ..., B_n]) with a B for each of the {len(B)} maps"
-        raise ValueError(f"copies: expected {expected}; got a sequence of another length")
-    K, _, I = A[0].shape
-    shapes = {"copies[0]": [K, sum(a.shape[1] for a in A), I]}
-    shapes |= {f"copies[1][{j}]": list(b.shape) for j, b in enumerate(B)}
-    values = [copies[0], *copies[1]]
-    for (name, shape), tensor in zip(shapes.items(), values, strict=True):
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected {shape}, as A and B have it; got {list(tensor.shape)}")
+    values = _check_parts("copies", copies, A, B)
+    for name, tensor in values.items():
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}; got {tensor.dtype}")
-    return values
+    return list(values.values())
+
+
+def _check_parts(
+    name: str, parts: tuple[Tensor, Sequence[Tensor]], A: Sequence[Tensor], B: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """A_block, B_1, ..., B_n of `copies` or `gradients`, by the names that a message calls them."""
+    if len(parts) != 2 or len(parts[1]) != len(B):
+        expected = f"(A_block, [B_1, ..., B_n]) with a B for each of the {len(B)} maps"
+        raise ValueError(f"{name}: expected {expected}; got a sequence of another length")
+    K, _, I = A[0].shape
+    found = {f"{name}[0]": parts[0]} | {f"{name}[1][{j}]": b for j, b in enumerate(parts[1])}
+    shapes = [(K, sum(a.shape[1] for a in A), I), *(b.shape for b in B)]
+    for (part, tensor), shape in zip(found.items(), shapes, strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{part}: expected {list(shape)}, as A and B have it; got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{part}: expected a floating dtype; got {tensor.dtype}")
+    return found
 
 
 # the work. x is contiguous, and an empty tensor stands for no bias. `values` is A_block, B_1, ..., B_n in the dtype of
-# x; if it is empty, they are made here. `_outputs` also returns x A^T of all maps, which the backward needs
+# x; if it is empty, they are made here. `_outputs` also returns what the backward needs: x A^T of all maps, and the
+# counters of the kernels
 
 
 def _outputs(
@@ -135,10 +152,10 @@ def _outputs(
     passes = lora_products.passes_of(path)
     K, M, I = A[0].shape[0], *x.shape[-2:]
     with torch.autocast(x.device.type, enabled=False):
-        S = lora_products.shrink(passes, x, values[0] if values else lora_products.stack(A, x.dtype))
-        by_map = lora_products.split(lora_products.particle_major(S, x), A)
-        outs = []
-        for weight, bias, b, s in zip(weights, biases, values[1:] or B, by_map, strict=True):
+        counters = lora_products.new_counters(passes, x, B)
+        S = lora_products.shrink(passes, x, values[0] if values else lora_products.stack(A, x.dtype), counters)
+        outs, bases = [], []
+        for weight, bias in zip(weights, biases, strict=True):
             # no view, because a model may change an output in place
             out = x.new_empty((K, M, weight.shape[0]))
             base = out if x.dim() == 3 else x.new_empty((1, M, weight.shape[0]))
@@ -147,15 +164,18 @@ def _outputs(
                 torch.addmm(bias, x.view(-1, I), weight.mT, out=rows)
             else:
                 torch.mm(x.view(-1, I), weight.mT, out=rows)
-            passes.expand(s, b.to(x.dtype), scaling, base, out)
             outs.append(out)
-    return [*outs, S]
+            bases.append(base)
+        by_map = lora_products.split(lora_products.particle_major(S, x), A)
+        passes.expand(by_map, values[1:] or [b.to(x.dtype) for b in B], scaling, bases, outs)
+    return [*outs, S, counters]
 
 
 def _gradients(
     dY: Sequence[Tensor],
     x: Tensor,
     S: Tensor,
+    counters: Tensor,
     weights: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -165,15 +185,35 @@ def _gradients(
     path: str,
 ) -> list[Tensor]:
     """The gradients of x (empty if it is not needed), of all A as one tensor [K, R, I], and of each B."""
+    dA, dB = _unwritten_block(A, _common_dtype(A)), [b.new_empty(b.shape) for b in B]
+    return [_differentiated(dY, x, S, counters, weights, A, B, values, scaling, need_dx, path, dA, dB, False), dA, *dB]
+
+
+def _differentiated(
+    dY: Sequence[Tensor],
+    x: Tensor,
+    S: Tensor,
+    counters: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scaling: float,
+    need_dx: bool,
+    path: str,
+    dA: Tensor,
+    dB: Sequence[Tensor],
+    add: bool,
+) -> Tensor:
+    """The gradient of x (empty if it is not needed). Those of A and B are written to dA and dB, or added if `add`."""
     passes = lora_products.passes_of(path)
     dY = [dy.contiguous() for dy in dY]
     dS = torch.empty_like(S)
-    dB = [b.new_empty(b.shape) for b in B]
     dx = x.new_empty(x.shape if need_dx else 0)
     with torch.autocast(x.device.type, enabled=False):
         by_map = [lora_products.split(lora_products.particle_major(s, x), A) for s in (S, dS)]
-        for dy, b, db, s, ds in zip(dY, values[1:] or B, dB, *by_map, strict=True):
-            passes.up_backward(dy, s, b.to(x.dtype), scaling, ds, db)
+        in_dtype = values[1:] or [b.to(x.dtype) for b in B]
+        passes.up_backward(dY, by_map[0], in_dtype, scaling, by_map[1], dB, add, counters)
         if need_dx:
             rows = dx.view(-1, x.shape[-1])
             for j, (dy, weight) in enumerate(zip(dY, weights, strict=True)):
@@ -181,26 +221,37 @@ def _gradients(
                 torch.addmm(rows, dy, weight, beta=float(j > 0), out=rows)
             A_block = values[0] if values else lora_products.stack(A, x.dtype)
             lora_products.add_input_gradient(passes, dx, dS, A_block)
-        # one tensor for all maps, in a dtype that can hold the values of each
-        dA = lora_products.gradient_of_A(passes, x, dS, _common_dtype(A))
-    return [dx, dA, *dB]
+        lora_products.gradient_of_A(passes, x, dS, dA, add, counters)
+    return dx
+
+
+def _unwritten_block(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One tensor [K, R, I] for all A."""
+    K, _, I = A[0].shape
+    return A[0].new_empty((K, sum(a.shape[1] for a in A), I), dtype=dtype)
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases):
-    """(the gradient of x or None, one for each A, one for each B). `run` is `_gradients` in the form for autograd."""
+def _differentiate(ctx, run, dY, need_dx, need_weights, need_biases, gradients=None):
+    """(the gradient of x or None, one for each A, one for each B). `run` is `_gradients` in the form for autograd.
+    If there are `gradients`, those of A and B are added to them, and are None here."""
     for name, needed in (("weights", need_weights), ("biases", need_biases)):
         if any(needed):
             raise RuntimeError(
                 f"lora_linears: the {name} are taken as frozen, but one of them requires a gradient; "
                 "call requires_grad_(False) on it, or use backend='reference'"
             )
-    x, S, *maps = ctx.saved_tensors
+    x, S, counters, *maps = ctx.saved_tensors
     weights, A, B, values = _in_parts(maps, 3, len(dY))
-    dx, dA, *dB = run(dY, x, S, weights, A, B, values, ctx.scaling, need_dx, ctx.path)
+    arguments = (dY, x, S, counters, weights, A, B, values, ctx.scaling, need_dx, ctx.path)
+    if gradients is not None:
+        held, *of_B = _check_parts("gradients", gradients, A, B).values()
+        dx = _differentiated(*arguments, held, of_B, True)
+        return dx if need_dx else None, [None] * len(A), [None] * len(B)
+    dx, dA, *dB = run(*arguments)
     dA = [da.to(a.dtype) for da, a in zip(dA.split([a.shape[1] for a in A], dim=1), A, strict=True)]
     return dx if need_dx else None, dA, dB
 
@@ -224,32 +275,34 @@ def _in_parts(tensors: Sequence[Any], count: int, n: int) -> list[Sequence[Any]]
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scaling, path, num_maps, x, *maps):
+    def forward(ctx, scaling, path, num_maps, gradients, x, *maps):
         weights, biases, A, B, values = _in_parts(maps, 4, num_maps)
-        *outs, S = _outputs(x, weights, biases, A, B, values, scaling, path)
-        ctx.scaling, ctx.path = scaling, path
-        ctx.save_for_backward(x, S, *weights, *A, *B, *values)
+        *outs, S, counters = _outputs(x, weights, biases, A, B, values, scaling, path)
+        ctx.scaling, ctx.path, ctx.gradients = scaling, path, gradients
+        ctx.save_for_backward(x, S, counters, *weights, *A, *B, *values)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *dY):
-        _, _, _, need_dx, *needed = ctx.needs_input_grad
-        need_weights, need_biases, _, _, values = _in_parts(needed, 4, len(dY))
-        dx, dA, dB = _differentiate(ctx, _EagerBackward.run, dY, need_dx, need_weights, need_biases)
-        return None, None, None, dx, *[None] * (2 * len(dY)), *dA, *dB, *[None] * len(values)
+        *_, need_dx = ctx.needs_input_grad[:5]
+        need_weights, need_biases, need_A, need_B, values = _in_parts(ctx.needs_input_grad[5:], 4, len(dY))
+        takes_them = ctx.gradients is not None and all(need_A) and all(need_B) and not torch.is_grad_enabled()
+        gradients = ctx.gradients() if takes_them else None
+        dx, dA, dB = _differentiate(ctx, _EagerBackward.run, dY, need_dx, need_weights, need_biases, gradients)
+        return None, None, None, None, dx, *[None] * (2 * len(dY)), *dA, *dB, *[None] * len(values)
 
     jvp = staticmethod(_refuse_forward_mode)
 
 
 class _EagerBackward(torch.autograd.Function):
     @staticmethod
-    def run(dY, x, S, weights, A, B, values, *options):
-        return _EagerBackward.apply(*options, len(dY), x, S, *dY, *weights, *A, *B, *values)
+    def run(dY, x, S, counters, weights, A, B, values, *options):
+        return _EagerBackward.apply(*options, len(dY), x, S, counters, *dY, *weights, *A, *B, *values)
 
     @staticmethod
-    def forward(ctx, scaling, need_dx, path, num_maps, x, S, *maps):
+    def forward(ctx, scaling, need_dx, path, num_maps, x, S, counters, *maps):
         dY, weights, A, B, values = _in_parts(maps, 4, num_maps)
-        return tuple(_gradients(dY, x, S, weights, A, B, values, scaling, need_dx, path))
+        return tuple(_gradients(dY, x, S, counters, weights, A, B, values, scaling, need_dx, path))
 
     backward = staticmethod(_refuse_second_derivative)
     jvp = staticmethod(_refuse_forward_mode)
@@ -265,23 +318,24 @@ _backward = torch.library.custom_op("renyi_kernels::lora_linears_backward", _gra
 def _(x, weights, biases, A, B, values, scaling, path):
     K, M, R = A[0].shape[0], x.shape[-2], sum(a.shape[1] for a in A)
     outs = [x.new_empty((K, M, weight.shape[0])) for weight in weights]
-    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R))]
+    counters = lora_products.new_counters(lora_products.passes_of(path), x, B)
+    return [*outs, x.new_empty((K, M, R) if x.dim() == 3 else (M, K, R)), counters]
 
 
 @_backward.register_fake
-def _(dY, x, S, weights, A, B, values, scaling, need_dx, path):
-    dA = A[0].new_empty((A[0].shape[0], sum(a.shape[1] for a in A), x.shape[-1]), dtype=_common_dtype(A))
+def _(dY, x, S, counters, weights, A, B, values, scaling, need_dx, path):
+    dA = _unwritten_block(A, _common_dtype(A))
     return [x.new_empty(x.shape if need_dx else 0), dA, *(b.new_empty(b.shape) for b in B)]
 
 
 def _keep(ctx, inputs, output):
     x, weights, _, A, B, values, ctx.scaling, ctx.path = inputs
-    ctx.save_for_backward(x, output[-1], *weights, *A, *B, *values)
+    ctx.save_for_backward(x, *output[-2:], *weights, *A, *B, *values)
 
 
 def _differentiate_operator(ctx, gradients):
     need_dx, need_weights, need_biases, _, _, values, *_ = ctx.needs_input_grad
-    dY = gradients[:-1]
+    dY = gradients[:-2]
     refuse_tangents("lora_linears", *dY)
     dx, dA, dB = _differentiate(ctx, _backward, dY, need_dx, need_weights, need_biases)
     return dx, [None] * len(dY), [None] * len(dY), dA, dB, [None] * len(values), None, None

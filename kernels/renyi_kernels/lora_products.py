@@ -42,37 +42,43 @@ def particle_major(S: Tensor, x: Tensor) -> Tensor:
     return S if x.dim() == 3 else S.transpose(0, 1)
 
 
-def shrink(passes: ModuleType, x: Tensor, A: Tensor) -> Tensor:
+def shrink(passes: ModuleType, x: Tensor, A: Tensor, counters: Tensor) -> Tensor:
     """x A_k^T, for an input of each particle [K, M, I] or a shared one [M, I], which is read once. Then A has to be one
     matrix [K R, I], and is copied if it is not. The result lies in memory as `particle_major` says."""
     (K, R, I), M = A.shape, x.shape[-2]
     if x.dim() == 3:
         S = x.new_empty((K, M, R))
-        passes.shrink(x, A, S)
+        passes.shrink(x, A, S, counters)
     else:
         S = x.new_empty((M, K, R))
-        passes.shrink(x[None], A.reshape(1, K * R, I), S.view(1, M, K * R))
+        passes.shrink(x[None], A.reshape(1, K * R, I), S.view(1, M, K * R), counters)
     return S
+
+
+def new_counters(passes: ModuleType, x: Tensor, B: Sequence[Tensor]) -> Tensor:
+    """What `shrink` sets to 0 and the backward of these maps counts in."""
+    counters: Tensor = passes.new_counters(x, [b.shape[2] for b in B], B[0].shape[0])
+    return counters
 
 
 def add_input_gradient(passes: ModuleType, dx: Tensor, dS: Tensor, A: Tensor) -> None:
     """dx += dS_k A_k, in place, for dx like x. If the particles share x, it is summed over them."""
     K, R, I = A.shape
     if dx.dim() == 3:
-        passes.expand(dS, A.mT, 1.0, dx, dx)
+        passes.expand([dS], [A.mT], 1.0, [dx], [dx])
     else:
         dx = dx[None]
-        passes.expand(dS.view(1, dx.shape[1], K * R), A.reshape(1, K * R, I).mT, 1.0, dx, dx)
+        passes.expand([dS.view(1, dx.shape[1], K * R)], [A.reshape(1, K * R, I).mT], 1.0, [dx], [dx])
 
 
-def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dtype: torch.dtype) -> Tensor:
-    """dS_k^T x_k as [K, R, I]. x is read once for all maps."""
-    I = x.shape[-1]
+def gradient_of_A(passes: ModuleType, x: Tensor, dS: Tensor, dA: Tensor, add: bool, counters: Tensor) -> None:
+    """dA [K, R, I] = dS_k^T x_k, or += if `add`. x is read once for all maps."""
     if x.dim() == 3:
-        dA = x.new_empty((dS.shape[0], dS.shape[2], I), dtype=dtype)
-        passes.down_backward(x, dS, dA)
+        passes.down_backward(x, dS, dA, add, counters)
+    elif add or not dA.is_contiguous():
+        own = torch.empty_like(dA, memory_format=torch.contiguous_format)
+        gradient_of_A(passes, x, dS, own, False, counters)
+        dA.add_(own) if add else dA.copy_(own)
     else:
         M, K, R = dS.shape
-        dA = x.new_empty((K, R, I), dtype=dtype)
-        passes.down_backward(x[None], dS.view(1, M, K * R), dA.view(1, K * R, I))
-    return dA
+        passes.down_backward(x[None], dS.view(1, M, K * R), dA.view(1, K * R, -1), False, counters)

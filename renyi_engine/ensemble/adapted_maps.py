@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,32 +39,106 @@ class StackedAdapter(nn.Module):
 
 
 class AdapterGroup:
-    """The adapters of maps that read one input, and the copies of them that the products read.
+    """The adapters of maps that read one input, the copies of them that the products read, and their gradients.
 
-    `copies`: the A of all maps as one block [K, R_1 + ... + R_n, I], and the B of each map, in the base's dtype. They
-    are the business of `particle_matrix`.
+    `copies`: the A of all maps as one block [K, R_1 + ... + R_n, I], and the B of each map, in the base's dtype.
+    `gradients`: the same parts of the matrix of gradients. Both are the business of `particle_matrix`. `backward`: the
+    one in which the ops add to `gradients` themselves.
     """
 
-    def __init__(self, stacks: Sequence[StackedAdapter]) -> None:
+    def __init__(self, stacks: Sequence[StackedAdapter], backward: OneBackward) -> None:
         self.stacks = list(stacks)
         self.copies: tuple[Tensor, list[Tensor]] | None = None
+        self.gradients: Gradients | None = None
+        self._backward = backward
         self.adopt()
 
     def adopt(self) -> None:
-        """Take the parameters that the adapters hold now as those that were copied."""
-        self._copied = [(stack.A, stack.B) for stack in self.stacks]
+        """Take the parameters that the adapters hold now as those that were copied and get the gradients."""
+        self._own = [(stack.A, stack.B) for stack in self.stacks]
 
     @property
     def num_particles(self) -> int:
         return self.stacks[0].num_particles
 
+    @property
+    def holds_its_own(self) -> bool:
+        """Whether nobody has put other tensors in the parameters' places (as torch.func.functional_call does)."""
+        return all(stack.A is A and stack.B is B for stack, (A, B) in zip(self.stacks, self._own, strict=True))
+
     def copies_in(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]] | None:
-        """The copies, unless they are of another dtype, or somebody has put other tensors in the parameters' places
-        (as torch.func.functional_call does)."""
-        if self.copies is None or self.copies[0].dtype != dtype:
+        """The copies, unless they are of another dtype or of other tensors."""
+        if self.copies is None or self.copies[0].dtype != dtype or not self.holds_its_own:
             return None
-        same = all(stack.A is A and stack.B is B for stack, (A, B) in zip(self.stacks, self._copied, strict=True))
-        return self.copies if same else None
+        return self.copies
+
+    def link_gradients(self, *, keep: bool = False) -> None:
+        """Let autograd add the gradients of all parameters to `gradients`. With `keep`, those that the parameters have
+        now are put there first."""
+        assert self.gradients is not None
+        for pair, views in zip(self._own, zip(self.gradients.A, self.gradients.B, strict=True), strict=True):
+            for parameter, view in zip(pair, views, strict=True):
+                if parameter.grad is view:
+                    continue
+                if keep:
+                    view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
+
+    def gradients_in_place(self) -> tuple[Tensor, list[Tensor]] | None:
+        """What the op of these maps asks in its backward: where it is to add the gradients of A and B itself. None if
+        autograd is to have them: in any backward but the one, and if a parameter has hooks or another gradient."""
+        held = self.gradients
+        if held is None or not self._backward.runs_here():
+            return None
+        for (A, B), dA, dB in zip(self._own, held.A, held.B, strict=True):
+            if A.grad is not dA or B.grad is not dB or _has_hooks(A) or _has_hooks(B):
+                return None
+        return held.block, held.B
+
+
+class Gradients(NamedTuple):
+    """Of a group, as views of one matrix: the A of all maps as one block, each A, and each B."""
+
+    block: Tensor
+    A: list[Tensor]
+    B: list[Tensor]
+
+
+class OneBackward:
+    """Tells the backward of one loss from all others, which may run at the same time in other threads."""
+
+    def __init__(self) -> None:
+        self._running: tuple[int, object] | None = None
+
+    def of(self, loss: Tensor) -> None:
+        """Run the backward of `loss`."""
+        stream = _stream(loss.device)
+
+        def begins(gradient: Tensor) -> None:
+            self._running = torch._C._current_graph_task_id(), stream
+
+        handle = loss.register_hook(begins)
+        try:
+            loss.backward()
+        finally:
+            handle.remove()
+            self._running = None
+
+    def runs_here(self) -> bool:
+        """Whether the caller is called by that backward, on the stream of the thread that asked for it."""
+        running = self._running
+        if running is None or running[0] != torch._C._current_graph_task_id():
+            return False
+        return running[1] is None or running[1] == torch.cuda.current_stream()
+
+
+def _stream(device: torch.device) -> object:
+    """The one that the device works on now. None if it is no GPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 class _Copied(torch.autograd.Function):
@@ -158,6 +232,7 @@ class MapGroup:
             [stack.B for stack in self._adapters.stacks],
             self._scaling,
             copies=self._adapters.copies_in(rows.dtype),
+            gradients=self._adapters.gradients_in_place if self._adapters.holds_its_own else None,
         )
         return {j: y.view(*x.shape[:-1], -1) for j, y in enumerate(outputs)}
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from renyi_engine.ensemble.adapted_maps import AdapterGroup, StackedAdapter
+from renyi_engine.ensemble.adapted_maps import AdapterGroup, Gradients, OneBackward, StackedAdapter
 
 ALIGNMENT = 64
 
@@ -56,7 +56,7 @@ class ParticleMatrix:
         K = len(next(iter(adapters.values()))[0])
         self.values = nn.Parameter(torch.zeros(K, end, dtype=torch.float32, device=device))
         self._gradients: Tensor | None = None
-        self._gradient_views: list[Tensor] = []
+        self._backward = OneBackward()
         self._copy: Tensor | None = None
         self.groups: list[AdapterGroup] = []
         self.stacks: dict[str, StackedAdapter] = {}
@@ -66,7 +66,7 @@ class ParticleMatrix:
                 A.copy_(adapters[path][0])
                 B.copy_(adapters[path][1])
                 stacks.append(StackedAdapter(A, B))
-            self.groups.append(AdapterGroup(stacks))
+            self.groups.append(AdapterGroup(stacks, self._backward))
             self.stacks |= dict(zip(paths, stacks, strict=True))
         self.stacks = {path: self.stacks[path] for path in adapters}  # in the model's order
         self._own = self._parameters()
@@ -110,35 +110,37 @@ class ParticleMatrix:
     # ------------------------------------------------------------------ gradients
 
     def zero_gradients(self) -> None:
-        """Set all gradients to zero, and let autograd add the next ones into one matrix."""
+        """Set all gradients to zero, and let the next ones be added into one matrix."""
         self._make_gradients()
         self.gradients.zero_()
-        for parameter, view in zip(self._own, self._gradient_views, strict=True):
-            if parameter.grad is not view:
-                parameter.grad = view
+        for group in self.groups:
+            group.link_gradients()
 
     @torch.no_grad()
     def attach_gradients(self) -> None:
-        """Let autograd add the next gradients into one matrix, to those that the parameters have."""
+        """Let the next gradients be added into one matrix, to those that the parameters have."""
         self._make_gradients()
-        for parameter, view in zip(self._own, self._gradient_views, strict=True):
-            if parameter.grad is not view:
-                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
-                parameter.grad = view
+        for group in self.groups:
+            group.link_gradients(keep=True)
 
     def _make_gradients(self) -> None:
         self.link()
         if self._gradients is None or self._gradients.device != self.values.device:
-            self._gradients = torch.zeros_like(self.values, requires_grad=False)
-            self._gradient_views = [view for pair in self.named(self._gradients).values() for view in pair]
+            self._gradients = held = torch.zeros_like(self.values, requires_grad=False)
+            for group, places, views in zip(self.groups, self._places, self._views(held), strict=True):
+                group.gradients = Gradients(places.block.of(held), *views)
         self.values.grad = self._gradients
 
     def accumulate(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, a scalar, to `gradients`."""
+        """Add the gradient of `loss`, a scalar, to `gradients`.
+
+        The ops of the adapted maps add theirs in place. Autograd gets those of parameters that have hooks, and of maps
+        that have another op, and adds them itself.
+        """
         with warnings.catch_warnings():
             # a parameter that is strided over K, as its gradient is: torch says that this may be slower
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-            loss.backward()
+            self._backward.of(loss)
 
     @property
     def gradients(self) -> Tensor:

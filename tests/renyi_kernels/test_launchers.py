@@ -55,36 +55,57 @@ SHAPES = {
     "up_backward": ("KMO", "KMR", "KOR", "KMR", "KOR"),
     "down_backward": ("KMI", "KMR", "KRI"),
 }
-# those that are written; the first two where they lie, so that their last dimension has to
+# those that are written, and those whose last dimension has to be packed
 WRITTEN = {"shrink": {2}, "expand": {3}, "up_backward": {3, 4}, "down_backward": {2}}
+LAST_IS_PACKED = {"shrink": {2}, "expand": {0, 3}, "up_backward": {1, 3}, "down_backward": set()}
+
+
+def counters_for(passes, like, ranks, K):
+    """What the kernels count in, as `shrink` leaves it."""
+    return passes.new_counters(like, ranks, K).zero_()
 
 
 @pytest.mark.parametrize("kernel", SHAPES)
 @fuzz
-@given(data=st.data(), dtype=FLOATS, gradients=FLOATS, M=st.sampled_from([1, 5, 70]), seed=st.integers(0, 2**31))
-def test_a_low_rank_pass_takes_any_layout(draw, kernel, data, dtype, gradients, M, seed):
+@given(
+    data=st.data(),
+    dtype=FLOATS,
+    gradients=FLOATS,
+    M=st.sampled_from([1, 5, 70]),
+    seed=st.integers(0, 2**31),
+    add=st.booleans(),
+)
+def test_a_low_rank_pass_takes_any_layout(draw, kernel, data, dtype, gradients, M, seed, add):
     sizes = {"K": 2, "M": M, "I": 9, "O": data.draw(st.sampled_from([1, 70])), "R": data.draw(st.sampled_from([1, 3]))}
     normal = draw(seed, dtype)
     given_, gold = [], []
     for place, letters in enumerate(SHAPES[kernel]):
         tensor = normal(*(sizes[letter] for letter in letters))
-        written = place in WRITTEN[kernel]
-        if written and kernel.endswith("backward") and letters != "KMR":
+        if place in WRITTEN[kernel] and kernel.endswith("backward") and letters != "KMR":
             tensor = tensor.to(gradients)
         gold.append(tensor.cpu().double())
-        in_place = written and not kernel.endswith("backward")
-        given_.append(lie(tensor, data.draw(PACKED if in_place else ANY)))
-    if "B" in kernel or kernel in ("expand", "up_backward"):
-        place = 2 if kernel == "expand" else 3
-        given_.insert(place, 1.75)
-        gold.insert(place, 1.75)
+        given_.append(lie(tensor, data.draw(PACKED if place in LAST_IS_PACKED[kernel] else ANY)))
     if kernel == "expand" and data.draw(st.booleans()):
-        given_[3], gold[3] = given_[4], gold[4]
-    getattr(lora_passes, kernel)(*given_)
-    getattr(torch_passes, kernel)(*gold)
-    for ours, truth in zip(given_, gold, strict=True):
-        if isinstance(ours, torch.Tensor):  # what is only read is as it was, too
-            assert_close(ours.cpu(), truth, torch.float16 if torch.float16 in (dtype, gradients) else torch.float32)
+        given_[2], gold[2] = given_[3], gold[3]
+    launch(kernel, lora_passes, given_, sizes, add)
+    launch(kernel, torch_passes, gold, sizes, add)
+    for ours, truth in zip(given_, gold, strict=True):  # what is only read is as it was, too
+        assert_close(ours.cpu(), truth, torch.float16 if torch.float16 in (dtype, gradients) else torch.float32)
+
+
+def launch(kernel, passes, tensors, sizes, add):
+    """The pass on these tensors, with a map of its own where it takes several."""
+    counters = counters_for(passes, tensors[0], [sizes["R"]], sizes["K"])
+    of_maps = [[tensor] for tensor in tensors]
+    if kernel == "shrink":
+        passes.shrink(*tensors, counters)
+    elif kernel == "expand":
+        passes.expand(*of_maps[:2], 1.75, *of_maps[2:])
+    elif kernel == "up_backward":
+        passes.up_backward(*of_maps[:3], 1.75, *of_maps[3:], add, counters)
+    else:
+        passes.down_backward(*tensors, add, counters)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("mask_dtype", [None, *MASKS], ids=str)
@@ -122,7 +143,7 @@ def test_the_reduction_and_its_gradient_take_any_layout(draw, mask_dtype, dtype,
 @given(
     gradient_dtype=st.sampled_from([None, torch.float32, torch.float16]),
     bias_dtype=st.sampled_from([None, torch.float16, torch.float32, torch.float64]),
-    layouts=st.tuples(PACKED, ANY, ANY),
+    layouts=st.tuples(PACKED, ANY, ANY, PACKED),
     softcap=st.sampled_from([None, 2.0]),
     N=st.integers(1, 4),
     V=st.sampled_from([1, 7, 300]),
@@ -138,12 +159,36 @@ def test_the_log_probability_pass_takes_any_layout(draw, gradient_dtype, bias_dt
     gold = torch.log_softmax(logits, dim=-1).gather(1, target.cpu()[:, None]).squeeze(1)
     (gradient,) = torch.autograd.grad(gold.sum(), z)
 
-    order = (*layouts[0][:3], 0)  # rows stay rows: the gradient lies over them
-    rows = lie(products, order)
+    rows_stay_rows = lambda layout: (*layout[:3], 0)
+    rows = lie(products, rows_stay_rows(layouts[0]))
+    E = None
+    if gradient_dtype is not None:
+        E = lie(torch.full((N, V), math.nan, dtype=gradient_dtype, device=rows.device), rows_stay_rows(layouts[3]))
     given_ = (rows, lie(target, layouts[1], between=0), None if bias is None else lie(bias, layouts[2]))
-    logprob, found = logprob_passes.logprob_pass(*given_, softcap, 1.5, gradient_dtype)
+    logprob, a, b = logprob_passes.logprob_pass(*given_, softcap, 1.5, E)
     assert_close(logprob.cpu(), gold.detach(), torch.float32)
-    assert (found is None) == (gradient_dtype is None)
-    if found is not None:
-        assert found.dtype == gradient_dtype
+    assert torch.equal(rows, products)
+    assert (a is None) == (b is None) == (E is None)
+    if E is not None:
+        assert not E.gather(1, target[:, None]).any()
+        found = (-b[:, None] * E).scatter_(1, target[:, None], a[:, None])
         assert_close(found.cpu(), gradient, gradient_dtype)
+
+
+@fuzz
+@given(
+    dtype=FLOATS,
+    layouts=st.tuples(PACKED, ANY, ANY, PACKED),
+    N=st.integers(1, 4),
+    D=st.sampled_from([1, 7, 1100]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_gradient_pass_takes_any_layout(draw, dtype, layouts, N, D, seed):
+    P, a, b = draw(seed, torch.float32)(N, D), *draw(seed + 1, torch.float32)(2, N)
+    weight, target = draw(seed + 2, dtype)(3, D), (draw(seed + 3, torch.float32)(N).abs() * 1e4).long() % 3
+    gold = a[:, None].double() * weight[target].double() - b[:, None].double() * P.double()
+    rows_stay_rows = lambda layout: (*layout[:3], 0)
+    out = lie(torch.empty_like(P, dtype=dtype), rows_stay_rows(layouts[3]))
+    given_ = lie(P, rows_stay_rows(layouts[0])), lie(weight, layouts[1]), lie(target, layouts[2], between=0)
+    logprob_passes.gradient_pass(*given_, a, b, out)
+    assert_close(out.cpu(), gold.cpu(), dtype)

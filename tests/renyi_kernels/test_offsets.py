@@ -13,8 +13,9 @@ import torch
 
 import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
+import renyi_kernels.triton_ops.linear_logprob_gemm as product_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
-from renyi_kernels.triton_ops import tuning
+from renyi_kernels.triton_ops import launches, tuning
 
 from .alone import MARKER, is_wanted, run_alone
 
@@ -61,13 +62,14 @@ def tile(request):
             patch.setattr(lora_passes, "blocks", like_the_tallest)
         if request.param == "one_program":
             patch.setattr(lora_passes, "programs_wanted", lambda device: 1)
+        patch.setattr(launches, "_known", {})
         yield lambda kernel, like: lora_passes.blocks(kernel, like, 64)[0]["BLOCK_M"]
 
 
 ARGUMENTS = {
     "shrink": ["x", "A", "S"],
-    "expand": ["S", "B", "scaling", "base", "out"],
-    "up_backward": ["dY", "S", "B", "scaling", "dS", "dB"],
+    "expand": ["S", "B", "base", "out"],
+    "up_backward": ["dY", "S", "B", "dS", "dB"],
     "down_backward": ["x", "dS", "dA"],
 }
 WRITTEN = {"shrink": ["S"], "expand": ["out"], "up_backward": ["dS", "dB"], "down_backward": ["dA"]}
@@ -77,14 +79,24 @@ def arguments_of(kernel, draw, K, M, R, I=33, O=66):
     """What a launcher takes, by name, in its order; what it writes to is filled with something else."""
     made = {"x": draw(K, M, I), "A": draw(K, R, I), "B": draw(K, O, R), "S": draw(K, M, R), "dY": draw(K, M, O)}
     made |= {"dS": draw(K, M, R), "dB": draw(K, O, R), "dA": draw(K, R, I), "base": draw(K, M, O), "out": draw(K, M, O)}
-    return {name: made.get(name, 2.0) for name in ARGUMENTS[kernel]}
+    return {name: made[name] for name in ARGUMENTS[kernel]}
 
 
 def launch(kernel, arguments):
     """What the launcher writes; the given tensors are left alone, but for one that it is to write to where it lies."""
-    arguments = {n: x.clone() if isinstance(x, torch.Tensor) and x.is_contiguous() else x for n, x in arguments.items()}
-    getattr(lora_passes, kernel)(*arguments.values())
-    return [arguments[name] for name in WRITTEN[kernel]]
+    a = SimpleNamespace(**{name: x.clone() if x.is_contiguous() else x for name, x in arguments.items()})
+    K, R = next((len(x), x.shape[2]) for name, x in arguments.items() if name in ("S", "dS"))
+    counters = lora_passes.new_counters(next(iter(arguments.values())), [R], K).zero_()
+    if kernel == "shrink":
+        lora_passes.shrink(a.x, a.A, a.S, counters)
+    elif kernel == "expand":
+        lora_passes.expand([a.S], [a.B], 2.0, [a.base], [a.out])
+    elif kernel == "up_backward":
+        lora_passes.up_backward([a.dY], [a.S], [a.B], 2.0, [a.dS], [a.dB], True, counters)
+    else:
+        lora_passes.down_backward(a.x, a.dS, a.dA, True, counters)
+    assert not counters.any()
+    return [getattr(a, name) for name in WRITTEN[kernel]]
 
 
 def far_from_row_to_row(tensor, reach):
@@ -93,9 +105,7 @@ def far_from_row_to_row(tensor, reach):
     return (0 if tensor.shape[0] == 1 else row * tensor.shape[1], row, 1)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "far"), [(kernel, name) for kernel, names in ARGUMENTS.items() for name in names if name != "scaling"]
-)
+@pytest.mark.parametrize(("kernel", "far"), [(kernel, name) for kernel, names in ARGUMENTS.items() for name in names])
 def test_rows_that_lie_far_apart_within_a_tile(spread, draw, tile, kernel, far):
     M = 2 * tile(kernel, draw(1)) + 1
     arguments = arguments_of(kernel, draw, 1, M, R=66)
@@ -112,17 +122,16 @@ def test_particles_that_lie_far_apart(spread, draw, kernel):
     arguments = arguments_of(kernel, draw, 3, 2, R=2)
     expected = launch(kernel, arguments)
     for name in ARGUMENTS[kernel]:
-        if name != "scaling":
-            ours = launch(kernel, arguments | {name: spread(arguments[name], PARTICLE, 128, 1)})
-            assert all(x.any() and torch.equal(x, y) for x, y in zip(ours, expected, strict=True)), name
+        ours = launch(kernel, arguments | {name: spread(arguments[name], PARTICLE, 128, 1)})
+        assert all(x.any() and torch.equal(x, y) for x, y in zip(ours, expected, strict=True)), name
 
 
 def test_the_transposed_adapter_of_an_input_gradient_may_be_far(spread, draw):
     """`expand` with A as its B: there the rank goes from row to row."""
     S, A, out = draw(1, 3, 66), draw(1, 66, 33), draw(1, 3, 33)
     packed, far = out.clone(), out.clone()
-    lora_passes.expand(S, A.mT, 1.0, packed, packed)
-    lora_passes.expand(S, spread(A, *far_from_row_to_row(A, 65)).mT, 1.0, far, far)
+    lora_passes.expand([S], [A.mT], 1.0, [packed], [packed])
+    lora_passes.expand([S], [spread(A, *far_from_row_to_row(A, 65)).mT], 1.0, [far], [far])
     assert not torch.equal(packed, out)
     assert torch.equal(far, packed)
 
@@ -161,11 +170,34 @@ def test_the_reduction_reads_a_far_mask(spread, draw, device, alpha, strides):
 
 
 def test_the_log_probability_pass_works_on_far_rows(spread, draw, device):
-    products, target = draw(3, 65), torch.tensor([0, 7, 64], device=device)
+    products, target = draw(3, 65).float(), torch.tensor([0, 7, 64], device=device)
     far = spread(products, PARTICLE, 1)
-    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, torch.float16)
-    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, torch.float16)
-    assert all(torch.equal(x, y) for x, y in zip(ours, packed, strict=True))
+    E = products.half()
+    far_E = spread(E, PARTICLE, 1)
+    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, E)
+    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, far_E)
+    assert all(torch.equal(x, y) for x, y in zip((*ours, far_E), (*packed, E), strict=True))
+
+
+@pytest.mark.parametrize("far", ["P", "weight", "out"])
+def test_the_gradient_of_the_head_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"P": draw(3, 65).float(), "weight": draw(3, 65), "out": draw(3, 65)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    for P, weight, out in (tensors.values(), moved.values()):
+        logprob_passes.gradient_pass(P, weight, target, P[:, 0].contiguous(), P[:, 1].contiguous(), out)
+    assert torch.equal(moved["out"], tensors["out"])
+
+
+@pytest.mark.parametrize("far", ["hidden", "weight", "E"])
+def test_the_product_with_epilogue_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"hidden": draw(3, 9), "weight": draw(3, 9), "E": draw(3, 3)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    runs = []
+    for hidden, weight, E in (tensors.values(), moved.values()):
+        runs.append((*product_passes.logprob_product(hidden, weight, target, None, None, 1.0, E), E))
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 # the process of its own

@@ -6,16 +6,20 @@ Layout: K particles, M rows, I/O in/out features, R rank, B sequences, T tokens,
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
 import torch
+from torch._C import _DisableTorchDispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
 from renyi_kernels import grouped_lora, linear_logprob, lora_linears, renyi_loss, renyi_reduce, use_backend
-from renyi_kernels.triton_ops import tuning
+from renyi_kernels.triton_ops import launches, tuning
 
 from .marks import every_x
 
@@ -137,6 +141,7 @@ def results(steps):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora_passes, "_split", spy)
+        patch.setattr(launches, "_known", {})
         return {name: step("triton") for name, step in steps.items()}, num_parts
 
 
@@ -161,6 +166,110 @@ def test_two_runs_are_bitwise_equal(steps, results):
         assert all(torch.equal(x, y) for x, y in zip(step("triton"), results[0][name], strict=True)), name
 
 
+@without_gpu
+def test_whichever_program_is_the_last_the_sums_are_the_same(steps, results, monkeypatch):
+    """The interpreter runs one program after another. Here it begins with those that are otherwise the last."""
+    place = interpreter.InterpreterBuilder.set_grid_idx
+
+    def reversed_(builder, *program):
+        place(builder, *(size - 1 - number for size, number in zip(builder.grid_dim, program, strict=True)))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", reversed_)
+    for name, step in steps.items():
+        assert all(torch.equal(x, y) for x, y in zip(step("triton"), results[0][name], strict=True)), name
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels of `lora_linears` that were launched, in order."""
+    names = []
+    monkeypatch.setattr(launches, "_known", {})
+    for name in ("shrink", "expand", "up_backward", "down_backward"):
+        kernel = getattr(lora_passes, f"grouped_lora_{name}_kernel")
+
+        class Spy:
+            arg_names = kernel.arg_names
+
+            def __getitem__(self, grid, name=name, kernel=kernel):
+                names.append(name)
+
+                def run(*args, **kwargs):
+                    with _DisableTorchDispatch():  # the interpreter runs operators of its own
+                        return kernel[grid](*args, **kwargs)
+
+                return run
+
+        monkeypatch.setattr(lora_passes, f"grouped_lora_{name}_kernel", Spy())
+    return names
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that work on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "empty" not in func.__name__:
+            self.found.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+def side_by_side(tensors):
+    """The tensors [K, ...] as views of one matrix [K, P]."""
+    matrix = torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
+    parts = matrix.split([tensor[0].numel() for tensor in tensors], dim=1)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@pytest.mark.parametrize("num_maps", [1, 3, 5])
+def test_maps_of_one_input_share_each_launch_and_nothing_is_copied_or_added_up_elsewhere(lora, launched, num_maps):
+    """As a training step runs them: what A and B are read from, and where their gradients go, are views of matrices."""
+    K, M, I, R = 2, 70, 34, 3
+    x, A, B, _ = lora(K, M, I, 70, R)
+    A, B = [A] * num_maps, [B[:, : 70 - 20 * (j % 3)] for j in range(num_maps)]
+    block, *of_B = side_by_side([torch.cat(A, dim=1), *B])
+    held, *held_B = side_by_side([torch.zeros_like(t) for t in (block, *of_B)])
+    weights = [x.new_ones(b.shape[1], I) for b in B]
+    leaves = trained(x, *A, *B)
+    x, A, B = leaves[0], leaves[1 : 1 + num_maps], leaves[1 + num_maps :]
+    options = {"copies": (block, of_B), "gradients": lambda: (held, held_B), "backend": "triton"}
+    with Operators() as operators:
+        outs = lora_linears(x, weights, [None] * num_maps, A, B, SCALING, **options)
+    assert launched == ["shrink", "expand"]
+    upstream = [torch.ones_like(out) for out in outs]
+    with operators:
+        torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
+    assert launched == ["shrink", "expand", "up_backward", "expand", "down_backward"]
+    assert operators.found == {"mm", "addmm"}
+    assert all(g.any() for g in (held, *held_B))
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 8, 57, 300])
+def test_there_are_counters_enough(wanted, monkeypatch):
+    """Each plan of a backward needs no more than `new_counters` gives, whatever the shapes and the device are."""
+    monkeypatch.setattr(lora_passes, "programs_wanted", lambda device: wanted)
+    split = 0
+    for dtype, K, M, O, R in itertools.product(
+        (torch.float32, torch.bfloat16),
+        (1, 3, 16),
+        (1, 33, 300, 5000),
+        ((1,), (576, 192, 192), (8960, 8960), (40,) * 5),
+        (1, 16, 70),
+    ):
+        x, ranks = torch.empty(K, M, 640, dtype=dtype, device="meta"), [R + j for j in range(len(O))]
+        count = lora_passes.new_counters(x, ranks, K).numel()
+        plans = [
+            lora_passes._plan_of_up_backward(x, K, M, O, tuple(ranks)),
+            lora_passes._plan_of_down_backward(x, sum(ranks)),
+            lora_passes._plan_of_down_backward(x[:1], K * sum(ranks)),
+        ]
+        assert max(plan.num_counters for plan in plans) <= count, (dtype, K, M, O, R)
+        split += sum(plan.num_counters > 0 for plan in plans)
+    assert split > 50
+
+
 @every_x
 def test_fp16_sums_made_of_parts_err_at_most_half_again_as_much_as_naive(lora, shared_x):
     inputs = lora(2, 150, 140, 200, 70, shared_x, torch.float16)
@@ -177,6 +286,67 @@ def test_fp16_sums_made_of_parts_err_at_most_half_again_as_much_as_naive(lora, s
         assert error <= 1.5 * naive_error + 1e-3 * gold.abs().max()
 
 
+# launches that are remembered
+
+
+@pytest.fixture
+def asked(monkeypatch, lora):
+    """asked(tensors) is what `down_backward` of these [x, dS, dA] launches: ("triton" or "compiled", arguments)."""
+    calls = []
+    monkeypatch.setattr(launches, "_known", {})
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append(("compiled", list(args)))
+
+    class Kernel:
+        arg_names = lora_passes.grouped_lora_down_backward_kernel.arg_names
+
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                calls.append(("triton", [*args, *(kwargs[name] for name in self.arg_names if name in kwargs)]))
+                return Compiled()
+
+            return run
+
+    monkeypatch.setattr(lora_passes, "grouped_lora_down_backward_kernel", Kernel())
+
+    def run(x, dS, dA, add=False):
+        counters = lora_passes.new_counters(x, [dS.shape[2]], len(x)).zero_()
+        lora_passes.down_backward(x, dS, dA, add, counters)
+        return calls[-1]
+
+    return run
+
+
+def test_a_launch_of_a_known_form_goes_to_the_compiled_kernel_with_all_its_arguments(asked):
+    tensors = lambda: [torch.zeros(2, 5, 6), torch.zeros(2, 5, 3), torch.zeros(2, 3, 6)]
+    (first, given_), (second, again) = asked(*tensors()), asked(*tensors())
+    assert (first, second) == ("triton", "compiled")
+    assert len(again) == len(lora_passes.grouped_lora_down_backward_kernel.arg_names)
+    for x, y in zip(given_, again, strict=True):
+        assert x is not y if isinstance(x, torch.Tensor) else x == y
+
+
+@pytest.mark.parametrize("what", ["dtype", "shape", "stride", "alignment", "option", "device kind"])
+def test_what_triton_compiles_anew_for_is_another_form(asked, monkeypatch, what):
+    build = lambda *shape: torch.zeros(shape)
+    x, dS, dA = build(2, 5, 8), build(2, 5, 3), build(2, 3, 8)
+    asked(x, dS, dA)
+    assert asked(x, dS, dA)[0] == "compiled"
+    others = {
+        "dtype": (x, dS, dA.half()),
+        "shape": (x[:, :4], dS[:, :4], dA),
+        "stride": (x, build(2, 5, 4)[..., :3], dA),
+        "alignment": (build(2 * 5 * 8 + 1)[1:].view(2, 5, 8), dS, dA),
+        "option": (x, dS, dA, True),
+        "device kind": (x, dS, dA),
+    }
+    if what == "device kind":
+        monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    assert asked(*others[what])[0] == "triton"
+
+
 # registration with PyTorch
 
 
@@ -188,23 +358,23 @@ def registered(lora, two_maps, head, tokens):
         cases = []
         for shared_x in (False, True):
             x, A, B, base_out = lora(2, 3, 5, 4, 2, shared_x)
-            S = torch.ops.renyi_kernels.grouped_lora(x, A, B, SCALING, None)[1]
+            _, *kept = torch.ops.renyi_kernels.grouped_lora(x, A, B, SCALING, None)
             for base in (base_out[0],) if shared_x else (None, base_out):
                 leaves = trained(x, A, B) + [SCALING] + ([None] if base is None else trained(base))
                 cases.append(("grouped_lora", tuple(leaves)))
-            cases.append(("grouped_lora_backward", (base_out, x, A, B, S, SCALING, not shared_x)))
+            cases.append(("grouped_lora_backward", (base_out, x, A, B, *kept, SCALING, not shared_x)))
             x, weights, biases, A, B = two_maps(2, 3, 5, 4, 2, shared_x)
             biases = [weights[0].new_empty(0) if bias is None else bias for bias in biases]
             for path in ("triton",) if shared_x else ("triton", "torch"):
-                *outs, S = torch.ops.renyi_kernels.lora_linears(x, weights, biases, A, B, [], SCALING, path)
+                *outs, S, counters = torch.ops.renyi_kernels.lora_linears(x, weights, biases, A, B, [], SCALING, path)
                 leaves = (*trained(x), weights, biases, trained(*A), trained(*B), [], SCALING, path)
                 cases.append(("lora_linears", leaves))
                 need_dx = path == "triton" and not shared_x
-                backward = (outs, x, S, weights, A, B, [], SCALING, need_dx, path)
+                backward = (outs, x, S, counters, weights, A, B, [], SCALING, need_dx, path)
                 cases.append(("lora_linears_backward", backward))
                 values = [torch.cat(A, dim=1), *(b.clone() for b in B)]
                 cases.append(("lora_linears", (*leaves[:5], values, *leaves[6:])))
-                cases.append(("lora_linears_backward", (*backward[:6], values, *backward[7:])))
+                cases.append(("lora_linears_backward", (*backward[:7], values, *backward[8:])))
         hidden, weight, labels, bias = head((6,), 5, 7)
         for path in ("triton", "torch"):
             for need_grad in (True, False):
@@ -311,6 +481,43 @@ def test_a_device_that_is_not_in_the_table_takes_the_default_tiles():
                 default = tuning.row(kernel, itemsize, "none", block_r)
                 for arch in ("sm_75", "sm_121", "gfx90a", "gfx1100", "", "any"):
                     assert tuning.row(kernel, itemsize, arch, block_r) == default
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "outputs", "rank", "by_vendor"),
+    [
+        ("expand", 1024, 1536, 8, True),
+        ("expand", 1024, 1537, 8, False),
+        ("expand", 1023, 1536, 8, False),
+        ("expand", 1024, 1536, 17, False),
+        ("up_backward", 1024, 8960, 64, True),
+        ("up_backward", 1024, 8959, 64, False),
+        ("up_backward", 1024, 8960, 32, False),
+    ],
+)
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_products_of_the_vendor_run_where_the_table_says_that_they_are_faster(
+    monkeypatch, kernel, rows, outputs, rank, by_vendor, arch
+):
+    monkeypatch.setattr(tuning, "architecture", lambda device: arch)
+    empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    S, B, Y = [empty(2, rows, rank)], [empty(2, outputs, rank)], [empty(2, rows, outputs)]
+    ran = []
+
+    class Notes:
+        arg_names = ()
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: ran.append("kernel")
+
+    monkeypatch.setattr(launches, "_known", {})
+    monkeypatch.setattr(lora_passes, f"grouped_lora_{kernel}_kernel", Notes())
+    monkeypatch.setattr(lora_passes.torch_passes, kernel, lambda *args: ran.append("vendor"))
+    if kernel == "expand":
+        lora_passes.expand(S, B, SCALING, Y, Y)
+    else:
+        lora_passes.up_backward(Y, S, B, SCALING, S, B, True, lora_passes.new_counters(S[0], [rank], 2))
+    assert ran == ["vendor" if by_vendor and arch == "sm_90" else "kernel"]
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 64), (4096, 64)])

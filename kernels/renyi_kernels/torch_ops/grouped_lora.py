@@ -6,6 +6,8 @@ Layout: K particles, M rows, I/O in/out features, R rank. An input that all part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,26 +26,53 @@ def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tens
     return torch.baddbmm(base, down, B.mT, alpha=scaling)
 
 
-def shrink(x: Tensor, A: Tensor, S: Tensor) -> None:
+def new_counters(x: Tensor, ranks: Sequence[int], K: int) -> Tensor:
+    """The kernels count; nothing here does."""
+    return x.new_empty(0, dtype=torch.int32)
+
+
+def shrink(x: Tensor, A: Tensor, S: Tensor, counters: Tensor) -> None:
     """S [K, M, R] = x A_k^T for x [K, M, I]."""
     torch.bmm(x, A.mT, out=S)
 
 
-def expand(S: Tensor, B: Tensor, scaling: float, base: Tensor, out: Tensor) -> None:
-    """out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`."""
-    if base is out:
-        out.baddbmm_(S, B.mT, alpha=scaling)
+def expand(
+    S: Sequence[Tensor], B: Sequence[Tensor], scaling: float, base: Sequence[Tensor], out: Sequence[Tensor]
+) -> None:
+    """Of every map: out [K, M, O] = base + scaling * S B_k^T; `base` [K or 1, M, O] may be `out`."""
+    for s, b, of_base, y in zip(S, B, base, out, strict=True):
+        if of_base is y:
+            y.baddbmm_(s, b.mT, alpha=scaling)
+        else:
+            torch.baddbmm(of_base.expand_as(y), s, b.mT, alpha=scaling, out=y)
+
+
+def up_backward(
+    dY: Sequence[Tensor],
+    S: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: float,
+    dS: Sequence[Tensor],
+    dB: Sequence[Tensor],
+    add: bool,
+    counters: Tensor,
+) -> None:
+    """Of every map: dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]. `add`: to
+    what dB holds."""
+    for dy, s, b, ds, db in zip(dY, S, B, dS, dB, strict=True):
+        # zeroed first: for beta = alpha = 0 the product in low precision would leave what stands there
+        ds.zero_().baddbmm_(dy, b, alpha=scaling)
+        product = torch.bmm(dy.mT, s)
+        if add:
+            db.add_(product, alpha=scaling)
+        else:
+            db.copy_(product).mul_(scaling)
+
+
+def down_backward(x: Tensor, dS: Tensor, dA: Tensor, add: bool, counters: Tensor) -> None:
+    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]. `add`: to what dA holds."""
+    product = torch.bmm(dS.mT, x)
+    if add:
+        dA.add_(product)
     else:
-        torch.baddbmm(base.expand_as(out), S, B.mT, alpha=scaling, out=out)
-
-
-def up_backward(dY: Tensor, S: Tensor, B: Tensor, scaling: float, dS: Tensor, dB: Tensor) -> None:
-    """dS [K, M, R] = scaling * dY B_k and dB [K, O, R] = scaling * dY^T S, of dY [K, M, O]."""
-    # zeroed first: for beta = alpha = 0 the product in low precision would leave what stands there
-    dS.zero_().baddbmm_(dY, B, alpha=scaling)
-    dB.copy_(torch.bmm(dY.mT, S)).mul_(scaling)
-
-
-def down_backward(x: Tensor, dS: Tensor, dA: Tensor) -> None:
-    """dA [K, R, I] = dS^T x_k, of x [K, M, I] and dS [K, M, R]."""
-    dA.copy_(torch.bmm(dS.mT, x))
+        dA.copy_(product)

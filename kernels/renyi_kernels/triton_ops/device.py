@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 
 import torch
 from torch import Tensor
 
 # for the interpreter, which has no device to ask. It is small, so that sums are split there too
-_PROGRAMS_WITHOUT_DEVICE = 8
+_MULTIPROCESSORS_WITHOUT_DEVICE = 4
 
 
 def on_its_device(launcher: Callable) -> Callable:
-    """Launch on the device of the first argument. Triton alone would take the current device."""
+    """Launch on the device of the first argument, a tensor or several. Triton alone would take the current device."""
 
     @wraps(launcher)
-    def launch(first: Tensor, *others: object) -> object:
-        with torch.cuda.device_of(first):
+    def launch(first: Tensor | Sequence[Tensor], *others: object) -> object:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return launcher(first, *others)
+        with torch.cuda.device_of(tensor):
             return launcher(first, *others)
 
     return launch
@@ -34,9 +37,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-@cache
 def programs_wanted(device: torch.device) -> int:
     """How many programs fill the device twice."""
+    return 2 * multiprocessors(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return _PROGRAMS_WITHOUT_DEVICE
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _MULTIPROCESSORS_WITHOUT_DEVICE
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -7,6 +7,7 @@ copy that a base in low precision reads. The same loop on tensors of their own i
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from renyi_engine import EnsembleConfig, LoraEnsemble
+from renyi_engine.ensemble.adapted_maps import AdapterGroup
 from renyi_engine.ensemble.particle_matrix import ALIGNMENT, ParticleMatrix
 
 from ..apart import attach_apart
@@ -158,11 +160,117 @@ def test_gradients_of_our_loop_and_of_a_custom_one_may_follow_each_other(tiny_mo
     for _ in range(2):
         ensemble.particles.zero_gradients()
         ensemble.particles.accumulate(loss_of(ensemble, make_batch))
-        held = [view for pair in ensemble.particles.named(ensemble.particles.gradients).values() for view in pair]
-        assert all(map(torch.equal, held, expected))
+        assert all(map(torch.equal, held_by(ensemble.particles), expected))
         ensemble.zero_grad(set_to_none=True)
         loss_of(ensemble, make_batch).backward()
         assert all(torch.equal(p.grad, g) for p, g in zip(ensemble.parameters(), expected, strict=True))
+
+
+def held_by(particles):
+    return [view for pair in particles.named(particles.gradients).values() for view in pair]
+
+
+@pytest.fixture
+def adds(monkeypatch):
+    """Of every group that the ops asked, in order: whether they add to its gradients themselves."""
+    asked, ask = [], AdapterGroup.gradients_in_place
+
+    def noting(group):
+        places = ask(group)
+        asked.append(places is not None)
+        return places
+
+    monkeypatch.setattr(AdapterGroup, "gradients_in_place", noting)
+    return asked
+
+
+@each_dtype
+def test_our_loop_adds_gradients_without_autograd_to_the_same_sums(tiny_model, make_batch, adds, dtype):
+    ensemble = attached(tiny_model, dtype)
+    particles, parameters = ensemble.particles, list(ensemble.parameters())
+    expected = [torch.autograd.grad(loss_of(ensemble, make_batch, seed), parameters) for seed in (1, 2)]
+    assert not any(adds)
+    particles.zero_gradients()
+    for seed in (1, 2):
+        adds.clear()
+        particles.accumulate(loss_of(ensemble, make_batch, seed))
+        assert adds == [True] * len(particles.groups)
+    for found, first, second in zip(held_by(particles), *expected, strict=True):
+        torch.testing.assert_close(found, first + second, rtol=1e-5, atol=1e-7)
+    assert all(
+        p.grad is not None and torch.equal(p.grad, g) for p, g in zip(parameters, held_by(particles), strict=True)
+    )
+
+
+@each_dtype
+def test_hooks_of_parameters_are_called_in_our_loop(tiny_model, make_batch, adds, dtype):
+    """And once: no gradient is counted twice, be it that of another map of the same group."""
+    ensemble = attached(tiny_model, dtype)
+    particles, parameters = ensemble.particles, list(ensemble.parameters())
+    expected = list(torch.autograd.grad(loss_of(ensemble, make_batch), parameters))
+    seen = []
+    handles = [
+        parameters[0].register_hook(lambda g: seen.append(("before", g.clone())) or 2 * g),
+        parameters[-1].register_post_accumulate_grad_hook(lambda p: seen.append(("after", p.grad.clone()))),
+    ]
+    particles.zero_gradients()
+    adds.clear()
+    particles.accumulate(loss_of(ensemble, make_batch))
+    assert adds.count(False) == 2
+    assert sorted(name for name, _ in seen) == ["after", "before"]
+    assert torch.equal(dict(seen)["before"], expected[0])
+    assert torch.equal(dict(seen)["after"], expected[-1])
+    expected[0] = 2 * expected[0]
+    assert all(map(torch.equal, held_by(particles), expected))
+    for handle in handles:
+        handle.remove()
+    adds.clear()
+    particles.zero_gradients()
+    particles.accumulate(loss_of(ensemble, make_batch))
+    assert all(adds)
+
+
+def test_other_backwards_while_ours_runs_give_their_gradients_to_those_who_asked(tiny_model, make_batch):
+    """In the middle of our backward: one in the same thread, and one in another."""
+    ensemble = attached(tiny_model)
+    particles, parameters = ensemble.particles, list(ensemble.parameters())
+    expected, others = (torch.autograd.grad(loss_of(ensemble, make_batch, seed), parameters) for seed in (1, 2))
+    found = []
+
+    def ask():
+        with torch.enable_grad():
+            found.append(torch.autograd.grad(loss_of(ensemble, make_batch, 2), parameters))
+
+    def in_the_middle(gradient):
+        ask()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    def listen(layer, args, hidden):
+        hidden.register_hook(in_the_middle)
+
+    handle = ensemble.layers[1].register_forward_hook(listen)
+    loss = loss_of(ensemble, make_batch, 1)
+    handle.remove()
+    particles.zero_gradients()
+    particles.accumulate(loss)
+    assert len(found) == 2
+    for each in found:
+        assert all(map(torch.equal, each, others))
+    assert all(map(torch.equal, held_by(particles), expected))
+
+
+def test_gradients_that_somebody_put_elsewhere_go_there(tiny_model, make_batch, adds):
+    ensemble = attached(tiny_model)
+    particles, parameters = ensemble.particles, list(ensemble.parameters())
+    expected = torch.autograd.grad(loss_of(ensemble, make_batch), parameters)
+    particles.zero_gradients()
+    ensemble.zero_grad(set_to_none=True)
+    particles.accumulate(loss_of(ensemble, make_batch))
+    assert not any(adds)
+    assert all(torch.equal(p.grad, e) for p, e in zip(parameters, expected, strict=True))
+    assert not particles.gradients.any()
 
 
 @each_dtype

@@ -154,6 +154,82 @@ def test_gradients_of_views_of_one_matrix_add_up_in_views_of_another(given_, bac
     assert not gradients.whole[:, -1].any()
 
 
+def differentiated(x, weights, biases, masters, copies, backend, gradients, **options):
+    """The gradients that autograd gets of x, each A and each B."""
+    leaves = [t.detach().requires_grad_() for t in (x, *masters.A, *masters.B)]
+    n = len(weights)
+    outs = lora_linears(
+        leaves[0],
+        weights,
+        biases,
+        leaves[1 : 1 + n],
+        leaves[1 + n :],
+        SCALING,
+        copies=copies.copies,
+        gradients=gradients,
+        backend=backend,
+    )
+    upstream = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out) for out in outs]
+    return torch.autograd.grad(outs, leaves, upstream, allow_unused=True, **options)
+
+
+@precisions
+@every_x
+def test_the_op_adds_gradients_to_those_that_it_is_given(given_, backend, dtype, shared_x):
+    """To the last bit what autograd would get, where nothing stands yet. What stands there already stays."""
+    size = {"K": 2, "M": 70, "I": 34, "O": (33, 3), "R": (5, 2), "biased": (False, True)}
+    x, weights, biases, masters, copies = given_(backend, dtype, shared_x=shared_x, **size)
+    held = Matrix(masters.A, masters.B, masters.whole.dtype)
+    held.whole.zero_()
+    dx, *expected = differentiated(x, weights, biases, masters, copies, backend, None)
+    found = differentiated(x, weights, biases, masters, copies, backend, lambda: held.copies)
+    assert found[1:] == (None,) * 4
+    assert torch.equal(found[0], dx)
+    assert all(torch.equal(a, b) for a, b in pairs([*held.A, *held.B], expected))
+    differentiated(x, weights, biases, masters, copies, backend, lambda: held.copies)
+    assert_close([*held.A, *held.B], [2 * e for e in expected], 1e-6)
+    assert not held.whole[:, -1].any()
+
+
+@fast_paths
+def test_autograd_gets_the_gradients_where_nobody_else_takes_them(given_, backend):
+    given = given_(backend, torch.float32)
+    expected = differentiated(*given, backend, None)
+    asked = []
+    refuses = lambda: asked.append(1)
+    assert all(map(torch.equal, differentiated(*given, backend, refuses), expected))
+    assert asked == [1]
+    never = lambda: pytest.fail("asked")
+    assert all(map(torch.equal, differentiated(*given, backend, never, create_graph=True), expected))
+    assert all(map(torch.equal, differentiated(*given, "reference", never), differentiated(*given, "reference", None)))
+
+
+@fast_paths
+def test_a_frozen_adapter_keeps_the_gradients_with_autograd(given_, backend):
+    x, weights, biases, masters, copies = given_(backend, torch.float32)
+    A, B = [a.detach().requires_grad_() for a in masters.A], [b.detach() for b in masters.B]
+    never = lambda: pytest.fail("asked")
+    outs = lora_linears(x, weights, biases, A, B, SCALING, copies=copies.copies, gradients=never, backend=backend)
+    assert all(g.any() for g in torch.autograd.grad(sum(out.sum() for out in outs), A))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "change"),
+    [
+        (r"gradients:", ValueError, lambda A, B: (A, B[:1])),
+        (r"gradients\[0\]:", ValueError, lambda A, B: (A[:, :3], B)),
+        (r"gradients\[1\]\[1\]:", ValueError, lambda A, B: (A, [B[0], B[1].mT, B[2]])),
+        (r"gradients\[1\]\[0\]:", TypeError, lambda A, B: (A, [B[0].long(), *B[1:]])),
+    ],
+)
+@fast_paths
+def test_gradients_that_do_not_fit_are_named(given_, backend, name, error, change):
+    given = given_(backend, torch.float32)
+    held = Matrix(given[3].A, given[3].B, torch.float32)
+    with pytest.raises(error, match=f"^{name}"):
+        differentiated(*given, backend, lambda: change(*held.copies))
+
+
 @pytest.mark.parametrize("changed", ["A", "B", "copy of A", "copy of B"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "operator"])
 @fast_paths
@@ -163,7 +239,7 @@ def test_a_change_before_the_backward_raises(given_, backend, changed, compiled)
     if compiled:
         present = [weights[0].new_empty(0) if bias is None else bias for bias in biases]
         values = [copies.A_block, *copies.B]
-        *outs, _ = torch.ops.renyi_kernels.lora_linears(x, weights, present, A, B, values, SCALING, backend)
+        *outs, _, _ = torch.ops.renyi_kernels.lora_linears(x, weights, present, A, B, values, SCALING, backend)
     else:
         outs = lora_linears(x, weights, biases, A, B, SCALING, copies=copies.copies, backend=backend)
     tensor = {"A": A[1], "B": B[0], "copy of A": copies.A_block, "copy of B": copies.B[2]}[changed]
@@ -217,9 +293,9 @@ def test_what_the_operators_do_asks_the_device_for_nothing(dtype, with_copies, n
         )
         copies = Matrix(masters.A, masters.B, dtype)
         values = [copies.A_block, *copies.B] if with_copies else []
-        *outs, S = _outputs(x, weights, biases, masters.A, masters.B, values, SCALING, "torch")
+        *outs, S, counters = _outputs(x, weights, biases, masters.A, masters.B, values, SCALING, "torch")
         assert [out.shape for out in outs] == [(K, M, 7), (K, M, 3)]
-        grads = _gradients(outs, x, S, weights, masters.A, masters.B, values, SCALING, need_dx, "torch")
+        grads = _gradients(outs, x, S, counters, weights, masters.A, masters.B, values, SCALING, need_dx, "torch")
         dx, dA, *dB = grads
         assert dx.shape == (x.shape if need_dx else (0,))
         assert dA.shape == (K, 3, I)
