@@ -98,7 +98,9 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
 
     def mode() -> tuple[object, ...]:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        return ensemble.rows, ensemble.training, torch.is_grad_enabled(), autocast
+        # memory that is made in torch's inference mode can only be written to in that mode
+        gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return ensemble.rows, ensemble.training, gradients, autocast
 
     recordings = Recordings(
         run,
