@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,21 +55,32 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._handle: Any = None
+        self._streams = dict[torch.device, torch.cuda.Stream]()
         self._graphs = weakref.WeakSet[Any]()
         self._last: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         return Pool()
 
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream on which all graphs are made. Graphs that were made on several streams would share no memory."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
     def record(self, stream: torch.cuda.Stream, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """A function that repeats this call, by a CUDA graph whose intermediate results lie in this pool."""
         if not self._graphs:  # torch takes no pool again whose graphs are gone
             self._handle = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # what ran before has left memory that only its own stream may use again
-        graph = torch.cuda.CUDAGraph()
-        # other threads may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"):
-            outputs = call()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # other threads may pin memory meanwhile
+            with torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"):
+                outputs = call()
+        except BaseException:
+            self._clear_up(current)
+            raise
         self._graphs.add(graph)
 
         def replay() -> Outputs:
@@ -77,6 +88,14 @@ class Pool:
             return outputs
 
         return replay
+
+    def _clear_up(self, current: torch.cuda.Stream) -> None:
+        """Do what torch leaves undone if CUDA refuses to end a graph, because something in it had to wait."""
+        torch.cuda.set_stream(current)
+        # torch before 2.12 goes on as if a graph were being made, and then neither empties its cache nor makes another
+        # graph; a later torch says that nothing is left to do
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(current.device_index, self._handle)
 
     @contextmanager
     def alone(self, device: torch.device) -> Iterator[None]:
@@ -120,9 +139,10 @@ class Recordings:
         self._compared = compared
         self._function, self._device, self._surroundings = function, device, surroundings
         self._constants, self._tolerance, self._pool = tuple(constants), tolerance, pool
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = pool.stream(device) if device.type == "cuda" else None
         self._made: dict[Hashable, _Recording] = {}
-        self._addresses: list[int] = []
+        self._addresses: dict[Hashable, list[int]] = {}
+        """By mode: where everything lies that recordings work with beside their inputs and outputs."""
         self._given_up = False
 
     @property
@@ -142,12 +162,13 @@ class Recordings:
         if self._given_up:
             return self._function(inputs)
         with self._pool.alone(self._device):
-            shape = self._shape(inputs)
-            recording = self._made.get(shape) if self._addresses == self._current_addresses() else None
+            mode = self._surroundings.mode()
+            shape = mode, self._shape(inputs)
+            recording = self._made.get(shape) if self._addresses.get(mode) == self._current_addresses() else None
             if recording is not None:
                 return recording.replay(inputs)
             try:
-                return self._record(shape, inputs)
+                return self._record(mode, shape, inputs)
             except Exception as error:
                 if is_out_of_memory(error):
                     self._made.clear()
@@ -161,20 +182,20 @@ class Recordings:
     def _shape(self, inputs: Inputs) -> Hashable:
         shapes = tuple((name, inputs[name].shape, inputs[name].dtype) for name in sorted(inputs))
         constants = tuple(tuple(inputs[name].flatten().tolist()) for name in self._constants if name in inputs)
-        return shapes, constants, self._surroundings.mode()
+        return shapes, constants
 
     def _current_addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in (*self._surroundings.added_to(), *self._surroundings.read())]
 
-    def _record(self, shape: Hashable, inputs: Inputs) -> Outputs:
+    def _record(self, mode: Hashable, shape: Hashable, inputs: Inputs) -> Outputs:
         """Call the function, then make a recording of this call, and compare what both give."""
         before = [tensor.clone() if tensor.any() else None for tensor in self._surroundings.added_to()]
         with self._beside_the_others():
             outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
         addresses = self._current_addresses()
-        if addresses != self._addresses:
+        if addresses != self._addresses.setdefault(mode, addresses):
             self._made.clear()
-            self._addresses = addresses
+            self._addresses = {mode: addresses}
         if len(self._made) == MOST_SHAPES:
             self._give_up(f"there are more than {MOST_SHAPES} shapes of inputs")
             return outputs
@@ -227,9 +248,11 @@ class Recordings:
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)  # also for what was ordered before an error
 
 
 class _Recording:
