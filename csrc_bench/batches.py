@@ -83,6 +83,12 @@ def typical(shape: Shape, by_length: bool, number: int = 3) -> list[list[Lengths
 
     Batches differ by far more than the ways to run them. So the time of these stands for the mean time of a step.
     """
+    return _typical(*(shape[name] for name in ("data", "labels", "pairs", "B")), by_length, number)
+
+
+@functools.cache
+def _typical(data: str, labels: str, pairs: bool, B: int, by_length: bool, number: int) -> list[list[Lengths]]:
+    shape = {"data": data, "labels": labels, "pairs": pairs, "B": B}
     batches = batches_of(shape, by_length)
     table = torch.tensor([list(counts(batch, shape).values()) for batch in batches], dtype=torch.float64)
     distance = (table / table.mean(dim=0) - 1).abs().amax(dim=1)

@@ -94,7 +94,7 @@ def variants(device):
     }
 
 
-SUITE = OpSuite("grouped_lora", shapes, inputs, naive, variants)
+SUITE = OpSuite("grouped_lora", shapes, inputs, naive, variants, directions=("both", "graph", "forward", "backward"))
 
 
 def test_speed(point, measured):

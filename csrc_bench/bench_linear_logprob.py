@@ -6,11 +6,13 @@ forward already computes the gradient, so that `backward` has almost nothing lef
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 
 from csrc_bench.measure import OpSuite, Skipped, Variant, variants_of_op
-from renyi_kernels import reference, renyi_loss
+from renyi_kernels import head_chunks, reference, renyi_loss
 
 ALPHA = 0.8
 
@@ -56,6 +58,16 @@ def naive(shape):
 
 def ours(shape, backend):
     return lambda hidden, weight, labels: renyi_loss(hidden, weight, labels, ALPHA, backend=backend).loss
+
+
+def with_epilogue(shape):
+    """Ours, with a product that writes no logits in place of the vendor's and the pass over them."""
+
+    def run(*tensors):
+        with patch.object(head_chunks, "PRODUCT_WITH_EPILOGUE", True):
+            return ours(shape, "triton")(*tensors)
+
+    return run
 
 
 def with_cross_entropy(cross_entropy):
@@ -106,11 +118,16 @@ def gemms(shape, direction):
 
 
 def variants(device):
-    return variants_of_op(device, ours, naive, gemms) | {
-        "torch_chunked": Variant("peer", torch_chunked),
-        "liger": Variant("peer", liger, needs="liger_kernel"),
-        "cut_cross_entropy": Variant("peer", cut_cross_entropy, needs="cut_cross_entropy"),
-    }
+    epilogue = {"ours_epilogue": Variant("other", with_epilogue, "triton")} if device == "cuda" else {}
+    return (
+        variants_of_op(device, ours, naive, gemms)
+        | epilogue
+        | {
+            "torch_chunked": Variant("peer", torch_chunked),
+            "liger": Variant("peer", liger, needs="liger_kernel"),
+            "cut_cross_entropy": Variant("peer", cut_cross_entropy, needs="cut_cross_entropy"),
+        }
+    )
 
 
 SUITE = OpSuite("renyi_loss", shapes, inputs, naive, variants)

@@ -122,7 +122,7 @@ def variants(device):
     }
 
 
-SUITE = OpSuite("lora_linears", shapes, inputs, naive, variants)
+SUITE = OpSuite("lora_linears", shapes, inputs, naive, variants, directions=("both", "graph", "forward", "backward"))
 
 
 def test_speed(point, measured):

@@ -8,8 +8,17 @@ from __future__ import annotations
 
 from csrc_bench.batches import Family, padded, random_families, shortened, typical
 from csrc_bench.measure import Shape, Variant
-from csrc_bench.step_suite import StepSuite
-from csrc_bench.training_steps import CONFIGS, Ensemble, FrozenBase, Gemms, Peft, PeftPaddingFree, vocabulary_of
+from csrc_bench.step_suite import StepSuite, shows_nothing
+from csrc_bench.training_steps import (
+    CONFIGS,
+    Ensemble,
+    FrozenBase,
+    Gemms,
+    Peft,
+    PeftPaddingFree,
+    Read,
+    vocabulary_of,
+)
 from renyi_engine.data import pack
 
 DATA = [  # data set, what is learnt, whether an example is a pair
@@ -39,18 +48,30 @@ def shapes(device: str, tiny: bool) -> list[Shape]:
 
 
 def variants(device: str) -> dict[str, Variant]:
-    path = "triton" if device == "cuda" else "torch"
-    ours = lambda kind, read: Variant(kind, lambda model, shape: Ensemble(model, shape, path, read), path)
-    return {
-        "ours_padded": ours("ours", padded),
-        # other batches than those of the other rows: what a step costs in the mean if training draws so
-        "ours_grouped": ours("other", padded),
-        "ours_packed": ours("ours", pack),
-        "peft": Variant("peer", lambda model, shape: Peft(model, shape, padded), needs="peft"),
-        "peft_padding_free": Variant("peer", PeftPaddingFree, needs="peft"),
+    on_gpu = device == "cuda"
+    path = "triton" if on_gpu else "torch"
+
+    def ours(read: Read = pack, kind: str = "ours", slow: bool = False, **ways: bool) -> Variant:
+        return Variant(kind, lambda model, shape: Ensemble(model, shape, path, read, **ways), path, slow=slow)
+
+    def base(**ways: bool) -> Variant:
         # no floor for a step without padding
-        "frozen_base": Variant("other", lambda model, shape: FrozenBase(shape, padded)),
+        return Variant("other", lambda model, shape: FrozenBase(shape, padded, **ways), slow=True)
+
+    return {
+        "ours_captured_compiled": ours(captured=True, compiled=True, slow=True),
+        "ours_captured": ours(captured=True),
+        "ours": ours(),
         "gemms": Variant("floor", lambda model, shape: Gemms(shape)),
+        "frozen_base_captured_compiled": base(fast=True),
+        "peft_padding_free": Variant("peer", PeftPaddingFree, needs="peft", slow=True),
+        "frozen_base": base(),
+        # on a CPU `train` compiles no layers
+        "ours_compiled": ours(kind="ours" if on_gpu else "other", compiled=True, slow=True),
+        "ours_padded": ours(padded),
+        # other batches than those of the other rows: what a step costs in the mean if training draws so
+        "ours_grouped": ours(padded, kind="other"),
+        "peft": Variant("peer", lambda model, shape: Peft(model, shape, padded), needs="peft", slow=True),
     }
 
 
@@ -64,7 +85,16 @@ def few(shape: Shape) -> list[Family]:
     return random_families(lengths, vocabulary_of(shape), shape["labels"], seed=99)
 
 
-SUITE = StepSuite("ragged_step", shapes, variants, batches, few, padded, unchecked=("frozen_base",))
+SUITE = StepSuite(
+    "ragged_step",
+    shapes,
+    variants,
+    batches,
+    few,
+    padded,
+    left_out=shows_nothing,
+    unchecked=("frozen_base", "frozen_base_captured_compiled"),
+)
 
 
 def test_speed(point, measured):

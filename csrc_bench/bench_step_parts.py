@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -37,10 +38,11 @@ def part_of(shape: Shape) -> str:
     return shape["name"].removeprefix("bar_")
 
 
-def sizes_of(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(in, out features) of every linear map of the model, by path."""
+@functools.cache
+def sizes_of(name: str) -> dict[str, tuple[int, int]]:
+    """(in, out features) of every linear map of the model of that name, by path."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIGS[shape["model"]]())
+        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
     return {
         path: (linear.in_features, linear.out_features)
         for path, linear in model.named_modules()
@@ -49,14 +51,14 @@ def sizes_of(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def num_numbers(shape: Shape) -> int:
-    return shape["K"] * shape["R"] * sum(map(sum, sizes_of(shape).values()))
+    return shape["K"] * shape["R"] * sum(map(sum, sizes_of(shape["model"]).values()))
 
 
 def random_adapters(shape: Shape, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """(A [K, R, I], B [K, O, R]) of every linear map of the model, by path."""
     generator, K, R = torch.Generator().manual_seed(seed), shape["K"], shape["R"]
     draw = lambda *sizes: torch.randn(sizes, generator=generator).to(device_type())
-    return {path: (draw(K, R, i), draw(K, o, R)) for path, (i, o) in sizes_of(shape).items()}
+    return {path: (draw(K, R, i), draw(K, o, R)) for path, (i, o) in sizes_of(shape["model"]).items()}
 
 
 # Each way has a method for each part, and state(): everything that a part may change, each [K, P].

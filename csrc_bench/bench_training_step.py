@@ -1,7 +1,7 @@
 """The whole training step: K coupled adapters, forward, backward and AdamW, on random tokens and weights.
 
 K particles, B sequences, T tokens, R rank. The adapters are on all linear maps of all layers, or of the last quarter.
-`python -m csrc_bench.bench_training_step` prints a profile of our step at the first shape.
+`python -m csrc_bench.bench_training_step` prints a profile of our step.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from csrc_bench.batches import Family, equal_lengths, stacked
 from csrc_bench.measure import Shape, Skipped, Variant, device_type
-from csrc_bench.step_suite import StepSuite
+from csrc_bench.step_suite import StepSuite, shows_nothing
 from csrc_bench.training_steps import (
     CONFIGS,
     Compiled,
-    CompiledLayers,
     Ensemble,
     FrozenBase,
     Gemms,
@@ -44,18 +44,18 @@ def shapes(device: str, tiny: bool) -> list[Shape]:
     if device == "cpu":
         return smollm2
     return [
+        *smollm2,
         make("bar_qwen2_all", "qwen2", 16, 4, 256),
         make("bar_qwen2_last7", "qwen2", 16, 4, 256, adapted=7),
-        *smollm2,
+        *(make(f"smollm2_k{K}", "smollm2", K, 2, 128) for K in (1, 2, 4, 16, 32, 64, 128, 256)),
+        make("memory_qwen2_k64", "qwen2", 64, 1, 256),
         make("llama3_all", "llama3", 8, 2, 256),
         make("llama3_last8", "llama3", 8, 2, 256, adapted=8),
-        *(make(f"smollm2_k{K}", "smollm2", K, 2, 256) for K in (1, 2, 4, 8, 16, 32, 64)),
         *(make(f"smollm2_t{B * 512}", "smollm2", 8, B, 512) for B in (2, 4, 8, 16)),
         make("smollm2_r16", "smollm2", 8, 4, 256, R=16),
-        *(make(f"qwen2_k{K}", "qwen2", K, 2, 256) for K in (1, 2, 4, 8, 32)),
+        *(make(f"qwen2_k{K}", "qwen2", K, 2, 256) for K in (1, 4, 8, 32)),
         make("qwen2_r16", "qwen2", 16, 4, 256, R=16),
         make("qwen2_t4096_last7", "qwen2", 8, 8, 512, adapted=7),
-        make("llama3_k4_last8", "llama3", 4, 2, 512, adapted=8),
     ]
 
 
@@ -69,22 +69,29 @@ def not_on_cpu(build: Callable) -> Callable:
 
 
 def variants(device: str) -> dict[str, Variant]:
-    ours = lambda backend: Variant("ours", lambda model, shape: Ensemble(model, shape, backend), backend)
-    path = "triton" if device == "cuda" else "torch"
+    on_gpu = device == "cuda"
+    path = "triton" if on_gpu else "torch"
+
+    def ours(kind: str = "ours", path: str = path, slow: bool = False, **ways: bool) -> Variant:
+        return Variant(kind, lambda model, shape: Ensemble(model, shape, path, **ways), backend=path, slow=slow)
+
     return {
-        "ours": ours(path),
-        "ours_compile": Variant(
-            "other", lambda model, shape: CompiledLayers(model, shape, path), backend=path, slow=True
-        ),
-        "frozen_base": Variant("floor", lambda model, shape: FrozenBase(shape)),
+        "ours_captured_compiled": ours(captured=True, compiled=True),
+        "ours_captured": ours(captured=True),
+        "ours": ours(),
         "gemms": Variant("floor", lambda model, shape: Gemms(shape)),
-        "peft": Variant("peer", Peft, needs="peft"),
+        "frozen_base_captured_compiled": Variant("floor", lambda model, shape: FrozenBase(shape, fast=True), slow=True),
         "peft_bf16": Variant("peer", lambda model, shape: Peft(model, shape, fp32=False), needs="peft", slow=True),
+        # on a GPU it waits for Python, so it is no floor
+        "frozen_base": Variant("other" if on_gpu else "floor", lambda model, shape: FrozenBase(shape), slow=True),
+        # on a CPU `train` compiles no layers
+        "ours_compiled": ours("ours" if on_gpu else "other", compiled=True, slow=True),
+        "peft": Variant("peer", Peft, needs="peft", slow=True),
         "peft_all_layers": Variant(
             "other", lambda model, shape: Peft(model, shape, everywhere=True), needs="peft", slow=True
         ),
-        **({"ours_torch": ours("torch")} if device == "cuda" else {}),
-        "naive": Variant("naive", lambda model, shape: Ensemble(model, shape, "reference", stacked)),
+        **({"ours_torch": ours(path="torch", slow=True)} if on_gpu else {}),
+        "naive": Variant("naive", lambda model, shape: Ensemble(model, shape, "reference", stacked), slow=True),
         "vmap": Variant("peer", not_on_cpu(Vmap), needs="peft", slow=True),
         "compile": Variant("peer", not_on_cpu(Compiled), slow=True),
     }
@@ -101,11 +108,18 @@ def few(shape: Shape) -> list[Family]:
 def left_out(shape: Shape, variant: str) -> bool:
     if variant == "peft_all_layers":
         return layers_of(shape) is None  # the same as peft
-    return variant == "ours_compile" and shape["model"] == "tiny"  # compiling takes longer than all the rest
+    return shows_nothing(shape, variant)
 
 
 SUITE = StepSuite(
-    "training_step", shapes, variants, batches, few, stacked, left_out=left_out, unchecked=("peft_all_layers",)
+    "training_step",
+    shapes,
+    variants,
+    batches,
+    few,
+    stacked,
+    left_out=left_out,
+    unchecked=("peft_all_layers", "frozen_base", "frozen_base_captured_compiled"),
 )
 
 
@@ -114,15 +128,18 @@ def test_speed(point, measured):
 
 
 def main() -> None:
-    """Print where the time of our step goes, at the first shape."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """Print where the time of our step goes, at the main shapes with adapters on all layers."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--tiny", action="store_true", help="a model of a few numbers")
-    device = device_type()
-    shape = shapes(device, parser.parse_args().tiny)[0]
-    way = variants(device)["ours"].build(build_model(shape["model"]), shape)
-    batch = way.read(batches(shape, "ours")[0])
+    device, tiny = device_type(), parser.parse_args().tiny
+    for shape in shapes(device, tiny):
+        if shape["name"].startswith("bar") and shape["name"].endswith("all"):
+            print_profile("ours_captured_compiled" if device == "cuda" else "ours", shape, device)
+
+
+def print_profile(name: str, shape: Shape, device: str) -> None:
+    way = variants(device)[name].build(build_model(shape["model"]), shape)
+    batch, *_ = way.batches(batches(shape, name))
     for _ in range(2):
         way.step(batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
@@ -130,7 +147,7 @@ def main() -> None:
         way.step(batch)
         if device == "cuda":
             torch.cuda.synchronize()
-    print(f"one step at {shape} on the path {way.backend!r}")
+    print(f"{name}, one step at {shape} on the path {way.backend!r}")
     rows = profiler.key_averages()
     print(rows.table(sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=70))
     if device == "cuda":

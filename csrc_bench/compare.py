@@ -78,24 +78,44 @@ def table(lines: list[list[str]]) -> str:
 
 
 def text(rows: list[Row]) -> str:
-    """Every group: timed rows from fast to slow, then the rows that were not timed, with the reason."""
+    """Every group: timed rows from fast to slow, then the rows that were not timed, with the reason. Missing rows are
+    left out."""
     head = ["variant", "kind", "path", "median ms", "p20", "p80", "peak MiB", "x naive", "x best peer", "floor x"]
     parts = []
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
         sizes = " ".join(f"{name}={value}" for name, value in group[0]["shape"].items())
-        lines, reasons = [head], []
+        lines, reasons = [[*head, *(["tokens/s"] if direction == "tokens" else [])]], []
         for row in ratios(group):
+            if row["status"].startswith("missing: "):
+                continue
             if row["status"] != "ok":
                 reasons.append(f"{row['variant']} ({row['kind']})  {row['status']}")
                 continue
             ratio = row["ratio"]
             cells = [row["variant"], row["kind"], row["path"] or "-"]
             cells += [number(row[name]) for name in ("median_ms", "p20_ms", "p80_ms", "peak_mib")]
-            lines.append([*cells, *(number(ratio[kind]) for kind in ("naive", "peer", "floor"))])
+            cells += [number(ratio[kind]) for kind in ("naive", "peer", "floor")]
+            rate = [number(1e3 * row["shape"]["tokens"] / row["median_ms"])] if direction == "tokens" else []
+            lines.append(cells + rate)
+        if not reasons and len(lines) == 1:
+            continue
         title = f"{op} {shape_name} {direction}: {sizes} {dtype}, {device}, {threads} threads"
         parts.append("\n".join([title, *([table(lines)] if len(lines) > 1 else []), *reasons]))
     legend = "x naive, x best peer: how many times faster than those; floor x: how many times the floor's time"
     return "\n\n".join([*parts, legend]) + "\n"
+
+
+def missing(rows: list[Row]) -> list[str]:
+    """A paragraph that names the rows that were not measured, if there are any."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"].startswith("missing: "):
+            reason = row["status"].removeprefix("missing: ")
+            names.setdefault(f"{row['op']} {row['shape_name']} {row['direction']}, {reason}", []).append(row["variant"])
+    if not names:
+        return []
+    head = f"{sum(map(len, names.values()))} rows are missing; the same command again measures them:"
+    return ["\n".join([head, *(f"{name}: {', '.join(variants)}" for name, variants in names.items())])]
 
 
 def readme(rows: list[Row]) -> str:
@@ -104,10 +124,11 @@ def readme(rows: list[Row]) -> str:
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for (device, threads, op, shape_name, dtype, direction), group in groups(rows).items():
         ours = best(group, "ours")
-        if not shape_name.startswith("bar") or direction not in ("both", "step") or ours is None:
+        if not shape_name.startswith("bar") or direction not in ("both", "step", "tokens") or ours is None:
             continue
         cells = [f"{device}, {threads} threads", f"{op} {shape_name.removeprefix('bar_')}, {dtype}"]
-        cells.append(f"**{number(ours['median_ms'])}** ({ours['path']})")
+        way = [] if ours["variant"] == "ours" else [ours["variant"]]
+        cells.append(f"**{number(ours['median_ms'])}** ({', '.join([*way, ours['path']])})")
         ratio = next(row["ratio"] for row in ratios(group) if row["variant"] == ours["variant"])
         for kind in ("naive", "peer", "floor"):
             end = best(group, kind)
@@ -126,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", action="store_true", help="the main shapes only, as a Markdown table")
     options = parser.parse_args(arguments)
     rows = load(options.files)
-    print(readme(rows) if options.readme else text(rows), end="")
+    print(readme(rows) if options.readme else "\n\n".join([*missing(rows), text(rows)]), end="")
 
 
 if __name__ == "__main__":

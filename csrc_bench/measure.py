@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -51,6 +52,14 @@ class Skipped(NotTimed):
 
 class Wrong(NotTimed):
     """It ran, but its result is not that of the reference."""
+
+
+class Missing(NotTimed):
+    """It was not measured yet, or not well. The next run makes up for it."""
+
+
+def is_missing(status: str) -> bool:
+    return status.startswith("missing: ")
 
 
 @dataclass(frozen=True)
@@ -101,15 +110,37 @@ def clock() -> float:
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
-    """The most MiB that tensors allocated by `call`, its result included, take at one moment."""
+    """The most MiB that tensors allocated by `call`, its result included, take at one moment. What CUDA graphs keep for
+    their replays counts too, because a replay allocates nothing."""
     if not torch.cuda.is_available():
         return cpu_peak_mib(call)
     torch.cuda.synchronize()
+    segments = torch.cuda.memory_snapshot()
+    of_graphs = sum(s["total_size"] - s["allocated_size"] for s in segments if s["segment_pool_id"] != (0, 0))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return (torch.cuda.max_memory_allocated() - before + of_graphs) / 2**20
+
+
+def graphed(works: Sequence[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    """Each of these as a CUDA graph, all in the same memory; on a CPU they are called as they are. They must not ask
+    the device for a value."""
+    if device_type() == "cpu":
+        return list(works)
+    stream, pool, replays = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), []
+    for work in works:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+        replays.append(graph.replay)
+    return replays
 
 
 def cpu_peak_mib(call: Callable[[], Any]) -> float:
@@ -172,6 +203,7 @@ class OpSuite:
         inputs: shape, device, generator -> tensors.
         reference: shape -> f(*inputs). Computed in fp32 (for bf16) or fp64, it is what is right.
         variants: device type -> variants by name.
+        directions: "graph" is "both" as one CUDA graph. It is left out where there is no GPU, but not if tiny.
     """
 
     op: str
@@ -188,6 +220,7 @@ class OpSuite:
             Point(self, shape, direction, name)
             for shape in self.shapes(device, tiny)
             for direction in (self.directions if shape["name"].startswith("bar") else self.directions[:1])
+            if direction != "graph" or device == "cuda" or tiny
             for name, variant in self.variants(device).items()
             if not variant.slow or (shape["name"].startswith("bar") and not tiny)
         ]
@@ -198,13 +231,16 @@ class OpSuite:
         variant, device = self.variants(device_type())[point.variant], device_type()
         sets, upstream, gold = self._sets(point.shape, device)
         path = require_path(self.op, sets[0][0], variant.backend) if variant.backend else None
-        if variant.kind == "floor":
-            function = variant.build(point.shape, point.direction)
-            yield [lambda inputs=inputs: function(*inputs) for inputs in sets], path
-            return
-        function = variant.build(point.shape)
-        self._check(function, sets[0], upstream, gold)
-        yield [self._call(function, inputs, upstream, point.direction) for inputs in sets], path
+        # torch.compile must let the backward be timed alone, many times on what one forward has kept
+        with torch._functorch.config.patch(donated_buffer=False):
+            if variant.kind == "floor":
+                function = variant.build(point.shape, "both" if point.direction == "graph" else point.direction)
+                calls = [partial(function, *inputs) for inputs in sets]
+            else:
+                function = variant.build(point.shape)
+                self._check(function, sets[0], upstream, gold)
+                calls = [self._call(function, inputs, upstream, point.direction) for inputs in sets]
+            yield graphed(calls) if point.direction == "graph" else calls, path
 
     def _sets(self, shape: Shape, device: str) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
         """Input sets that together exceed the cache, upstream gradients, and gold: outputs and gradients of set 0."""
@@ -280,10 +316,7 @@ def variants_of_op(device: str, ours: Callable[..., Callable], naive: Callable, 
 
 def compiled(function: Callable) -> Callable:
     """torch.compile, for this shape only."""
-    import torch._functorch.config
-
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the backward is timed alone, many times on one graph
     return torch.compile(function, dynamic=False)
 
 

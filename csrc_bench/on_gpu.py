@@ -2,9 +2,10 @@
 
     python -m csrc_bench.on_gpu --out DIR --minutes 8
 
-The most important rows come first, and each row is written as soon as it is measured, so that nothing is lost when the
+The rows that tell most come first, and each row is written as soon as it is measured, so that nothing is lost when the
 time is up. The same command with the same DIR measures the rows that are missing. DIR then holds summary.txt (read this
-first), results.json, tests.txt, tests.xml, profile.txt and benchmarks.txt.
+first: it also says which rows are missing), results.json, tests.txt, tests.xml, losses.txt, profile.txt and
+benchmarks.txt. Nothing is timed while another process uses the GPU.
 """
 
 from __future__ import annotations
@@ -17,36 +18,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from csrc_bench import compare
+from csrc_bench import compare, gpu
 
 ROOT = Path(__file__).parents[1]
-TESTS_SHARE = 0.35  # of the time, at most
-OPS = [f"csrc_bench/bench_{name}.py" for name in ("linear_logprob", "grouped_lora", "lora_linears", "renyi_reduce")]
-STEP, RAGGED, PARTS = (f"csrc_bench/bench_{name}.py" for name in ("training_step", "ragged_step", "step_parts"))
-BENCHMARKS = [
-    ("fused loss, the bar", [OPS[0], "-k", "bar_qwen2 and both"]),
-    ("low-rank updates, the bars", [OPS[1], OPS[2], "-k", "bar_qwen2 and both and not compile"]),
-    ("training step, the bar", [STEP, "-k", "bar_qwen2_all and not compile"]),
-    ("profile of the training step", None),
-    ("training step on real lengths, the bars, without PEFT", [RAGGED, "-k", "bar and not peft"]),
-    ("parts of the training step", [PARTS]),
-    ("training step, the other bars", [STEP, "-k", "bar and not compile"]),
-    ("training step on real lengths, the bars", [RAGGED, "-k", "bar"]),
-    ("ops, the bars", [*OPS, "-k", "bar"]),
-    ("training step, the bar, layers compiled", [STEP, "-k", "bar_qwen2_all and ours_compile"]),
-    ("training step, sweeps", [STEP, "-k", "not compile"]),
-    ("training step on real lengths, sweeps", [RAGGED]),
-    ("ops, sweeps", OPS),
-    ("training step, compiled", [STEP]),
-]
+TESTS_SECONDS, TESTS_SHARE = 120, 0.25  # at most, of the time
+AFTERWARDS_SECONDS = 60  # kept for the losses and the profile
+ROW_SECONDS = 100  # a row that takes longer is given up
 
 
 def run(command: list[str], log: Path, seconds: float) -> str:
     """Run a command for at most `seconds`, and add its output to `log`. Returns how it ended, in words."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the numbers by which nvidia-smi calls GPUs
     start = time.monotonic()
     with log.open("a") as output:
         process = subprocess.Popen(
@@ -78,6 +65,73 @@ def last_line(path: Path) -> str:
     return lines[-1].strip("= ") if lines else ""
 
 
+class Session:
+    """What is run on the GPU, one thing after the other, until the time is up. summary.txt is written after each."""
+
+    def __init__(self, out: Path, seconds: float, tiny: bool) -> None:
+        self.out, self.end, self.results = out, time.monotonic() + seconds, out / "results.json"
+        self.tiny = ["--tiny"] if tiny else []
+        self.stages: list[str] = []
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def tests(self, seconds: float) -> bool:
+        """Run the kernel tests. Returns whether all passed."""
+        # test_aot compiles without a GPU, and says nothing about this one
+        command = ["-m", "pytest", "tests/renyi_kernels", "--ignore=tests/renyi_kernels/test_aot.py"]
+        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        if importlib.util.find_spec("xdist"):  # most of the time is compiling
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
+        ended = run([*command, f"--junit-xml={self.out / 'tests.xml'}"], self.out / "tests.txt", seconds)
+        self.note(f"kernel tests: {ended}: {last_line(self.out / 'tests.txt')}")
+        return ended.startswith("done")
+
+    def rows(self, name: str, selection: list[str], kept: float = 0.0) -> None:
+        """Measure the rows that are missing, in one process. If a row breaks it, another process goes on after that
+        row. The last `kept` seconds are not used."""
+
+        def measure() -> str:
+            log, broken = self.out / "benchmarks.txt", self.broken()
+            command = ["-m", "pytest", "csrc_bench", *selection, *self.tiny, "-p", "no:cacheprovider", "-rsx"]
+            command += ["--tb=short", "--results", str(self.results), f"--row-seconds={ROW_SECONDS}"]
+            # no row starts in the last seconds, so that the last one can finish
+            left = self.left - kept
+            ended = run([*command, f"--seconds={left - 8:.0f}"], log, left)
+            if self.broken() > broken and self.left - kept > 10:
+                return measure()
+            return f"{ended}: {last_line(log)}"
+
+        self.timed(name, measure, kept)
+
+    def script(self, name: str, module: str, file: str) -> None:
+        """Run a module of csrc_bench, whose output goes to a file of its own."""
+        (self.out / file).unlink(missing_ok=True)
+        self.timed(name, lambda: f"{run(['-m', module, *self.tiny], self.out / file, self.left)}: see {file}")
+
+    def timed(self, name: str, work: Callable[[], str], kept: float = 0.0) -> None:
+        """Do it, if there is time and nobody else uses the GPU."""
+        if self.left - kept < 10:
+            self.note(f"{name}: no time left")
+        elif others := gpu.others_after_waiting(mine=0):
+            self.note(f"{name}: refused, because another process uses the GPU ({'; '.join(others)}). Please end it.")
+        else:
+            self.note(f"{name}: {work()}")
+
+    def broken(self) -> int:
+        """How many rows ended their process."""
+        rows = compare.load([self.results]) if self.results.exists() else []
+        return sum("its process ended" in row["status"] or "CUDA error" in row["status"] for row in rows)
+
+    def note(self, stage: str) -> None:
+        self.stages.append(stage)
+        print(stage, flush=True)
+        rows = compare.load([self.results]) if self.results.exists() else []
+        parts = ["\n".join(self.stages), *compare.missing(rows), compare.text(rows)]
+        (self.out / "summary.txt").write_text("\n\n".join(parts) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m csrc_bench.on_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -85,44 +139,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip-tests", action="store_true", help="run the benchmarks only")
     parser.add_argument("--tiny", action="store_true", help="very small shapes, to see whether everything runs")
     options = parser.parse_args(arguments)
-    total = 60 * options.minutes
-    end = time.monotonic() + total
-    out = options.out.resolve()
+    out, seconds = options.out.resolve(), 60 * options.minutes
     out.mkdir(parents=True, exist_ok=True)
-    results, log = out / "results.json", out / "benchmarks.txt"
-    tiny = ["--tiny"] if options.tiny else []
-    stages: list[str] = []
-
-    def note(stage: str) -> None:
-        stages.append(stage)
-        print(stage, flush=True)
-        tables = compare.text(compare.load([results])) if results.exists() else ""
-        (out / "summary.txt").write_text("\n".join(stages) + "\n\n" + tables)
-
-    failed = False
-    if not options.skip_tests:
-        # test_aot compiles without a GPU, and says nothing about this one
-        tests = ["-m", "pytest", "tests/renyi_kernels", "--ignore=tests/renyi_kernels/test_aot.py"]
-        tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        if importlib.util.find_spec("xdist"):  # most of the time is compiling
-            tests += ["-n", str(min(8, os.cpu_count() or 1))]
-        ended = run([*tests, f"--junit-xml={out / 'tests.xml'}"], out / "tests.txt", TESTS_SHARE * total)
-        failed = not ended.startswith("done")
-        note(f"kernel tests: {ended}: {last_line(out / 'tests.txt')}")
-    for name, selection in BENCHMARKS:
-        left = end - time.monotonic()
-        if left < 10:
-            note(f"{name}: no time left")
-            continue
-        if selection is None:
-            (out / "profile.txt").unlink(missing_ok=True)
-            note(f"{name}: {run(['-m', 'csrc_bench.bench_training_step', *tiny], out / 'profile.txt', left)}")
-            continue
-        command = ["-m", "pytest", *selection, *tiny, "-p", "no:cacheprovider", "-rsx", "--tb=short"]
-        # no row starts in the last seconds, so that the last one can finish
-        command += ["--results", str(results), "--seconds", f"{left - 8:.0f}"]
-        note(f"{name}: {run(command, log, left)}: {last_line(log)}")
-    return int(failed)
+    if options.tiny:
+        os.environ["OMP_NUM_THREADS"] = "1"  # where there is little to do, threads only wait for each other
+    session = Session(out, seconds, options.tiny)
+    passed = options.skip_tests or session.tests(min(TESTS_SECONDS, TESTS_SHARE * seconds))
+    session.rows("rows that tell most", ["--first"], kept=AFTERWARDS_SECONDS)
+    session.script("losses of 50 captured steps", "csrc_bench.captured_losses", "losses.txt")
+    session.script("profile of the training step", "csrc_bench.bench_training_step", "profile.txt")
+    session.rows("all other rows", [])
+    return int(not passed)
 
 
 if __name__ == "__main__":

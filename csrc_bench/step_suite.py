@@ -14,6 +14,14 @@ from csrc_bench.measure import Point, Shape, Variant, device_type, require_close
 from csrc_bench.training_steps import Ensemble, Read, build_model
 
 
+def shows_nothing(shape: Shape, variant: str) -> bool:
+    """Whether a row is not worth its time: on a CPU nothing is captured, and compiling takes longer than all else that
+    is tiny. Tiny rows show whether it runs; for what is compiled, one shape is enough."""
+    if shape["model"] == "tiny":
+        return "compiled" in variant and (shape["name"] != "bar_tiny_all" or "captured" not in variant)
+    return "captured" in variant and device_type() == "cpu"
+
+
 @dataclass
 class StepSuite:
     """The steps of one shape share a model. Each step restores it at the end.
@@ -26,6 +34,7 @@ class StepSuite:
         read: how the naive step reads a batch.
         left_out: shape, name of the variant -> whether that row is not wanted.
         unchecked: the names of variants that do other work than the naive step.
+        direction: what a row is called.
     """
 
     op: str
@@ -36,12 +45,13 @@ class StepSuite:
     read: Read
     left_out: Callable[[Shape, str], bool] = lambda shape, name: False
     unchecked: tuple[str, ...] = ()
+    direction: str = "step"
     _model: tuple = field(default=(None, None), repr=False)
     _gold: tuple = field(default=(None, None), repr=False)
 
     def points(self, device: str, tiny: bool) -> list[Point]:
         return [
-            Point(self, shape, "step", name)
+            Point(self, shape, self.direction, name)
             for shape in self.shapes(device, tiny)
             for name, variant in self.variants(device).items()
             if not self.left_out(shape, name) and (not variant.slow or shape["name"].startswith("bar"))
@@ -65,7 +75,7 @@ class StepSuite:
             way = variant.build(model, shape)
             if gold is not None:
                 self.check(way, shape, gold)
-            calls = [partial(way.step, way.read(batch)) for batch in self.batches(shape, point.variant)]
+            calls = [partial(way.step, batch) for batch in way.batches(self.batches(shape, point.variant))]
             yield calls, path
         except BaseException:
             # a step that failed may have left the model changed
@@ -79,12 +89,12 @@ class StepSuite:
         """The log-probabilities and gradients of the naive step, on few tokens."""
         if self._gold[0] != shape:
             way = Ensemble(model, shape, "reference", self.read)
-            self._gold = (shape, way.score(self.read(self.few(shape))))
+            self._gold = (shape, way.score(*way.batches([self.few(shape)])))
             way.close()
         return self._gold[1]
 
     def check(self, way, shape: Shape, gold: tuple[Tensor, Tensor]) -> None:
-        logp, gradient = way.score(way.read(self.few(shape)))
+        logp, gradient = way.score(*way.batches([self.few(shape)]))
         require_close("logp", logp, gold[0], 1e-2)
         # bf16 errors grow through all layers, but the particles differ by far more
         require_close("gradient", gradient, gold[1], 0.1)

@@ -5,8 +5,10 @@ K particles, B sequences, T tokens, N tokens of all sequences, R rank, I/O in/ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from csrc_bench.batches import Batch, Family, padding_free, sequences_of, stacked
-from csrc_bench.measure import Shape, device_type
+from csrc_bench.measure import Shape, device_type, graphed
 from renyi_engine import EnsembleConfig, LoraEnsemble, SftConfig
-from renyi_engine.data import pack, packed_length
+from renyi_engine.data import RowSizes, choose_sizes, fill, pack, packed_length
 from renyi_engine.objectives import Scores
-from renyi_engine.training.train_step import train_step
+from renyi_engine.training.train_step import StepResult, micro_step, train_step
 from renyi_kernels import IGNORE_INDEX, renyi_reduce, use_backend
 
 ALPHA = 0.8
@@ -45,23 +47,23 @@ def llama(hidden, inner, layers, heads, kv_heads, vocabulary, kind=LlamaConfig, 
 
 
 CONFIGS = {
-    "tiny": lambda: llama(16, 24, 4, 2, 1, 64, tie_word_embeddings=True),
+    "tiny": lambda: llama(16, 24, 2, 2, 1, 64, tie_word_embeddings=True),
     "smollm2": lambda: llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
     "qwen2": lambda: llama(1536, 8960, 28, 12, 2, 151936, kind=Qwen2Config, tie_word_embeddings=True),
     "llama3": lambda: llama(4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
 }
 
 
-def build_model(name: str, layers: int | None = None):
+def build_model(name: str):
     """A bf16 model with random weights, the same at every call."""
-    config = CONFIGS[name]()
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
     torch.manual_seed(0)
     with torch.device(device_type()):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+        return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16).requires_grad_(False)
+
+
+def compiler_of(shape: Shape) -> str:
+    """The backend of torch.compile. For a tiny shape it is one that shows what can be compiled, and takes less time."""
+    return "eager" if shape["model"] == "tiny" else "inductor"
 
 
 def layers_of(shape: Shape) -> list[int] | None:
@@ -111,11 +113,24 @@ def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
 
-# Each way to make a step has read(families) -> batch, step(batch), and score(batch) -> (logp [K, B], gradient
-# [K, O, R]): for every particle the gradient of its own -sum_i logp[k, i] in the B of the lowest adapted q_proj. Floors
-# have no score.
-
 Read = Callable[[list[Family]], Batch]
+
+
+class Way:
+    """A way to make a step.
+
+    It has step(batch), and score(batch) -> (logp [K, B], gradient [K, O, R]): for every particle the gradient of its
+    own -sum_i logp[k, i] in the B of the lowest adapted q_proj. Floors have no score.
+    """
+
+    read: Read
+
+    def batches(self, of_families: list[list[Family]]) -> list:
+        """What `step` is given, of all batches that take turns."""
+        return [self.read(families) for families in of_families]
+
+    def close(self) -> None:
+        """Give the model back as it was."""
 
 
 class Objective:
@@ -128,51 +143,75 @@ class Objective:
         return Scores(objective(ensemble.sequence_logprob(batch), self.shape))
 
 
-class Ensemble:
-    """Our step, the one of `train` with its default settings, with one path for all ops."""
+class Ensemble(Way):
+    """Our step, the one of `train`, with one path for all ops. By default nothing is captured or compiled."""
 
-    def __init__(self, model, shape: Shape, backend: str, read: Read = pack) -> None:
-        self.shape, self.backend, self.read = shape, backend, read
+    def __init__(
+        self, model, shape: Shape, backend: str, read: Read = pack, *, captured: bool = False, compiled: bool = False
+    ) -> None:
+        self.shape, self.backend, self.read, self.captured = shape, backend, read, captured
         self.ensemble, self.objective = attach(model, shape), Objective(shape)
+        if compiled:
+            self.ensemble.compile_layers(backend=compiler_of(shape))
         self.optimizer = adamw([self.ensemble.particles.values])
+        self.run = self.ensemble.captured(partial(micro_step, self.ensemble, self.objective)) if captured else None
+        number = partial(torch.full, (), device=device_type())
+        self.alpha = number(fill_value=ALPHA, dtype=torch.float64)
+        self.num_examples = number(fill_value=float(shape["B"]), dtype=torch.float32)
 
-    def step(self, batch: Batch) -> None:
-        with use_backend(self.backend):
-            train_step(
+    def batches(self, of_families: list[list[Family]]) -> list[Batch]:
+        """On the CPU, where a data loader would leave them: on a GPU in pinned memory. If the step is captured, rows
+        are filled up, so that all have the same sizes."""
+        batches = super().batches(of_families)
+        if self.captured:
+            (sizes,) = choose_sizes(map(RowSizes.of, batches), most=1)
+            batches = [fill(batch, sizes) for batch in batches]
+        if device_type() == "cuda":
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return batches
+
+    def step(self, batch: Batch) -> StepResult:
+        with use_backend(self.backend), as_asked():
+            return train_step(
                 self.ensemble,
                 self.objective,
                 self.optimizer,
                 [batch],
-                ALPHA,
+                self.alpha,
                 SETTINGS,
                 num_train_examples=NUM_TRAIN_EXAMPLES,
-                num_examples=self.shape["B"],
+                num_examples=self.num_examples,
+                run=self.run,
             )
 
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with use_backend(self.backend):
-            logp = self.ensemble.sequence_logprob(batch)
-            _, B = next(iter(self.ensemble.stacked().values()))
-            return logp.detach(), torch.autograd.grad(-logp.sum(), B)[0]
+        _, B = next(iter(self.ensemble.stacked().values()))
+
+        def negative(inputs: Batch) -> dict[str, Tensor]:
+            logp = self.ensemble.sequence_logprob(inputs)
+            return {"loss": -logp.sum(), "logp": logp}
+
+        with use_backend(self.backend), as_asked():
+            if not self.captured:
+                outputs = negative(batch)
+                return outputs["logp"].detach(), torch.autograd.grad(outputs["loss"], B)[0]
+            run = self.ensemble.captured(negative)
+            for _ in range(2):  # the second time it is a replay
+                self.ensemble.particles.zero_gradients()
+                outputs = run(batch)
+            return outputs["logp"], B.grad.clone()
 
     def close(self) -> None:
         self.ensemble.detach()
 
 
-class CompiledLayers(Ensemble):
-    """Our step, with torch.compile of each decoder layer. Layers of the same kind share a graph."""
-
-    def __init__(self, model, shape: Shape, backend: str) -> None:
-        super().__init__(model, shape, backend, stacked)
-        torch._dynamo.reset()
-        self.layers = model.base_model.layers
-        for layer in self.layers:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
-
-    def close(self) -> None:
-        for layer in self.layers:
-            del layer.forward
-        super().close()
+@contextmanager
+def as_asked() -> Iterator[None]:
+    """Inside the block, it is an error if a step is not captured, or its layers not compiled, although this was asked
+    for: its row would be another way's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(not recorded as CUDA graphs|run uncompiled)")
+        yield
 
 
 class Compiled(Ensemble):
@@ -189,7 +228,7 @@ class Compiled(Ensemble):
         super().close()
 
 
-class Peft:
+class Peft(Way):
     """A loop over particles by PEFT's set_adapter, then one AdamW step for all.
 
     Its particles are not coupled (alpha = 0): coupling would cost PEFT one more scoring pass.
@@ -268,7 +307,7 @@ class PeftPaddingFree(Peft):
         return nll.new_zeros(int(sequence[-1]) + 1).index_add(0, of, nll)
 
 
-class Vmap:
+class Vmap(Way):
     """torch.vmap of one PEFT adapter's forward over stacked adapters."""
 
     read = staticmethod(stacked)
@@ -311,41 +350,59 @@ class Vmap:
         self.model.unload()
 
 
-class FrozenBase:
-    """A floor: the frozen base forward and backward on the same tokens, and the two products of its head.
+class FrozenBase(Way):
+    """The frozen base forward and backward on the same tokens, and the two products of its head.
 
     The layers below the first adapted one run forward only, once for all particles. The others run forward and backward
-    on all rows.
+    on all rows. All attention is causal, also to padding.
     """
 
-    def __init__(self, shape: Shape, read: Read = stacked) -> None:
-        self.read = read
-        self.K, adapted = shape["K"], shape["adapted_layers"]
-        below = CONFIGS[shape["model"]]().num_hidden_layers - adapted
-        self.top = build_model(shape["model"], adapted)
-        self.trunk = build_model(shape["model"], below) if below else None
+    def __init__(self, shape: Shape, read: Read = stacked, *, fast: bool = False) -> None:
+        """`fast`: with compiled layers, and on a GPU as one CUDA graph."""
+        self.read, self.fast, self.K = read, fast, shape["K"]
+        self.model = build_model(shape["model"])
+        layers = list(self.model.base_model.layers)
+        self.below = len(layers) - shape["adapted_layers"]
+        if fast:
+            torch._dynamo.reset()
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=compiler_of(shape))
+        self.layers = [compiled(layer.forward) for layer in layers] if fast else layers
 
-    def step(self, batch: Batch) -> None:
-        hidden = self.top.get_input_embeddings()(batch["input_ids"].to(device_type()))
-        if self.trunk is not None:
+    def batches(self, of_families: list[list[Family]]) -> list[Callable[[], object]]:
+        works = [self.work(self.read(families)) for families in of_families]
+        return graphed(works) if self.fast else works
+
+    def work(self, batch: Batch) -> Callable[[], Tensor]:
+        """A function that gives the gradient of the rows of all particles."""
+        ids = batch["input_ids"].to(device_type())
+        labelled = predicting(batch["labels"].repeat(self.K, 1)).to(device_type())
+        embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings().weight
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+
+        def run() -> Tensor:
+            hidden = embed(ids)
+            # the layers are called here, because the model would make a mask, and look into it in Python
+            rotary = self.model.base_model.rotary_emb(hidden, positions)
+            for layer in self.layers[: self.below]:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+            rows = out = hidden.repeat(self.K, 1, 1).requires_grad_()
+            for layer in self.layers[self.below :]:
+                out = layer(out, attention_mask=None, position_embeddings=rotary)
+            out = self.model.base_model.norm(out)
             with torch.no_grad():
-                hidden = self.trunk.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        rows = hidden.repeat(self.K, 1, 1).requires_grad_()
-        out = self.top.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
-        weight = self.top.get_output_embeddings().weight
-        labelled = predicting(batch["labels"].repeat(self.K, 1)).to(out.device)
-        with torch.no_grad():
-            gradient = torch.zeros_like(out).flatten(0, 1)
-            for places in labelled.split(2048):
-                gradient[places] = out.flatten(0, 1)[places] @ weight.mT @ weight
-        torch.autograd.grad(out, rows, gradient.view_as(out))
+                gradient = torch.zeros_like(out).flatten(0, 1)
+                for places in labelled.split(2048):
+                    gradient[places] = out.flatten(0, 1)[places] @ head.mT @ head
+            return torch.autograd.grad(out, rows, gradient.view_as(out))[0]
 
-    def close(self) -> None:
-        pass
+        return run
+
+    def step(self, work: Callable[[], object]) -> None:
+        work()
 
 
-class Gemms:
-    """The second floor: the bare matrix products, one after the other, of the tokens that have to be read.
+class Gemms(Way):
+    """A floor: the bare matrix products, one after the other, of the tokens that have to be read.
 
     These are the frozen maps of the layers below the first adapted one, forward; those of the adapted layers, forward
     and backward to their inputs, for K particles; and the two products of the head where there is a label. The first
@@ -364,7 +421,10 @@ class Gemms:
         self.of_all = [m.weight for layer in layers[below:] for m in layer if m not in shared]
         self.head = model.get_output_embeddings().weight
 
-    def read(self, families: list[Family]) -> Callable[[], object]:
+    def batches(self, of_families: list[list[Family]]) -> list[Callable[[], object]]:
+        return graphed([self.products(families) for families in of_families])
+
+    def products(self, families: list[Family]) -> Callable[[], object]:
         tokens = sum(map(packed_length, families))
         labelled = self.K * sum(sequence.num_labels for sequence in sequences_of(families))
 
@@ -373,7 +433,7 @@ class Gemms:
             return torch.randn(number, width, dtype=self.head.dtype, device=self.head.device)
 
         @torch.no_grad()
-        def products() -> None:
+        def run() -> None:
             for weight in self.once:
                 rows(tokens, weight.shape[1]) @ weight.mT
             for weight in self.of_all:
@@ -383,19 +443,11 @@ class Gemms:
             for part in rows(labelled, self.head.shape[1]).split(2048):
                 part @ self.head.mT @ self.head
 
-        products()  # makes the inputs
-        if device_type() == "cpu":
-            return products
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            products()
-        return graph.replay
+        run()  # makes the inputs
+        return run
 
     def step(self, products: Callable[[], object]) -> None:
         products()
-
-    def close(self) -> None:
-        pass
 
 
 def initial(model, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:

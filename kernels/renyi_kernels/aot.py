@@ -50,6 +50,8 @@ class Launch:
     @classmethod
     def of_call(cls, mode: str, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
         """The launch as Triton's own launcher prepares it: a 1 is a constant, and multiples of 16 are marked."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         launch = cls(mode, kernel)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args, strict=False)) | kwargs
@@ -62,6 +64,8 @@ class Launch:
                 launch.signature[name] = tuple(
                     launch._kind(value[place], (index, place), parameter) for place in range(len(value))
                 )
+            elif isinstance(value, TensorDescriptor):
+                launch.signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>"
             else:
                 launch.signature[name] = launch._kind(value, (index,), parameter)
         return launch
@@ -109,7 +113,14 @@ def launches(target: str) -> list[Launch]:
     """Every different launch of the modes below on a device of that kind."""
     from triton.runtime.jit import JITFunction
 
-    from renyi_kernels.triton_ops import grouped_lora, linear_logprob, renyi_reduce, tuning
+    from renyi_kernels.triton_ops import (
+        grouped_lora,
+        launches as remembered,
+        linear_logprob,
+        linear_logprob_gemm,
+        renyi_reduce,
+        tuning,
+    )
 
     found: dict[tuple, Launch] = {}
     mode = ""
@@ -121,10 +132,14 @@ def launches(target: str) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tuning, "architecture", lambda device: target),
+        patch.object(linear_logprob_gemm, "architecture", lambda device: target),
+        patch.object(tuning, "_VENDOR", {}),  # where a library is faster, there are other shapes that take the kernel
+        patch.object(remembered, "_known", {}),
     ):
         for module, cases in (
             (grouped_lora, grouped_lora_modes),
             (linear_logprob, linear_logprob_modes),
+            (linear_logprob_gemm, linear_logprob_gemm_modes),
             (renyi_reduce, renyi_reduce_modes),
         ):
             for mode, launcher, arguments in cases(module):  # noqa: B007 - `record` reads the mode
@@ -179,17 +194,42 @@ def grouped_lora_modes(ops: Any) -> Iterator[tuple]:
 
 
 def linear_logprob_modes(ops: Any) -> Iterator[tuple]:
-    """For each dtype of the gradient, or none: with and without bias and soft cap; with a vocabulary of whole blocks or
-    not."""
+    """For each dtype of the gradient, or none: with and without bias and soft cap; with rows that are aligned or not.
+    Then the gradient from the second product, in each dtype, with a head of whole rows and with one of every other."""
+    target, rows = torch.empty(1024, dtype=torch.int64, device="meta"), torch.empty(1024, device="meta")
     for V in (151936, 50257):
-        products = torch.empty((1024, V), device="meta")
-        target = torch.empty(1024, dtype=torch.int64, device="meta")
+        aligned = lambda dtype, V=V: torch.empty((1024, -(-V // 32) * 32), dtype=dtype, device="meta")[:, :V]
+        products = aligned(torch.float32)
         for dtype in (None, *_DTYPES):
+            E = None if dtype is None else aligned(dtype)
             for softcap in (None, 30.0):
                 for bias in (None, torch.empty(V, dtype=dtype, device="meta")):
                     mode = f"{'forward' if dtype is None else _DTYPES[dtype]} V={V}"
                     mode += (" bias" if bias is not None else "") + (" softcap" if softcap else "")
-                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, dtype)
+                    yield mode, ops.logprob_pass, (products, target, bias, softcap, 1.0, E)
+    for D in (1536, 577):
+        for dtype, name in _DTYPES.items():
+            P, out = torch.empty((1024, D), device="meta"), torch.empty((1024, D), dtype=dtype, device="meta")
+            for step in (1, 2):
+                weight = torch.empty((50257, step * D), dtype=dtype, device="meta")[:, ::step]
+                mode = f"{name} D={D}" + (" every other" if step > 1 else "")
+                yield mode, ops.gradient_pass, (P, weight, target, rows, rows, out)
+
+
+def linear_logprob_gemm_modes(ops: Any) -> Iterator[tuple]:
+    """With rows that the copy engine takes and with odd ones, with and without bias, soft cap and gradient."""
+    for dtype, D, softcap, need_grad in (
+        (torch.bfloat16, 1536, None, True),
+        (torch.bfloat16, 1536, 30.0, True),
+        (torch.bfloat16, 1537, None, True),
+        (torch.bfloat16, 1536, None, False),
+        (torch.float32, 1536, 30.0, True),
+    ):
+        N, V = 1024, 151936
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        E, bias = (empty(N, V) if need_grad else None), (empty(V) if softcap else None)
+        mode = f"{_DTYPES[dtype]} D={D}{' bias softcap' if softcap else ''}{'' if need_grad else ' forward'}"
+        yield mode, ops.logprob_product, (empty(N, D), empty(V, D), empty(N, dtype=torch.int64), bias, softcap, 1.0, E)
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:

@@ -38,7 +38,7 @@ class Surroundings:
 
     Attributes:
         added_to: tensors that the function adds something to.
-        read: tensors that it reads. If one of these, or of `added_to`, lies elsewhere than before, all recordings are
+        read: tensors that it reads. If one of these, or of `added_to`, lies elsewhere than before, the recording is
             made anew.
         mode: whatever decides in Python what the function does. Every mode has recordings of its own.
     """
@@ -57,10 +57,16 @@ class Pool:
         self._handle: Any = None
         self._streams = dict[torch.device, torch.cuda.Stream]()
         self._graphs = weakref.WeakSet[Any]()
+        self._failed: list[Any] = []
+        self._recordings = weakref.WeakSet[Recordings]()
         self._last: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         return Pool()
+
+    def add(self, recordings: Recordings) -> None:
+        """Let `drop` drop these too."""
+        self._recordings.add(recordings)
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream on which all graphs are made. Graphs that were made on several streams would share no memory."""
@@ -71,15 +77,24 @@ class Pool:
     def record(self, stream: torch.cuda.Stream, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """A function that repeats this call, by a CUDA graph whose intermediate results lie in this pool."""
         if not self._graphs:  # torch takes no pool again whose graphs are gone
+            self._handle = None
+        if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what ran before has left memory that only its own stream may use again
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
         try:
-            # other threads may pin memory meanwhile
-            with torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"):
+            # other threads may pin memory meanwhile. The outer block leaves the stream again if torch's cannot
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=self._handle, stream=stream, capture_error_mode="thread_local"),
+            ):
                 outputs = call()
         except BaseException:
-            self._clear_up(current)
+            # torch leaves the pool of a graph that failed open, and goes on asking the graph about it
+            self._failed.append(graph)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._handle)
+            graph.reset()  # if it ended before the error came here, as when memory runs out, this gives its memory back
+            self._handle = None
             raise
         self._graphs.add(graph)
 
@@ -89,13 +104,10 @@ class Pool:
 
         return replay
 
-    def _clear_up(self, current: torch.cuda.Stream) -> None:
-        """Do what torch leaves undone if CUDA refuses to end a graph, because something in it had to wait."""
-        torch.cuda.set_stream(current)
-        # torch before 2.12 goes on as if a graph were being made, and then neither empties its cache nor makes another
-        # graph; a later torch says that nothing is left to do
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(current.device_index, self._handle)
+    def drop(self) -> None:
+        """Drop all recordings that share this pool. They are made anew when they are needed."""
+        for recordings in list(self._recordings):
+            recordings.drop()
 
     @contextmanager
     def alone(self, device: torch.device) -> Iterator[None]:
@@ -108,9 +120,11 @@ class Pool:
                 stream = torch.cuda.current_stream()
                 if self._last is not None:
                     stream.wait_event(self._last)
-                yield
-                self._last = self._last or torch.cuda.Event()
-                self._last.record(stream)
+                try:
+                    yield
+                finally:
+                    self._last = self._last or torch.cuda.Event()
+                    self._last.record(stream)
 
 
 class Recordings:
@@ -141,9 +155,8 @@ class Recordings:
         self._constants, self._tolerance, self._pool = tuple(constants), tolerance, pool
         self._stream = pool.stream(device) if device.type == "cuda" else None
         self._made: dict[Hashable, _Recording] = {}
-        self._addresses: dict[Hashable, list[int]] = {}
-        """By mode: where everything lies that recordings work with beside their inputs and outputs."""
         self._given_up = False
+        pool.add(self)
 
     @property
     def num_made(self) -> int:
@@ -162,17 +175,12 @@ class Recordings:
         if self._given_up:
             return self._function(inputs)
         with self._pool.alone(self._device):
-            mode = self._surroundings.mode()
-            shape = mode, self._shape(inputs)
-            recording = self._made.get(shape) if self._addresses.get(mode) == self._current_addresses() else None
-            if recording is not None:
+            shape = self._shape(inputs)
+            recording = self._made.get(shape)
+            if recording is not None and recording.addresses == self._current_addresses():
                 return recording.replay(inputs)
-            try:
-                return self._record(mode, shape, inputs)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    self._made.clear()
-                raise
+            self._made.pop(shape, None)
+            return self._record(shape, inputs)
 
     def drop(self) -> None:
         """Drop all recordings, and with them their memory. They are made anew when they are needed."""
@@ -182,40 +190,46 @@ class Recordings:
     def _shape(self, inputs: Inputs) -> Hashable:
         shapes = tuple((name, inputs[name].shape, inputs[name].dtype) for name in sorted(inputs))
         constants = tuple(tuple(inputs[name].flatten().tolist()) for name in self._constants if name in inputs)
-        return shapes, constants
+        return shapes, constants, self._surroundings.mode()
 
     def _current_addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in (*self._surroundings.added_to(), *self._surroundings.read())]
 
-    def _record(self, mode: Hashable, shape: Hashable, inputs: Inputs) -> Outputs:
+    def _record(self, shape: Hashable, inputs: Inputs) -> Outputs:
         """Call the function, then make a recording of this call, and compare what both give."""
         before = [tensor.clone() if tensor.any() else None for tensor in self._surroundings.added_to()]
-        with self._beside_the_others():
-            outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
-        addresses = self._current_addresses()
-        if addresses != self._addresses.setdefault(mode, addresses):
-            self._made.clear()
-            self._addresses = {mode: addresses}
-        if len(self._made) == MOST_SHAPES:
-            self._give_up(f"there are more than {MOST_SHAPES} shapes of inputs")
-            return outputs
-        added_to = self._surroundings.added_to()
-        truth = [tensor.clone() for tensor in added_to]
         try:
-            recording = _Recording(self._function, inputs, self._constants, self._device, self._stream, self._pool)
-            for tensor, start in zip(added_to, before, strict=True):
-                tensor.zero_() if start is None else tensor.copy_(start)
-            problem = self._difference(outputs, recording.replay(inputs))
-            for tensor, value, start in zip(added_to, truth, before, strict=True):
-                added, expected = (tensor, value) if start is None else (tensor - start, value - start)
-                if problem is None and _apart(added, expected) > self._tolerance:
-                    problem = "a recording adds other values than a plain call"
+            with self._beside_the_others():
+                outputs = self._function(inputs)  # it also does whatever is done once, such as compiling kernels
+            if len(self._made) == MOST_SHAPES:
+                self._give_up(f"there are more than {MOST_SHAPES} shapes of inputs")
+                return outputs
+            added_to = self._surroundings.added_to()
+            truth = [tensor.clone() for tensor in added_to]
+            addresses = self._current_addresses()
+            try:
+                recording = _Recording(
+                    self._function, inputs, self._constants, self._device, self._stream, self._pool, addresses
+                )
+                _restore(added_to, before)
+                problem = self._difference(outputs, recording.replay(inputs))
+                for tensor, value, start in zip(added_to, truth, before, strict=True):
+                    added, expected = (tensor, value) if start is None else (tensor - start, value - start)
+                    if problem is None and _apart(added, expected) > self._tolerance:
+                        problem = "a recording adds other values than a plain call"
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                cause: BaseException = error
+                while cause.__context__ is not None:  # the first one; others say that nothing was recorded
+                    cause = cause.__context__
+                problem = f"{type(cause).__name__}: {reason(cause)}"
         except Exception as error:
             if is_out_of_memory(error):
-                raise
-            problem = f"{type(error).__name__}: {reason(error)}"
-        for tensor, value in zip(added_to, truth, strict=True):
-            tensor.copy_(value)
+                self._made.clear()
+                _restore(self._surroundings.added_to(), before)
+            raise
+        _restore(added_to, truth)
         if problem is None:
             self._made[shape] = recording
         else:
@@ -251,8 +265,8 @@ class Recordings:
         try:
             with torch.cuda.stream(self._stream):
                 yield
-        finally:
-            current.wait_stream(self._stream)  # also for what was ordered before an error
+        finally:  # also if an error came: what was ordered before it still writes
+            current.wait_stream(self._stream)
 
 
 class _Recording:
@@ -266,11 +280,15 @@ class _Recording:
         device: torch.device,
         stream: torch.cuda.Stream | None,
         pool: Pool,
+        addresses: list[int],
     ) -> None:
-        self._inputs = {
-            name: tensor.clone() if name in constants else torch.empty_like(tensor, device=device, pin_memory=False)
-            for name, tensor in inputs.items()
-        }
+        self.addresses = addresses
+        # nobody could write to tensors of the inference mode later
+        with torch.inference_mode(False), torch.no_grad():
+            self._inputs = {
+                name: tensor.clone() if name in constants else torch.empty_like(tensor, device=device, pin_memory=False)
+                for name, tensor in inputs.items()
+            }
         self._copied = [name for name in inputs if name not in constants]
         self._fill(inputs)
         call = partial(function, self._inputs)
@@ -286,9 +304,17 @@ class _Recording:
             self._inputs[name].copy_(inputs[name], non_blocking=True)
 
 
+def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+    """Give the tensors these values; None is zero."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.zero_() if value is None else tensor.copy_(value)
+
+
 def _apart(value: Tensor, truth: Tensor) -> float:
     """How far a tensor is from the true one, relative to the norm of that. Entries that are not finite are no distance
     where both have the same."""
+    if not truth.is_floating_point():
+        value, truth = value.double(), truth.double()
     same = (value == truth) | (value.isnan() & truth.isnan())
     distance = torch.linalg.vector_norm(torch.where(same, 0.0, value - truth))
     size = torch.linalg.vector_norm(truth.nan_to_num(0.0, 0.0, 0.0))

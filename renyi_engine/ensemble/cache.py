@@ -104,9 +104,10 @@ def from_fixed_cache(
     ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int, max_new_tokens: int
 ) -> Iterator[Reading]:
     """As `from_cache`, with a cache whose memory stays where it is."""
-    prompts = _read_prompts(ensemble, input_ids, attention_mask, num_samples)
-    with _own_rows(ensemble), ensemble.decode_steps.after(ensemble, prompts, max_new_tokens) as next_logits:
-        yield prompts.logits, next_logits
+    with ensemble.decode_steps.alone() as steps:
+        prompts = _read_prompts(ensemble, input_ids, attention_mask, num_samples)
+        with _own_rows(ensemble):
+            yield prompts.logits, steps.after(ensemble, prompts, max_new_tokens)
 
 
 def _read_prompts(ensemble: Readable, input_ids: Tensor, attention_mask: Tensor, num_samples: int) -> Prompts:

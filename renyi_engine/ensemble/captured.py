@@ -81,6 +81,8 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
     - keep tensors for later, print, or do anything else that has to happen at every call;
     - draw random numbers.
 
+    No graph of an earlier backward may be kept when `function` is called with inputs of a new shape.
+
     A padded batch cannot be captured, because transformers looks into its mask in Python. Rows without padding can:
     input_ids and labels ``[B, T]`` without a mask, or packed rows (`data.pack`) filled up to sizes that many of them
     share (`data.fill`). A packed row that was not filled up is run as it is.
@@ -89,18 +91,18 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
     if not records(device):
         return run
     particles = ensemble.particles
+    # the numbers of quantised weights lie in memory of their own
+    base = [weight for weight in ensemble.model.parameters() if type(weight) is torch.nn.Parameter]
 
     def added_to() -> list[Tensor]:
         return [particles.gradients] if torch.is_grad_enabled() else []
 
     def read() -> list[Tensor]:
-        return [particles.values, *([] if particles.copy is None else [particles.copy])]
+        return [particles.values, *([] if particles.copy is None else [particles.copy]), *base]
 
     def mode() -> tuple[object, ...]:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        # memory that is made in torch's inference mode can only be written to in that mode
-        gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return ensemble.rows, ensemble.training, gradients, autocast
+        return ensemble.rows, ensemble.training, torch.is_grad_enabled(), autocast
 
     recordings = Recordings(
         run,

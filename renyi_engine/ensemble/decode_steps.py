@@ -32,7 +32,7 @@ SHORTEST = 64
 _ALIGNMENT = 256
 """Every tensor of a cache begins at a multiple of so many bytes."""
 _EMPTY = getattr(cache_utils, "DummyLayer", ())
-"""What stands in a cache for a layer that reads the keys and values of another one. transformers has it since 5.18."""
+"""What stands in a cache for a layer that reads the keys and values of another one. Not every transformers has it."""
 
 
 class Decoder(Protocol):
@@ -109,31 +109,35 @@ class DecodeSteps:
         self._shapes.clear()
 
     @contextmanager
-    def after(self, ensemble: Decoder, prompts: Prompts, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Gives a function that takes tokens ``[S]`` and gives the logits ``[S, V]`` of the tokens after them, for use
-        inside the block. It takes what `prompts.cache` holds.
-
-        Raises:
-            ValueError: a layer of this model keeps something else than keys and values.
-        """
+    def alone(self) -> Iterator[DecodeSteps]:
+        """A block for one batch, from the reading of its prompts to its last token. If memory runs out inside, all that
+        is kept is dropped."""
         with self._one_at_a_time:
             try:
-                with _ordinary_tensors():
-                    recordings = self._recordings_of(ensemble)
-                    self._begin(ensemble, prompts, max_new_tokens, recordings)
-                    T, padding = prompts.mask.shape[1], (prompts.mask == 0).sum(-1)
-                    places = iter(torch.arange(T, T + max_new_tokens, device=padding.device).split(1))
-
-                def next_logits(tokens: Tensor) -> Tensor:
-                    with _ordinary_tensors():
-                        inputs = {"tokens": tokens, "place": next(places), "padding": padding}
-                        return recordings(inputs)["logits"]
-
-                yield next_logits
+                yield self
             except Exception as error:
                 if is_out_of_memory(error):
                     self.drop()
                 raise
+
+    def after(self, ensemble: Decoder, prompts: Prompts, max_new_tokens: int) -> Callable[[Tensor], Tensor]:
+        """A function that takes tokens ``[S]`` and gives the logits ``[S, V]`` of the tokens after them, until the end
+        of the block of `alone`. What `prompts.cache` holds is taken out of it.
+
+        Raises:
+            ValueError: a layer of this model keeps something else than keys and values.
+        """
+        with _ordinary_tensors():
+            recordings = self._recordings_of(ensemble)
+            self._begin(ensemble, prompts, max_new_tokens, recordings)
+            T, padding = prompts.mask.shape[1], (prompts.mask == 0).sum(-1)
+            places = iter(torch.arange(T, T + max_new_tokens, device=padding.device).split(1))
+
+        def next_logits(tokens: Tensor) -> Tensor:
+            with _ordinary_tensors():
+                return recordings({"tokens": tokens, "place": next(places), "padding": padding})["logits"]
+
+        return next_logits
 
     def _recordings_of(self, ensemble: Decoder) -> Recordings:
         """The recordings. They are made anew if the model lies elsewhere in memory than before."""

@@ -154,6 +154,7 @@ class LoraEnsemble(nn.Module):
                 self._installation.take_off()
                 self._loan.give_back()
         self.decode_steps.drop()
+        self.graph_pool.drop()
         return self.model
 
     # ------------------------------------------------------------------ running

@@ -101,6 +101,27 @@ def test_a_group_of_nothing_but_reasons_has_no_table(results):
     assert "skipped: not installed" in text
 
 
+def test_missing_rows_are_named_apart_from_the_tables(results, capsys):
+    late = row("liger", "peer", status="missing: out of time")
+    never = row("ours", "ours", status="missing: not measured yet", shape_name="k4")
+    compare.main([str(results(untimed=[late, late | {"variant": "vmap"}, never]))])
+    text = capsys.readouterr().out
+    assert text.splitlines()[:3] == [
+        "3 rows are missing; the same command again measures them:",
+        "renyi_loss bar_smollm2 both, out of time: liger, vmap",
+        "renyi_loss k4 both, not measured yet: ours",
+    ]
+    assert text.count("liger") == text.count("k4") == 1
+
+
+def test_tokens_a_second_are_those_of_all_continuations(results):
+    drawn = {"op": "generate", "direction": "tokens", "shape": {"K": 8, "tokens": 600}}
+    text = compare.text(compare.load([results([row("ours", "ours", 30.0, **drawn)], [])]))
+    head, line = text.splitlines()[1:3]
+    assert head.endswith("tokens/s")
+    assert line.split()[-1] == "20000"
+
+
 def test_rows_of_several_files_meet_by_device_and_the_last_one_counts(results):
     first = results()
     again = results([row("ours", "ours", 15.0)], [], name="again.json")
@@ -120,6 +141,12 @@ def test_the_readmes_table_holds_the_bars_forward_and_backward_together(results,
         "| a device, 2 threads | renyi_loss smollm2, bfloat16 | **30.00** (torch) | 90.00, 3.00x ours "
         "| 45.00 baddbmm_, 1.50x ours | 20.00 gemms, ours takes 1.50x | 7.00 / 7.00 |"
     ]
+
+
+def test_the_readmes_table_names_the_fastest_of_our_ways(results, capsys):
+    step = [row(name, "ours", ms, direction="step") for name, ms in (("ours", 9.0), ("ours_captured", 2.0))]
+    compare.main(["--readme", str(results(step, []))])
+    assert "**2.00** (ours_captured, torch)" in capsys.readouterr().out
 
 
 def test_the_table_in_the_docs_is_made_of_the_results_that_lie_in_the_project():

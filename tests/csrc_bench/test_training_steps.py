@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -14,10 +16,13 @@ from csrc_bench.batches import random_families, sequences_of
 from csrc_bench.measure import Wrong
 from csrc_bench.training_steps import (
     CONFIGS,
+    Ensemble,
+    FrozenBase,
     Gemms,
     Peft,
     PeftPaddingFree,
     Vmap,
+    as_asked,
     build_model,
 )
 from renyi_engine.data import packed_length
@@ -82,10 +87,35 @@ def test_the_bare_products_are_those_of_the_tokens_that_have_to_be_read(ragged_s
     trunk, adapted = config.num_hidden_layers - shape["adapted_layers"], shape["adapted_layers"]
     once = tokens * (trunk * (qkv + rest) + qkv)
     of_all = 2 * K * tokens * (adapted * rest + (adapted - 1) * qkv)
-    products = (gemms := Gemms(shape)).read(families)
+    (products,) = (gemms := Gemms(shape)).batches([families])
     with FlopCounterMode(display=False) as counter:
         gemms.step(products)
     assert counter.get_total_flops() == 2 * (once + of_all + 2 * K * labels * head)
+
+
+def test_the_frozen_base_is_run_as_the_model_runs_it(step):
+    suite, shape, model, _ = step
+    base = FrozenBase(shape)
+    batch = base.read(suite.batches(shape, "frozen_base")[0])
+    K, head = shape["K"], model.get_output_embeddings().weight
+    rows = model.get_input_embeddings()(batch["input_ids"]).repeat(K, 1, 1).requires_grad_()
+    out = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+    gradient = (out @ head.mT @ head).detach()
+    gradient[:, -1] = 0  # nothing is learnt after the last token
+    torch.testing.assert_close(base.work(batch)(), torch.autograd.grad(out, rows, gradient)[0], rtol=0.05, atol=0.05)
+
+
+def test_the_rows_of_a_captured_step_all_have_the_same_sizes(ragged_step):
+    suite, shape, model, _ = ragged_step
+    way = Ensemble(model, shape, "torch", captured=True)
+    batches = way.batches(suite.batches(shape, "ours_captured"))
+    way.close()
+    assert len({tuple((name, value.shape) for name, value in batch.items()) for batch in batches}) == 1
+
+
+def test_a_step_that_could_not_be_captured_is_no_captured_step():
+    with pytest.raises(UserWarning, match="not recorded"), as_asked():
+        warnings.warn("the work on the GPU is not recorded as CUDA graphs (why): it takes more time", stacklevel=1)
 
 
 def test_a_shared_beginning_is_read_once_and_a_last_token_never():

@@ -19,6 +19,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", f"{MARKER}: could, on a GPU, break whatever runs after it in the same process")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=is_wanted)  # what takes a process of its own comes last: if the time is short, the most has run
+
+
 def pytest_pyfunc_call(pyfuncitem):
     if not is_wanted(pyfuncitem):
         return None  # as ever

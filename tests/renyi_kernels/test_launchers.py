@@ -143,7 +143,7 @@ def test_the_reduction_and_its_gradient_take_any_layout(draw, mask_dtype, dtype,
 @given(
     gradient_dtype=st.sampled_from([None, torch.float32, torch.float16]),
     bias_dtype=st.sampled_from([None, torch.float16, torch.float32, torch.float64]),
-    layouts=st.tuples(PACKED, ANY, ANY),
+    layouts=st.tuples(PACKED, ANY, ANY, PACKED),
     softcap=st.sampled_from([None, 2.0]),
     N=st.integers(1, 4),
     V=st.sampled_from([1, 7, 300]),
@@ -159,12 +159,36 @@ def test_the_log_probability_pass_takes_any_layout(draw, gradient_dtype, bias_dt
     gold = torch.log_softmax(logits, dim=-1).gather(1, target.cpu()[:, None]).squeeze(1)
     (gradient,) = torch.autograd.grad(gold.sum(), z)
 
-    order = (*layouts[0][:3], 0)  # rows stay rows: the gradient lies over them
-    rows = lie(products, order)
+    rows_stay_rows = lambda layout: (*layout[:3], 0)
+    rows = lie(products, rows_stay_rows(layouts[0]))
+    E = None
+    if gradient_dtype is not None:
+        E = lie(torch.full((N, V), math.nan, dtype=gradient_dtype, device=rows.device), rows_stay_rows(layouts[3]))
     given_ = (rows, lie(target, layouts[1], between=0), None if bias is None else lie(bias, layouts[2]))
-    logprob, found = logprob_passes.logprob_pass(*given_, softcap, 1.5, gradient_dtype)
+    logprob, a, b = logprob_passes.logprob_pass(*given_, softcap, 1.5, E)
     assert_close(logprob.cpu(), gold.detach(), torch.float32)
-    assert (found is None) == (gradient_dtype is None)
-    if found is not None:
-        assert found.dtype == gradient_dtype
+    assert torch.equal(rows, products)
+    assert (a is None) == (b is None) == (E is None)
+    if E is not None:
+        assert not E.gather(1, target[:, None]).any()
+        found = (-b[:, None] * E).scatter_(1, target[:, None], a[:, None])
         assert_close(found.cpu(), gradient, gradient_dtype)
+
+
+@fuzz
+@given(
+    dtype=FLOATS,
+    layouts=st.tuples(PACKED, ANY, ANY, PACKED),
+    N=st.integers(1, 4),
+    D=st.sampled_from([1, 7, 1100]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_gradient_pass_takes_any_layout(draw, dtype, layouts, N, D, seed):
+    P, a, b = draw(seed, torch.float32)(N, D), *draw(seed + 1, torch.float32)(2, N)
+    weight, target = draw(seed + 2, dtype)(3, D), (draw(seed + 3, torch.float32)(N).abs() * 1e4).long() % 3
+    gold = a[:, None].double() * weight[target].double() - b[:, None].double() * P.double()
+    rows_stay_rows = lambda layout: (*layout[:3], 0)
+    out = lie(torch.empty_like(P, dtype=dtype), rows_stay_rows(layouts[3]))
+    given_ = lie(P, rows_stay_rows(layouts[0])), lie(weight, layouts[1]), lie(target, layouts[2], between=0)
+    logprob_passes.gradient_pass(*given_, a, b, out)
+    assert_close(out.cpu(), gold.cpu(), dtype)

@@ -13,8 +13,9 @@ import torch
 
 import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
+import renyi_kernels.triton_ops.linear_logprob_gemm as product_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
-from renyi_kernels.triton_ops import tuning
+from renyi_kernels.triton_ops import launches, tuning
 
 from .alone import MARKER, is_wanted, run_alone
 
@@ -61,6 +62,7 @@ def tile(request):
             patch.setattr(lora_passes, "blocks", like_the_tallest)
         if request.param == "one_program":
             patch.setattr(lora_passes, "programs_wanted", lambda device: 1)
+        patch.setattr(launches, "_known", {})
         yield lambda kernel, like: lora_passes.blocks(kernel, like, 64)[0]["BLOCK_M"]
 
 
@@ -134,6 +136,30 @@ def test_the_transposed_adapter_of_an_input_gradient_may_be_far(spread, draw):
     assert torch.equal(far, packed)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "far"), [("expand", "B"), ("expand", "out"), ("up_backward", "dY"), ("up_backward", "B")]
+)
+def test_the_far_map_may_be_the_second_of_a_launch(spread, draw, tile, kernel, far):
+    M = tile(kernel, draw(1)) + 1
+    maps = [arguments_of(kernel, draw, 1, M, R=3, O=O) for O in (5, 66)]
+    reach = min(tile(kernel, draw(1)), maps[1][far].shape[1]) - 1
+    moved = spread(maps[1][far], *far_from_row_to_row(maps[1][far], reach))
+
+    def run(second):
+        given_ = {name: [maps[0][name].clone(), second[name]] for name in ARGUMENTS[kernel]}
+        if kernel == "expand":
+            lora_passes.expand(given_["S"], given_["B"], 2.0, given_["base"], given_["out"])
+        else:
+            counters = lora_passes.new_counters(maps[0]["dY"], [3, 3], 1).zero_()
+            both = (given_[name] for name in ("dS", "dB"))
+            lora_passes.up_backward(given_["dY"], given_["S"], given_["B"], 2.0, *both, False, counters)
+        return [x for name in WRITTEN[kernel] for x in given_[name]]
+
+    copies = lambda: {name: x.clone() for name, x in maps[1].items()}
+    ours, expected = run(copies() | {far: moved}), run(copies())
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+
+
 def test_only_a_far_tile_pays_for_long_offsets(draw):
     """A million rows of 8960 are far from one end to the other, and no tile of them is."""
     assert not lora_passes._far(256 * 151_936)
@@ -168,11 +194,34 @@ def test_the_reduction_reads_a_far_mask(spread, draw, device, alpha, strides):
 
 
 def test_the_log_probability_pass_works_on_far_rows(spread, draw, device):
-    products, target = draw(3, 65), torch.tensor([0, 7, 64], device=device)
+    products, target = draw(3, 65).float(), torch.tensor([0, 7, 64], device=device)
     far = spread(products, PARTICLE, 1)
-    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, torch.float16)
-    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, torch.float16)
-    assert all(torch.equal(x, y) for x, y in zip(ours, packed, strict=True))
+    E = products.half()
+    far_E = spread(E, PARTICLE, 1)
+    packed = logprob_passes.logprob_pass(products, target, None, None, 1.0, E)
+    ours = logprob_passes.logprob_pass(far, target, None, None, 1.0, far_E)
+    assert all(torch.equal(x, y) for x, y in zip((*ours, far_E), (*packed, E), strict=True))
+
+
+@pytest.mark.parametrize("far", ["P", "weight", "out"])
+def test_the_gradient_of_the_head_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"P": draw(3, 65).float(), "weight": draw(3, 65), "out": draw(3, 65)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    for P, weight, out in (tensors.values(), moved.values()):
+        logprob_passes.gradient_pass(P, weight, target, P[:, 0].contiguous(), P[:, 1].contiguous(), out)
+    assert torch.equal(moved["out"], tensors["out"])
+
+
+@pytest.mark.parametrize("far", ["hidden", "weight", "E"])
+def test_the_product_with_epilogue_takes_far_rows(spread, draw, device, far):
+    target = torch.tensor([0, 2, 1], device=device)
+    tensors = {"hidden": draw(3, 9), "weight": draw(3, 9), "E": draw(3, 3)}
+    moved = {name: spread(x, PARTICLE, 1) if name == far else x.clone() for name, x in tensors.items()}
+    runs = []
+    for hidden, weight, E in (tensors.values(), moved.values()):
+        runs.append((*product_passes.logprob_product(hidden, weight, target, None, None, 1.0, E), E))
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 # the process of its own

@@ -19,7 +19,7 @@ import renyi_kernels.triton_ops.grouped_lora as lora_passes
 import renyi_kernels.triton_ops.linear_logprob as logprob_passes
 import renyi_kernels.triton_ops.renyi_reduce as reduce_passes
 from renyi_kernels import grouped_lora, linear_logprob, lora_linears, renyi_loss, renyi_reduce, use_backend
-from renyi_kernels.triton_ops import tuning
+from renyi_kernels.triton_ops import launches, tuning
 
 from .marks import every_x
 
@@ -141,6 +141,7 @@ def results(steps):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora_passes, "_split", spy)
+        patch.setattr(launches, "_known", {})
         return {name: step("triton") for name, step in steps.items()}, num_parts
 
 
@@ -182,10 +183,13 @@ def test_whichever_program_is_the_last_the_sums_are_the_same(steps, results, mon
 def launched(monkeypatch):
     """The names of the kernels of `lora_linears` that were launched, in order."""
     names = []
+    monkeypatch.setattr(launches, "_known", {})
     for name in ("shrink", "expand", "up_backward", "down_backward"):
         kernel = getattr(lora_passes, f"grouped_lora_{name}_kernel")
 
         class Spy:
+            arg_names = kernel.arg_names
+
             def __getitem__(self, grid, name=name, kernel=kernel):
                 names.append(name)
 
@@ -280,6 +284,67 @@ def test_fp16_sums_made_of_parts_err_at_most_half_again_as_much_as_naive(lora, s
         assert ours.dtype == torch.float16
         error, naive_error = (ours - gold).abs().max(), (naive - gold).abs().max()
         assert error <= 1.5 * naive_error + 1e-3 * gold.abs().max()
+
+
+# launches that are remembered
+
+
+@pytest.fixture
+def asked(monkeypatch, lora):
+    """asked(tensors) is what `down_backward` of these [x, dS, dA] launches: ("triton" or "compiled", arguments)."""
+    calls = []
+    monkeypatch.setattr(launches, "_known", {})
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append(("compiled", list(args)))
+
+    class Kernel:
+        arg_names = lora_passes.grouped_lora_down_backward_kernel.arg_names
+
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                calls.append(("triton", [*args, *(kwargs[name] for name in self.arg_names if name in kwargs)]))
+                return Compiled()
+
+            return run
+
+    monkeypatch.setattr(lora_passes, "grouped_lora_down_backward_kernel", Kernel())
+
+    def run(x, dS, dA, add=False):
+        counters = lora_passes.new_counters(x, [dS.shape[2]], len(x)).zero_()
+        lora_passes.down_backward(x, dS, dA, add, counters)
+        return calls[-1]
+
+    return run
+
+
+def test_a_launch_of_a_known_form_goes_to_the_compiled_kernel_with_all_its_arguments(asked):
+    tensors = lambda: [torch.zeros(2, 5, 6), torch.zeros(2, 5, 3), torch.zeros(2, 3, 6)]
+    (first, given_), (second, again) = asked(*tensors()), asked(*tensors())
+    assert (first, second) == ("triton", "compiled")
+    assert len(again) == len(lora_passes.grouped_lora_down_backward_kernel.arg_names)
+    for x, y in zip(given_, again, strict=True):
+        assert x is not y if isinstance(x, torch.Tensor) else x == y
+
+
+@pytest.mark.parametrize("what", ["dtype", "shape", "stride", "alignment", "option", "device kind"])
+def test_what_triton_compiles_anew_for_is_another_form(asked, monkeypatch, what):
+    build = lambda *shape: torch.zeros(shape)
+    x, dS, dA = build(2, 5, 8), build(2, 5, 3), build(2, 3, 8)
+    asked(x, dS, dA)
+    assert asked(x, dS, dA)[0] == "compiled"
+    others = {
+        "dtype": (x, dS, dA.half()),
+        "shape": (x[:, :4], dS[:, :4], dA),
+        "stride": (x, build(2, 5, 4)[..., :3], dA),
+        "alignment": (build(2 * 5 * 8 + 1)[1:].view(2, 5, 8), dS, dA),
+        "option": (x, dS, dA, True),
+        "device kind": (x, dS, dA),
+    }
+    if what == "device kind":
+        monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    assert asked(*others[what])[0] == "triton"
 
 
 # registration with PyTorch
@@ -416,6 +481,43 @@ def test_a_device_that_is_not_in_the_table_takes_the_default_tiles():
                 default = tuning.row(kernel, itemsize, "none", block_r)
                 for arch in ("sm_75", "sm_121", "gfx90a", "gfx1100", "", "any"):
                     assert tuning.row(kernel, itemsize, arch, block_r) == default
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "outputs", "rank", "by_vendor"),
+    [
+        ("expand", 1024, 1536, 8, True),
+        ("expand", 1024, 1537, 8, False),
+        ("expand", 1023, 1536, 8, False),
+        ("expand", 1024, 1536, 17, False),
+        ("up_backward", 1024, 8960, 64, True),
+        ("up_backward", 1024, 8959, 64, False),
+        ("up_backward", 1024, 8960, 32, False),
+    ],
+)
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_products_of_the_vendor_run_where_the_table_says_that_they_are_faster(
+    monkeypatch, kernel, rows, outputs, rank, by_vendor, arch
+):
+    monkeypatch.setattr(tuning, "architecture", lambda device: arch)
+    empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    S, B, Y = [empty(2, rows, rank)], [empty(2, outputs, rank)], [empty(2, rows, outputs)]
+    ran = []
+
+    class Notes:
+        arg_names = ()
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: ran.append("kernel")
+
+    monkeypatch.setattr(launches, "_known", {})
+    monkeypatch.setattr(lora_passes, f"grouped_lora_{kernel}_kernel", Notes())
+    monkeypatch.setattr(lora_passes.torch_passes, kernel, lambda *args: ran.append("vendor"))
+    if kernel == "expand":
+        lora_passes.expand(S, B, SCALING, Y, Y)
+    else:
+        lora_passes.up_backward(Y, S, B, SCALING, S, B, True, lora_passes.new_counters(S[0], [rank], 2))
+    assert ran == ["vendor" if by_vendor and arch == "sm_90" else "kernel"]
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 64), (4096, 64)])

@@ -1,6 +1,6 @@
-"""What linear_logprob does between its two matrix products, in plain PyTorch, on any device.
+"""What linear_logprob does beside its two matrix products, in plain PyTorch, on any device.
 
-Layout: N rows, V vocabulary.
+Layout: N rows, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # a CPU works on a few rows at a time: so many bytes of them stay in its cache
-_CACHED_BYTES = 8 * 2**20
+_CACHED_BYTES = 2 * 2**20
 
 
 def logprob_pass(
@@ -18,60 +18,73 @@ def logprob_pass(
     bias: Tensor | None,
     logit_softcap: float | None,
     logit_scale: float,
-    gradient_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The log-probability [N] of each row's target, and its gradient [N, V] with respect to the raw products h W^T.
+    E: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(logprob [N] of each row's target y, a [N], b [N]), and E [N, V], with ``d logprob / d h = a w_y - b E W``.
 
-    The gradient is written into the memory of `products` [N, V]. If `gradient_dtype` is None, there is no gradient.
+    The raw products h W^T [N, V] are lost. E is written over them if it is the same tensor, and then it holds all of
+    w_y's part too, and a is None. Without an E there is no gradient, and neither a nor b.
     """
     N, V = products.shape
-    logprob = products.new_empty(N)
-    gradient = None if gradient_dtype is None else products.view(gradient_dtype)[:, :V]
     rows = max(N, 1)
     if products.device.type == "cpu":
         rows = max(1, _CACHED_BYTES // (V * products.element_size()))
-    narrow = gradient is not None and gradient.dtype != products.dtype
-    rounded = products.new_empty((min(rows, N), V), dtype=gradient_dtype) if narrow else None
+    logprob = products.new_empty(N)
+    a = None if E is None or E is products else torch.empty_like(logprob)
+    b = None if E is None else torch.empty_like(logprob)
     for start in range(0, N, rows):
         some = slice(start, start + rows)
-        logits = products[some]
-        logprob[some] = _some_rows(logits, target[some], bias, logit_softcap, logit_scale, gradient is not None)
-        if gradient is not None and rounded is not None:
-            # rounded in a buffer first, because the rounded values go to where the values are read from
-            gradient[some] = rounded[: len(logits)].copy_(logits)
-    return logprob, gradient
+        z, y = products[some], target[some, None]
+        slope = _logits(z, bias, logit_softcap, logit_scale, E is not None)
+        z_y, top = z.gather(1, y), z.amax(dim=1, keepdim=True)
+        e = z.sub_(top).exp_()
+        e_y = e.gather(1, y)
+        S = e.scatter_(1, y, 0.0).sum(dim=1, keepdim=True)
+        # where the target is the top itself, this is log1p(S): it keeps the digits of a small S
+        logprob[some] = (z_y - top - torch.log1p(e_y - 1.0 + S)).squeeze(1)
+        if E is None or b is None:
+            continue
+        of_target, sum_E, total = S, S, e_y + S
+        if slope is not None:
+            of_target = S * slope.gather(1, y)
+            sum_E = e.mul_(slope).sum(dim=1, keepdim=True)
+        if a is None:
+            e.scatter_(1, y, -of_target)
+            b[some] = (logit_scale / total).squeeze(1)
+        else:
+            # divided by S, so that fp16 holds E and its sums, however likely the target is
+            unit = S.clamp(min=torch.finfo(S.dtype).tiny)
+            rounded = E[some].copy_(e.mul_(1.0 / unit))
+            # E_y is minus the others' sum, so this row adds up to almost nothing: to what rounding has changed in it.
+            # Rows w_v of a head have much in common. If w_y's coefficient takes that in, errors of rounding multiply
+            # only the differences w_y - w_v
+            rounded.scatter_(1, y, (-sum_E / unit).to(E.dtype))
+            factor = logit_scale * unit / total
+            a[some] = (factor * ((of_target - sum_E) / unit + rounded.sum(dim=1, keepdim=True))).squeeze(1)
+            b[some] = factor.squeeze(1)
+    return logprob, a, b
 
 
-def _some_rows(
-    z: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
-    need_grad: bool,
-) -> Tensor:
-    """The log-probability [n]. Its gradient takes the place of z [n, V].
-
-    With e = exp(z - max z) and S = sum e over the vocabulary, d logp / d z = onehot - e / S = -(e - S onehot) / S.
-    """
-    target = target[:, None]
+def _logits(
+    z: Tensor, bias: Tensor | None, logit_softcap: float | None, logit_scale: float, need_slope: bool
+) -> Tensor | None:
+    """Makes logits of raw products z, in place. Returns the derivative of the soft cap, if there is one."""
     if bias is not None:
         z.add_(bias)
     if logit_scale != 1.0:
         z.mul_(logit_scale)
-    slope = None  # d softcap(z) / d z
+    slope = None
     if logit_softcap is not None:
         z.div_(logit_softcap).tanh_()
-        if need_grad:
+        if need_slope:
             slope = torch.square(z).neg_().add_(1.0)
         z.mul_(logit_softcap)
-    peak = z.amax(dim=1, keepdim=True)
-    z_target = z.gather(1, target)
-    e = z.sub_(peak).exp_()
-    total = e.sum(dim=1, keepdim=True)
-    if need_grad:
-        e.scatter_add_(1, target, -total)
-        if slope is not None:
-            e.mul_(slope)
-        e.mul_(-logit_scale / total)
-    return (z_target - peak - total.log()).squeeze(1)
+    return slope
+
+
+def gradient_pass(P: Tensor, weight: Tensor, target: Tensor, a: Tensor | None, b: Tensor, out: Tensor) -> None:
+    """out = a w_y - b P, with P = E W [N, D]."""
+    G = P * -b[:, None]
+    if a is not None:
+        G.addcmul_(a[:, None], weight[target])
+    out.copy_(G)

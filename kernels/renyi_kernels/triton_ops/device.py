@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # for the interpreter, which has no device to ask. It is small, so that sums are split there too
-_PROGRAMS_WITHOUT_DEVICE = 8
+_MULTIPROCESSORS_WITHOUT_DEVICE = 4
 
 
 def on_its_device(launcher: Callable) -> Callable:
@@ -37,9 +37,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-@cache
 def programs_wanted(device: torch.device) -> int:
     """How many programs fill the device twice."""
+    return 2 * multiprocessors(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return _PROGRAMS_WITHOUT_DEVICE
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _MULTIPROCESSORS_WITHOUT_DEVICE
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -68,7 +68,12 @@ def test_every_call_gives_what_the_function_gives_and_adds_once(work):
 
 def test_a_shape_a_type_a_constant_and_a_mode_have_recordings_of_their_own(work):
     run = work.recordings(constants=["most"])
-    for given in (inputs(4), inputs(6), {"x": torch.arange(4)}, inputs(4) | {"most": torch.tensor([1, 2])}):
+    for given in (
+        inputs(4),
+        inputs(6),
+        inputs(4) | {"ids": torch.arange(4)},
+        inputs(4) | {"most": torch.tensor([1, 2])},
+    ):
         check(work, run, given)
     assert run.num_made == 4
     check(work, run, inputs(4) | {"most": torch.tensor([1, 3])})
@@ -95,11 +100,33 @@ def test_constants_are_read_where_they_lie(work):
 @pytest.mark.parametrize("moved", ["total", "factor"])
 def test_what_lies_elsewhere_now_is_recorded_anew(work, moved):
     run = work.recordings()
-    check(work, run, inputs(4))
-    check(work, run, inputs(6))
+    for size in (4, 6):
+        check(work, run, inputs(size))
     setattr(work, moved, getattr(work, moved).clone())
-    check(work, run, inputs(4))
-    assert run.num_made == 1
+    calls = []
+    for size in (4, 6, 4, 6):
+        before = work.calls
+        check(work, run, inputs(size))
+        calls.append(work.calls - before)
+    assert calls == [2, 2, 1, 1]
+    assert run.num_made == 2
+
+
+def test_recordings_of_one_pool_are_dropped_together(work):
+    pool = Pool()
+    several = [work.recordings(pool=pool) for _ in range(2)]
+    for run in several:
+        check(work, run, inputs())
+    pool.drop()
+    assert [run.num_made for run in several] == [0, 0]
+    check(work, several[0], inputs())
+
+
+def test_inputs_of_the_inference_mode_can_be_replaced_later(work):
+    run = work.recordings()
+    with torch.inference_mode():
+        run({"x": torch.arange(4.0)})
+    check(work, run, inputs())
 
 
 def test_more_shapes_than_there_may_be_are_run_as_they_are(work):
@@ -206,9 +233,11 @@ def test_out_of_memory_is_the_callers_and_drops_all_recordings(work, repeats, wh
             raise error
 
         repeats(refuse)
+    before = work.total.clone()
     with pytest.raises(torch.OutOfMemoryError):
         run(inputs(6))
     assert run.num_made == 0
+    assert work.total.equal(before)  # who tries again does not add twice
 
 
 def test_an_error_of_the_function_is_the_callers(work):
@@ -224,75 +253,30 @@ def test_a_deep_copy_of_a_pool_is_another_and_recordings_are_not_copied(work):
         copy.deepcopy(work.recordings())
 
 
-def test_modes_that_work_with_other_tensors_keep_each_other_s_recordings(work):
-    """As a function does that is called with gradients, and without them."""
-    surroundings = Surroundings(
-        lambda: [] if work.mode == "reads" else [work.total], lambda: [work.factor], lambda: work.mode
-    )
-    run = Recordings(work, torch.device("cpu"), surroundings, tolerance=1e-6, pool=Pool())
-    for mode, num_made in [("usual", 1), ("reads", 2), ("usual", 2), ("reads", 2)]:
-        work.mode = mode
-        calls = work.calls
-        run(inputs())
-        assert run.num_made == num_made
-    assert work.calls == calls + 1
-    work.factor = work.factor.clone()
-    run(inputs())
-    assert run.num_made == 1  # also the other mode's recording read what is elsewhere now
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """What torch does when a graph is made, noted. The stream that work is ordered on is a name."""
+def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch):
+    """torch ends the process with an internal error if it is."""
+    pools, handles, reset = [], iter(range(9)), []
 
     class Graph:
         def replay(self):
             pass
 
-    class Capture:
-        pools, streams, ended, error = [], ["usual"], [], None
+        def reset(self):
+            reset.append(pools[-1])
 
-        @contextmanager
-        def graph(self, graph, *, pool, stream, capture_error_mode):
-            self.pools.append(pool)
-            self.streams.append(stream)
-            yield
-            if self.error is not None:
-                raise self.error  # and the stream stays as it is
-            self.streams.pop()
+    def refuse():
+        raise ValueError("no")
 
-        def end(self, device_index, pool):
-            self.ended.append(pool)
-            if len(self.ended) > 1:
-                raise RuntimeError("not currently recording")
+    @contextmanager
+    def capturing(graph, *, pool, stream, capture_error_mode):
+        pools.append(pool)
+        yield
 
-    class Stream(str):
-        device_index = 0
-
-    capture, handles = Capture(), iter(range(9))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture.graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles), raising=False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(capture.streams[-1]))
-    monkeypatch.setattr(torch.cuda, "set_stream", capture.streams.append)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", capture.end, raising=False)
-    return capture
-
-
-def test_after_a_graph_that_cuda_refuses_torch_is_as_it_was(capture):
-    """torch before 2.12 stays on the stream of the graph, and its allocator waits for the end of the graph."""
-    pool = Pool()
-    capture.error = RuntimeError("operation failed due to a previous error during capture")
-    for number in range(2):  # the second time as a later torch does, which has ended it itself
-        with pytest.raises(RuntimeError, match="a previous error during capture"):
-            pool.record("of graphs", dict)
-        assert torch.cuda.current_stream() == "usual"
-        assert capture.ended == list(range(number + 1))
-
-
-def test_a_pool_whose_graphs_are_gone_is_not_used_again(capture):
-    """torch ends the process with an internal error if it is."""
-    pools = capture.pools
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     pool = Pool()
     kept = [pool.record(None, dict) for _ in range(2)]
     assert kept[0]() == {}
@@ -302,6 +286,11 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(capture):
     kept.clear()
     kept.append(pool.record(None, dict))
     assert pools == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match="no"):  # nor is that of a graph that could not be made
+        pool.record(None, refuse)
+    assert reset == [1]  # torch's graph holds its memory until it is reset, and it is kept
+    kept.append(pool.record(None, dict))
+    assert pools == [0, 0, 0, 1, 1, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -333,6 +322,4 @@ def test_a_gpu_replays_what_it_would_have_done():
         )
         x = torch.tensor([1.0, -1.0, 2.0])
         assert [asks({"x": x.to(device)})["x"].tolist() for _ in range(2)] == [[1.0, 2.0]] * 2
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    torch.cuda.empty_cache()  # torch 2.11 refuses to after a graph that could not be made, if it is left as it is
     assert any("not recorded as CUDA graphs" in str(each.message) for each in told)

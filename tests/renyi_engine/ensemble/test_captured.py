@@ -147,15 +147,6 @@ def test_without_gradients_all_outputs_are_compared_and_no_gradient_is_touched(g
     assert all(parameter.grad is None for parameter in ensemble.parameters())
 
 
-def test_torch_s_inference_mode_may_be_on_in_one_call_and_off_in_the_next(graphs):
-    ensemble = attach_apart(build(), num_particles=K, r=2)
-    score = ensemble.captured(lambda inputs: {"logp": ensemble.sequence_logprob(inputs)})
-    (filled, *_), (row, *_) = rows()
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
-        with mode():
-            torch.testing.assert_close(score(filled)["logp"], ensemble.sequence_logprob(row), rtol=1e-5, atol=1e-5)
-
-
 def test_a_row_that_was_not_filled_up_runs_as_it_is(graphs):
     ensemble = attach_apart(build(), num_particles=K, r=2)
     called = []

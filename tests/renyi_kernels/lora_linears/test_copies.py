@@ -272,7 +272,9 @@ def test_nothing_is_saved_twice_and_no_adapter_is_copied_for_the_backward(given_
     assert len(set(places)) == len(places)
     held = {t.untyped_storage().data_ptr() for t in (x, *weights, masters.whole, copies.whole)}
     new = [t for t in saved if t.untyped_storage().data_ptr() not in held]
-    assert [tuple(t.shape) for t in new] == [(3, 9, 8)]  # x A^T of all maps
+    # x A^T of all maps, and a few counters
+    assert [tuple(t.shape) for t in new if t.is_floating_point()] == [(3, 9, 8)]
+    assert sum(t.numel() for t in new if not t.is_floating_point()) < 2000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,28 @@
+"""Which rows tell most. These are measured first, in this order; all others follow as they stand in their files."""
+
+from __future__ import annotations
+
+import re
+
+_OURS = "ours|ours_captured|ours_compiled|ours_captured_compiled"
+_FLOORS = "gemms|frozen_base|frozen_base_captured_compiled"
+
+FIRST = [
+    rf"training_step bar_\w+_all-step-({_OURS}|{_FLOORS}|peft_bf16)",
+    rf"ragged_step bar_\w+_(hh_rlhf_pairs|mmlu_completion)_k\d\w*-step-({_OURS}|{_FLOORS}|peft_padding_free)",
+    r"renyi_loss bar_(qwen2|tiny)-both-\w+",
+    r"(lora_linears|grouped_lora) bar_\w+-(graph|both)-(ours|ours_torch|baddbmm_|gemms|copy)",
+    r"training_step smollm2_k\d+-step-\w+",
+    r"training_step memory_\w+-step-\w+",
+    r"generate bar_(smollm2|tiny)-tokens-\w+",
+]
+"""Each is a pattern for "op shape-direction-variant"."""
+
+
+def place(name: str) -> int:
+    """The place in `FIRST` of a row of that name; behind all of them if there is none."""
+    return next((number for number, pattern in enumerate(FIRST) if re.fullmatch(pattern, name)), len(FIRST))
+
+
+def is_first(name: str) -> bool:
+    return place(name) < len(FIRST)
