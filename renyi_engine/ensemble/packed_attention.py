@@ -41,22 +41,24 @@ class Segment(NamedTuple):
 
 class PackedMask:
     """What layers are given in place of a mask. `own(q_length, kv_length)` is the model's own mask, for one sequence
-    whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal."""
+    whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal.
+    `is_plain(kv_length)`: whether it would be None for as many queries as keys, if it is a mask of "sdpa"."""
 
-    def __init__(self, packing: Packing, own: Callable[[int, int], Any]) -> None:
+    def __init__(self, packing: Packing, own: Callable[[int, int], Any], is_plain: Callable[[int], bool]) -> None:
         self.packing = packing
+        self._is_plain = is_plain
         self._own, self._made = own, dict[tuple[int, int], Any]()
         self._rows: dict[tuple[int, torch.device], varlen.Row] = {}
 
     def in_one_call(self, query: Tensor, value: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
-        """How to attend in one call for the whole row; None if that cannot be."""
+        """How to attend in one call for the whole row, in place of "sdpa"; None if that cannot be."""
         if not varlen.can_take(query, value, options):
             return None
         place = query.shape[0], query.device  # the shared trunk runs one row, and other layers K
         if place not in self._rows:
             self._rows[place] = self.packing.row(query.shape[2], *place)
         row = self._rows[place]
-        return row if self.of(row.max_k, row.max_k) is None else None
+        return row if self._is_plain(row.max_k) else None
 
     def of(self, q_length: int, kv_length: int) -> Any:
         if (q_length, kv_length) not in self._made:
@@ -75,6 +77,9 @@ class Packing:
 
     @cached_property
     def segments(self) -> list[Segment]:
+        if self._batch["segments"].is_cuda and torch.cuda.is_current_stream_capturing():
+            # CUDA would not say what it means, and torch would not give back the memory of the graph
+            raise RuntimeError("attention is one call for each sequence, whose length cannot be known beforehand")
         return [Segment(*segment) for segment in self._batch["segments"].tolist() if segment[0]]
 
     def row(self, num_tokens: int, num_particles: int, device: torch.device) -> varlen.Row:
@@ -154,7 +159,13 @@ def _mask(attention: str, *, batch_size: int, q_length: int, kv_length: int, q_o
         alone = {"attention_mask": None, "q_offset": kv_length - q_length}
         return make(batch_size=1, q_length=q_length, kv_length=kv_length, **options | alone)
 
-    return PackedMask(packing, own)
+    def is_plain(num_keys: int) -> bool:
+        # transformers asks the same before it leaves out a mask. It is not asked itself, because transformers before
+        # 5.18 leaves out no mask while a CUDA graph is made
+        window = options.get("local_size")
+        return options.get("allow_is_causal_skip", True) and (window is None or num_keys < window)
+
+    return PackedMask(packing, own, is_plain)
 
 
 def _attend(

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from renyi_engine.data import Example, collate, pack
 from renyi_engine.ensemble import packing_trial, varlen
 from renyi_engine.ensemble.adapted_maps import Rows
+from renyi_engine.ensemble.packed_attention import Packing
 
 from .. import tiny_models
 from ..apart import attach_apart
@@ -261,6 +262,16 @@ def test_layers_of_the_shared_trunk_run_one_row_and_the_others_a_row_of_each_par
     logp = ensemble.sequence_logprob(pack(families()))
     assert len(calls) == len(ensemble.layers) == 2
     torch.testing.assert_close(logp, one_by_one(ensemble), rtol=1e-5, atol=1e-5)
+
+
+def test_one_call_a_sequence_refuses_to_be_recorded_before_cuda_does(monkeypatch):
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    packing = Packing(build().config, {"segments": OnGpu()})
+    with pytest.raises(RuntimeError, match="attention is one call for each sequence"):
+        _ = packing.segments
 
 
 @pytest.mark.parametrize(
