@@ -55,7 +55,7 @@ def graphs(monkeypatch):
 def one_call(monkeypatch):
     """Attention as on a GPU, with a stand-in for its kernel."""
     monkeypatch.setattr(varlen, "varlen_attn", static_stand_in)
-    monkeypatch.setattr(varlen, "_is_for_the_kernel", lambda query: True)
+    monkeypatch.setattr(varlen, "is_for_the_kernel", lambda states: True)
 
 
 def loss_of(ensemble):

@@ -229,7 +229,7 @@ def calls(monkeypatch):
         return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    monkeypatch.setattr(varlen, "_is_for_the_kernel", lambda query: True)
+    monkeypatch.setattr(varlen, "is_for_the_kernel", lambda states: True)
     return counted
 
 
@@ -280,7 +280,7 @@ def test_one_call_a_sequence_refuses_to_be_recorded_before_cuda_does(monkeypatch
 )
 def test_heads_of_other_sizes_than_the_kernel_has_are_not_given_to_it(calls, size, size_of_values, fits):
     query, value = torch.empty(1, 2, 3, size), torch.empty(1, 2, 3, size_of_values)
-    assert varlen.can_take(query, value, {}) is fits
+    assert varlen.fits(query, value, {}) is fits
 
 
 def test_an_attention_that_is_told_of_windows_by_an_option_is_called_for_each_sequence(calls, monkeypatch):
