@@ -54,8 +54,8 @@ class PackedMask:
         return self.packing.segments
 
     def in_one_call(self, states: Tensor, num_tokens: int) -> varlen.Row | None:
-        """How to attend in one call for the whole row in place of "sdpa", if `varlen` takes such heads and options; else
-        None. `states`: of the layer, or queries, [K, ...]."""
+        """How to attend in one call for the whole row in place of "sdpa". None if that cannot be, or if no kernel takes
+        such queries. `states`: of the layer, or queries, [K, ...]."""
         if not varlen.is_for_the_kernel(states):
             return None
         place = states.shape[0], states.device  # the shared trunk runs one row, and other layers K
