@@ -313,8 +313,8 @@ def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor | None]) -> None
 def _apart(value: Tensor, truth: Tensor) -> float:
     """How far a tensor is from the true one, relative to the norm of that. Entries that are not finite are no distance
     where both have the same."""
-    if not truth.is_floating_point():
-        value, truth = value.double(), truth.double()
+    wide = torch.promote_types(truth.dtype, torch.float32)  # the norm of many fp16 values may be beyond fp16
+    value, truth = value.to(wide), truth.to(wide)
     same = (value == truth) | (value.isnan() & truth.isnan())
     distance = torch.linalg.vector_norm(torch.where(same, 0.0, value - truth))
     size = torch.linalg.vector_norm(truth.nan_to_num(0.0, 0.0, 0.0))

@@ -160,18 +160,18 @@ def _cache_agrees(ensemble: Readable) -> bool:
 
 def _fixed_cache_agrees(ensemble: Readable) -> bool:
     """Whether a cache whose memory stays where it is gives right values. It is tried once."""
-    steps = ensemble.decode_steps
-    if steps.usable is None:
-        problem = _problem(ensemble, partial(from_fixed_cache, max_new_tokens=_STEPS + 1))
-        steps.usable = problem is None
-        steps.drop()  # no batch has the shape of the trial
-        if problem is not None:
-            warnings.warn(
-                f"the decoding of {type(ensemble.model).__name__} is not recorded as CUDA graphs ({problem}): its work "
-                "is ordered one operation after the other, which takes more time",
-                stacklevel=2,
-            )
-    return steps.usable
+    with ensemble.decode_steps.alone() as steps:  # what is dropped after the trial is no other thread's
+        if steps.usable is None:
+            problem = _problem(ensemble, partial(from_fixed_cache, max_new_tokens=_STEPS + 1))
+            steps.usable = problem is None
+            steps.drop()  # no batch has the shape of the trial
+            if problem is not None:
+                warnings.warn(
+                    f"the decoding of {type(ensemble.model).__name__} is not recorded as CUDA graphs ({problem}): its "
+                    "work is ordered one operation after the other, which takes more time",
+                    stacklevel=2,
+                )
+        return steps.usable
 
 
 def _problem(ensemble: Readable, read: Reader) -> str | None:

@@ -83,9 +83,9 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
 
     No graph of an earlier backward may be kept when `function` is called with inputs of a new shape.
 
-    A padded batch cannot be captured, because transformers looks into its mask in Python. Rows without padding can:
-    input_ids and labels ``[B, T]`` without a mask, or packed rows (`data.pack`) filled up to sizes that many of them
-    share (`data.fill`). A packed row that was not filled up is run as it is.
+    Packed rows (`data.pack`) can be captured, filled up to sizes that many of them share (`data.fill`). One that was not
+    filled up is run as it is. Other batches cannot: transformers looks into the mask of a padded batch in Python, and
+    the head looks for the labels ``[B, T]`` that count.
     """
     run, device = with_gradients(ensemble, function), ensemble.particles.values.device
     if not records(device):

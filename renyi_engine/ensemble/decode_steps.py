@@ -88,7 +88,7 @@ class DecodeSteps:
     def __init__(self) -> None:
         self.usable: bool | None = None
         """Whether the model gives right values with this cache; None until it has been tried."""
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = threading.RLock()
         self._recordings: Recordings | None = None
         self._memory: Tensor | None = None
         self._base: list[int] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from renyi_engine.core import seeding
 from renyi_engine.ensemble import cache, captured
 from renyi_engine.ensemble.cache import Readable
+from renyi_engine.ensemble.model_limits import num_positions
 
 ASK_EVERY = 16
 """A GPU is asked after so many tokens whether all continuations have ended. While it answers, it has nothing to do."""
@@ -71,9 +72,13 @@ def generate(
     # if no token ends a continuation, there is no padding
     padding = next(iter(stops), 0) if pad_token_id is None else pad_token_id
     tokens = torch.full((K, B, n, max_new_tokens), padding, dtype=torch.int64, device=device)
-    ask_every = ASK_EVERY if captured.records(device) else 1
+    lengths = attention_mask.sum(-1).tolist()
+    # a table of positions may end a few tokens after the last continuation has stopped
+    most = num_positions(ensemble.model)
+    has_room = most is None or max(lengths) + max_new_tokens - 1 <= most
+    ask_every = ASK_EVERY if captured.records(device) and has_room else 1
     longest = 0
-    for prompts, read in cache.readers(ensemble, attention_mask.sum(-1).tolist(), max_new_tokens):
+    for prompts, read in cache.readers(ensemble, lengths, max_new_tokens):
         mask = attention_mask[prompts]
         start = int(mask.any(0).nonzero()[0])
         draw_step = _drawer(uniform[:, prompts].flatten(0, 2), temperature, top_p)

@@ -168,6 +168,22 @@ def test_a_recording_with_other_outputs_is_not_used(work, repeats, output):
     assert run.num_made == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool])
+def test_outputs_of_any_type_are_compared(repeats, dtype):
+    """The norm of the fp16 ones is beyond fp16."""
+
+    def run():
+        outputs = {"out": torch.full((400,), 6e4).to(dtype)}
+        Recordings(lambda inputs: outputs, torch.device("cpu"), Surroundings(), tolerance=0.05, pool=Pool())({})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+    repeats(lambda call: lambda: {"out": torch.zeros_like(call()["out"])})
+    with pytest.warns(UserWarning, match="a recording gives other values of out than a plain call"):
+        run()
+
+
 def test_an_output_that_nobody_compares_may_differ(work, repeats):
     repeats(lambda call: lambda: {name: value + (name == "product") for name, value in call().items()})
     run = work.recordings(compared=lambda outputs: ["loss"])

@@ -168,6 +168,17 @@ def test_threads_decode_one_after_the_other(tiny_model, recorded):
     assert all(map(torch.equal, found, alone))
 
 
+def test_threads_may_begin_together(tiny_model, recorded):
+    """One of them tries the model, and drops what it recorded then, and nothing that is in use."""
+    ensemble = attach(tiny_model("llama"))
+    truth = [generate(ensemble, seed=seed) for seed in range(4)]
+    recorded()
+    with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = list(pool.map(lambda seed: generate(ensemble, seed=seed), range(4)))
+    assert all(map(torch.equal, found, truth))
+
+
 def test_detaching_drops_what_was_recorded(tiny_model, recorded):
     recorded()
     ensemble = attach(tiny_model("llama"))
@@ -261,6 +272,17 @@ def test_a_step_without_values_runs_to_its_end(tiny_model, recorded):
             after = next_logits(mode.from_tensor(tokens))
     assert isinstance(after, FakeTensor)
     assert after.shape == logits.shape
+
+
+def test_no_token_is_read_beyond_the_last_position(tiny_model, recorded):
+    """On a GPU that error would end the process, although all continuations stop before it."""
+    ensemble = attach(tiny_model("gpt2", n_positions=32))
+    all_stop_at_once = {"max_new_tokens": 40, "eos_token_id": list(range(96)), "pad_token_id": 0}
+    truth = generate(ensemble, (28, 3), **all_stop_at_once)
+    recorded()
+    found = generate(ensemble, (28, 3), **all_stop_at_once)
+    assert truth.shape[-1] == 1
+    assert torch.equal(found, truth)
 
 
 @pytest.mark.parametrize("ask_every", [2, 5, 16])
