@@ -40,8 +40,8 @@ class Mode(NamedTuple):
 
     @property
     def in_words(self) -> str:
-        batches = "packed rows" if self.size is None else f"padded batches of {self.size}"
-        return f"{'training' if self.learning else 'scoring'} on {batches}"
+        what = ("training" if self.learning else "scoring") + (" the base" if self.rows is Rows.BASE else "")
+        return f"{what} on {'packed rows' if self.size is None else f'padded batches of {self.size}'}"
 
 
 class CompiledLayers:
@@ -82,6 +82,7 @@ class CompiledLayers:
     def _try(self, mode: Mode, model: str, read: Callable[[], Tensor], parameters: Sequence[Tensor]) -> bool:
         self._say(f"compiling the decoder layers for {mode.in_words}")
         code = torch.compile(_run_with_own_code(), fullgraph=True, dynamic=False, backend=self._backend)
+        self._code.pop(mode, None)  # of a trial that ran out of memory
         self._trying = True
         try:
             uncompiled = compile_trial.measure(read, parameters)
@@ -94,12 +95,14 @@ class CompiledLayers:
         return problem is None
 
     def _refuse(self, mode: Mode, model: str, problem: str) -> None:
-        del self._code[mode]
-        self._usable[mode] = False
-        warnings.warn(
-            f"{model}: its decoder layers run uncompiled in {mode.in_words}, which takes more time ({problem})",
-            stacklevel=2,
-        )
+        """Use the mode no more. The forward that is running now keeps to the code, because layers that are checkpointed
+        have to run again as they ran first."""
+        if self._usable.get(mode) is not False:
+            self._usable[mode] = False
+            warnings.warn(
+                f"{model}: its decoder layers run uncompiled in {mode.in_words}, which takes more time ({problem})",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------ forwards
 
@@ -131,8 +134,6 @@ class CompiledLayers:
 
     def _run(self, mode: Mode, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         layer.training = False  # see `installation`
-        if mode not in self._code:
-            return forward(*args, **kwargs)
         given = partial(_for_code, layer, args[0] if args else kwargs["hidden_states"])
         try:
             return self._code[mode](

@@ -271,7 +271,13 @@ class LoraEnsemble(nn.Module):
             backend: of torch.compile.
             say: called with a sentence each time that compiling begins.
         """
-        if self._installation.compiled is None:
+        if any("forward" in vars(layer) for layer in self.layers) and self._installation.compiled is None:
+            warnings.warn(
+                f"{type(self.model).__name__}: its decoder layers run uncompiled, because somebody else, such as "
+                "accelerate, has put another forward on them",
+                stacklevel=2,
+            )
+        elif self._installation.compiled is None:
             self._installation.compile(CompiledLayers(backend, say))
 
     def _mode(self, size: int | None) -> Mode | None:

@@ -254,6 +254,15 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_one_line_says_why(obstacle,
     assert_same(found, measured(attach_apart(ensemble.model, num_particles=2, r=2), ROW))
 
 
+def test_layers_with_a_forward_of_somebody_elses_are_left_alone():
+    ensemble = ensemble_of()
+    layer = ensemble.layers[0]
+    layer.forward = forward = layer.forward
+    with pytest.warns(UserWarning, match="^LlamaForCausalLM: its decoder layers run uncompiled, because somebody else"):
+        ensemble.compile_layers()
+    assert layer.forward is forward
+
+
 def test_what_no_trial_had_runs_uncompiled_from_then_on():
     """Here autocasting, which needs code of its own, and there is room for no more."""
     ensemble = compiled(ensemble_of())
