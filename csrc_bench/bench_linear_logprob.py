@@ -15,6 +15,7 @@ from csrc_bench.measure import OpSuite, Skipped, Variant, variants_of_op
 from renyi_kernels import head_chunks, reference, renyi_loss
 
 ALPHA = 0.8
+QUACK_ROWS = 4096  # of a chunk; its default
 
 
 def shapes(device, tiny):
@@ -93,6 +94,49 @@ def cut_cross_entropy(shape):
     return with_cross_entropy(lambda *tensors: linear_cross_entropy(*tensors, reduction="none"))
 
 
+def liger_sm90(shape):
+    """Liger's kernels for one kind of GPU. They compute a gradient of the weight too."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    _require_sm90()
+    return with_cross_entropy(LigerFusedLinearScaledCrossEntropyFunction.apply)
+
+
+def quack_sm90(shape):
+    """QuACK's scaled-exp loss, without a gradient of the weight. Its public function knows one loss for all tokens, so
+    this calls what that calls, and the backward scales each token's gradient."""
+    _require_sm90()
+    from quack.epilogue.library import lse_target_epi
+    from quack.linear_cross_entropy import scaled_exp_lce_supported, scaled_exp_linear_cross_entropy_fwd
+
+    class OfEachToken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, labels):
+            nll, gradient, _ = scaled_exp_linear_cross_entropy_fwd(hidden, weight, labels, QUACK_ROWS, need_dw=False)
+            ctx.save_for_backward(gradient[: len(hidden)])
+            return nll[: len(hidden)]
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (gradient,) = ctx.saved_tensors
+            return torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient)), None, None
+
+    def nll(hidden, weight, labels):
+        if not scaled_exp_lce_supported(hidden, weight, QUACK_ROWS, "sum"):
+            raise Skipped("QuACK's scaled-exp loss does not take these sizes")
+        if torch.is_grad_enabled():
+            return OfEachToken.apply(hidden, weight, labels)
+        found = lse_target_epi(hidden, weight.mT, store_d=False, target=labels, tuned=False)
+        return found["lse"] - found["target_logit"]
+
+    return with_cross_entropy(nll)
+
+
+def _require_sm90():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise Skipped("it runs on a GPU of kind sm_90 only")
+
+
 def torch_chunked(shape):
     """PyTorch's own chunked loss, which exists from version 2.13 on."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -125,6 +169,8 @@ def variants(device):
         | {
             "torch_chunked": Variant("peer", torch_chunked),
             "liger": Variant("peer", liger, needs="liger_kernel"),
+            "liger_sm90": Variant("peer", liger_sm90, needs="liger_kernel"),
+            "quack_sm90": Variant("peer", quack_sm90, needs="quack"),
             "cut_cross_entropy": Variant("peer", cut_cross_entropy, needs="cut_cross_entropy"),
         }
     )

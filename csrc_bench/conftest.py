@@ -16,7 +16,7 @@ import torch
 
 from csrc_bench import gpu, measure, order
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
 NOT_YET = measure.Missing("not measured yet")

@@ -12,9 +12,10 @@ FIRST = [
     rf"ragged_step bar_\w+_(hh_rlhf_pairs|mmlu_completion)_k\d\w*-step-({_OURS}|{_FLOORS}|peft_padding_free)",
     r"renyi_loss bar_(qwen2|tiny)-both-\w+",
     r"(lora_linears|grouped_lora) bar_\w+-(graph|both)-(ours|ours_torch|baddbmm_|gemms|copy)",
-    r"training_step smollm2_k\d+-step-\w+",
+    r"training_step smollm2_k\d+-step-(ours|ours_captured|gemms)",
     r"training_step memory_\w+-step-\w+",
     r"generate bar_(smollm2|tiny)-tokens-\w+",
+    r"training_step smollm2_k\d+-step-ours_captured_compiled",  # each compiles for some seconds
 ]
 """Each is a pattern for "op shape-direction-variant"."""
 

@@ -55,6 +55,7 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._handle: Any = None
+        self._streams = dict[torch.device, torch.cuda.Stream]()
         self._graphs = weakref.WeakSet[Any]()
         self._failed: list[Any] = []
         self._recordings = weakref.WeakSet[Recordings]()
@@ -66,6 +67,12 @@ class Pool:
     def add(self, recordings: Recordings) -> None:
         """Let `drop` drop these too."""
         self._recordings.add(recordings)
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream on which all graphs are made. Graphs that were made on several streams would share no memory."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def record(self, stream: torch.cuda.Stream, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """A function that repeats this call, by a CUDA graph whose intermediate results lie in this pool."""
@@ -86,6 +93,7 @@ class Pool:
             self._failed.append(graph)
             with suppress(Exception):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._handle)
+            graph.reset()  # if it ended before the error came here, as when memory runs out, this gives its memory back
             self._handle = None
             raise
         self._graphs.add(graph)
@@ -145,7 +153,7 @@ class Recordings:
         self._compared = compared
         self._function, self._device, self._surroundings = function, device, surroundings
         self._constants, self._tolerance, self._pool = tuple(constants), tolerance, pool
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = pool.stream(device) if device.type == "cuda" else None
         self._made: dict[Hashable, _Recording] = {}
         self._given_up = False
         pool.add(self)
@@ -254,9 +262,11 @@ class Recordings:
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # also if an error came: what was ordered before it still writes
+            current.wait_stream(self._stream)
 
 
 class _Recording:

@@ -83,9 +83,10 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
 
     No graph of an earlier backward may be kept when `function` is called with inputs of a new shape.
 
-    Packed rows (`data.pack`) can be captured, filled up to sizes that many of them share (`data.fill`). One that was not
-    filled up is run as it is. Other batches cannot: transformers looks into the mask of a padded batch in Python, and
-    the head looks for the labels ``[B, T]`` that count.
+    Packed rows (`data.pack`) can be captured, filled up to sizes that many of them share (`data.fill`). One that was
+    not filled up is run as it is. Other batches cannot: transformers looks into the mask of a padded batch in Python,
+    and the head looks for the labels ``[B, T]`` that count. Layers that are checkpointed must be given
+    ``preserve_rng_state=False``, as `Trainer` does.
     """
     run, device = with_gradients(ensemble, function), ensemble.particles.values.device
     if not records(device):

@@ -4,6 +4,8 @@
     hooks on the first adapted layer and those above     B -> K*B rows
     every adapted linear map (`adapted_maps`)            base output + scaling * (x A_k^T) B_k^T
     maps that read the same input (q, k, v)              one op; on the input that all particles share, B rows
+    RMS norms, on a GPU (`rms_norms`)                    one kernel
+    layers, if that is asked for (`compiled_layers`)     compiled code
 
 Some models' layers cannot be brought from B to K*B rows. There all K*B rows run from the start: slower, same values.
 
@@ -13,7 +15,7 @@ Layout: K particles, B sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,12 +24,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from renyi_engine.ensemble import packed_attention, targets
+from renyi_engine.ensemble import packed_attention, rms_norms, targets
 from renyi_engine.ensemble.adapted_maps import MapGroup, OpaqueMap, Rows, adapted
 from renyi_engine.ensemble.architecture import Architecture
+from renyi_engine.ensemble.compiled_layers import CompiledLayers, Mode
 from renyi_engine.ensemble.forwards import Forwards
 from renyi_engine.ensemble.packed_attention import Packing
 from renyi_engine.ensemble.particle_matrix import ParticleMatrix
+from renyi_engine.ensemble.rms_norms import RmsNorm
 from renyi_engine.ensemble.trunk import RowDimensions, SharedTrunk
 
 
@@ -44,7 +48,8 @@ class Installation:
         self.layers = tuple(layers)
         self.maps: list[MapGroup | OpaqueMap] = []
         self.trunk: SharedTrunk | None = None
-        self._handles: list[RemovableHandle | Takeover] = []
+        self.compiled: CompiledLayers | None = None
+        self._handles: list[RemovableHandle | Takeover | RmsNorm] = []
         self._model, self._found, self._particles, self._scaling = model, found, particles, scaling
         self._first_layer = min(numbers[path] for path in particles.stacks)
         # what the first adapted map reads is still the same for every particle
@@ -65,6 +70,10 @@ class Installation:
             group = adapted(linears, adapters, self._scaling, shared and paths[0] in found.once)
             group.install(self.forwards.rows)
             self.maps.append(group)
+        if norms_in_one_kernel(self._particles.values.device):
+            for norm in rms_norms.found(found.decoder):
+                norm.install()
+                self._handles.append(norm)
         self._handles.append(Takeover(found.decoder, "forward", self._decode))
         for layer in self.layers:
             for part in layer.children():
@@ -73,13 +82,19 @@ class Installation:
             first, K = self._first_layer, len(self._particles.values)
             self.trunk = SharedTrunk(self.layers[first:], row_dimensions[first:], K, self.forwards.rows)
 
+    def compile(self, compiled: CompiledLayers) -> None:
+        """Let the layers run as `compiled` has them."""
+        self.compiled = compiled
+        for layer in self.layers:
+            self._handles.append(Takeover(layer, "forward", partial(compiled.forward, layer)))
+
     def take_off(self) -> None:
         """Take everything off the model."""
         if self.trunk is not None:
             self.trunk.remove()
         for part in [*self.maps, *self._handles]:
             part.remove()
-        self.trunk = None
+        self.trunk = self.compiled = None
         self.maps.clear()
         self._handles.clear()
 
@@ -96,6 +111,10 @@ class Installation:
             finally:
                 if outermost:
                     self.forget()
+
+    def in_mode(self, mode: Mode | None, *, in_checkpoint: bool = False) -> AbstractContextManager[None]:
+        """Inside the block, which is inside one of `forward`, layers run compiled in this mode; None: uncompiled."""
+        return nullcontext() if self.compiled is None else self.compiled.running(mode, in_checkpoint=in_checkpoint)
 
     def forget(self) -> None:
         """Drop what a forward or a checkpointed backward left behind, if it was cut short."""
@@ -128,11 +147,15 @@ class Installation:
 
     def _checkpoint(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
         """Runs in place of the function by which Hugging Face checkpoints a layer. The backward runs the layer again,
-        often in a thread of autograd's, which does not know the rows and the packing of the first run."""
-        return checkpoint(partial(self._run_layer, self.forwards.rows(), packed_attention.running(), layer), *args)
+        often in a thread of autograd's, which does not know the rows, the packing and the mode of the first run."""
+        mode = None if self.compiled is None else self.compiled.mode
+        run = partial(self._run_layer, self.forwards.rows(), packed_attention.running(), mode, layer)
+        return checkpoint(run, *args)
 
-    def _run_layer(self, rows: Rows, packing: Packing | None, layer: Callable[..., Any], *args: Any) -> Any:
-        with self.forward(rows, packing):
+    def _run_layer(
+        self, rows: Rows, packing: Packing | None, mode: Mode | None, layer: Callable[..., Any], *args: Any
+    ) -> Any:
+        with self.forward(rows, packing), self.in_mode(mode, in_checkpoint=True):
             return layer(*args)
 
 
@@ -154,6 +177,11 @@ class Takeover:
             del own[self._name]
             if self._before is not None:
                 own[self._name] = self._before
+
+
+def norms_in_one_kernel(device: torch.device) -> bool:
+    """Whether PyTorch has a kernel for RMS norms there."""
+    return device.type == "cuda"
 
 
 def _turn_dropout_off(layer: nn.Module, part: nn.Module, args: tuple) -> None:

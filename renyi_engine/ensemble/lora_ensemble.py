@@ -9,9 +9,9 @@ particle-major: [K, B, ...] flattened to [K*B, ...].
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from renyi_engine.ensemble import adapter_folder, architecture, base_check, capt
 from renyi_engine.ensemble.adapted_maps import Rows, by_input
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.borrowed_model import Loan, claimed
+from renyi_engine.ensemble.compiled_layers import CompiledLayers, Mode
 from renyi_engine.ensemble.config import EnsembleConfig
 from renyi_engine.ensemble.decode_steps import DecodeSteps
 from renyi_engine.ensemble.fingerprint import Fingerprint, fingerprint
@@ -33,6 +34,7 @@ from renyi_engine.ensemble.packed_attention import Packing
 from renyi_engine.ensemble.particle_matrix import ParticleMatrix
 from renyi_engine.ensemble.trunk import repeat_rows
 from renyi_kernels import IGNORE_INDEX
+from renyi_kernels.backend import resolve
 
 
 class LoraEnsemble(nn.Module):
@@ -196,8 +198,9 @@ class LoraEnsemble(nn.Module):
                 f"input_ids, attention_mask: expected [B, T] each, B and T at least 1; got {list(input_ids.shape)} and "
                 f"{None if attention_mask is None else list(attention_mask.shape)}"
             )
-        device = self.model.get_input_embeddings().weight.device
-        with self._installation.forward(self.rows):  # no other thread can detach the model before this is over
+        device, mode = self.model.get_input_embeddings().weight.device, self._mode(len(input_ids))
+        # no other thread can detach the model before this is over
+        with self._installation.forward(self.rows), self._installation.in_mode(mode):
             input_ids = self._for_all(input_ids.to(device, non_blocking=True))
             positions = None
             if attention_mask is not None:
@@ -223,9 +226,9 @@ class LoraEnsemble(nn.Module):
         """
         if self.rows is Rows.OWN:
             raise RuntimeError("a packed row is one for all particles, but here every particle has rows of its own")
-        device = self.model.get_input_embeddings().weight.device
+        device, mode = self.model.get_input_embeddings().weight.device, self._mode(None)
         packing = Packing(self._found.decoder.config, batch)
-        with self._installation.forward(self.rows, packing):
+        with self._installation.forward(self.rows, packing), self._installation.in_mode(mode):
             ids, positions = (batch[name].to(device, non_blocking=True) for name in ("input_ids", "position_ids"))
             ids, positions = self._for_all(ids), self._for_all(positions)
             # a mask without padding: given none, transformers would look for sequences in the positions
@@ -249,6 +252,56 @@ class LoraEnsemble(nn.Module):
                 stacklevel=2,
             )
         return obstacle is None
+
+    def compile_layers(
+        self, *, backend: str = "inductor", say: Callable[[str], object] = lambda sentence: None
+    ) -> None:
+        """Let torch.compile compile the decoder layers, until `detach`.
+
+        This happens at the first forward of a kind: with gradients or without, packed or padded, of all particles or of
+        the base. It takes some ten seconds, and less if torch finds it in its cache on the disk. From then on, all
+        lengths share the code. Before it is used, the hidden states and gradients of a few tokens are compared with
+        those of the uncompiled layers. If they differ, or a layer cannot be compiled, layers of this model run
+        uncompiled, and a warning says why.
+
+        Text is generated uncompiled, and so is everything if somebody calls the model itself. Hooks that are put on
+        parts of a layer later do not run. The backward of compiled layers takes no ``retain_graph=True``.
+
+        Args:
+            backend: of torch.compile.
+            say: called with a sentence each time that compiling begins.
+        """
+        if any("forward" in vars(layer) for layer in self.layers) and self._installation.compiled is None:
+            warnings.warn(
+                f"{type(self.model).__name__}: its decoder layers run uncompiled, because somebody else, such as "
+                "accelerate, has put another forward on them",
+                stacklevel=2,
+            )
+        elif self._installation.compiled is None:
+            self._installation.compile(CompiledLayers(backend, say))
+
+    def _mode(self, size: int | None) -> Mode | None:
+        """The mode in which the layers of this thread's next forward run; None if they run uncompiled. `size`: see
+        `Mode`."""
+        compiled, embeddings = self._installation.compiled, self.model.get_input_embeddings().weight
+        path = "reference" if compiled is None else resolve("lora_linears", embeddings, None)
+        if compiled is None or path == "reference" or self.rows is Rows.OWN:
+            return None
+        mode = Mode(torch.is_grad_enabled(), self.rows, size, path)
+        usable = compiled.usable(mode)
+        if usable is None:
+            with self._forwards.run(self.rows):  # no other thread runs a forward
+                usable = compiled.try_out(
+                    mode, type(self.model).__name__, partial(self._read_few, size), list(self.parameters())
+                )
+        return mode if usable else None
+
+    def _read_few(self, size: int | None) -> Tensor:
+        """Hidden states of a few tokens, in a batch of this size or, if it is None, in a packed row."""
+        if size is None:
+            return packing_trial.few_sequences(self)
+        ids, mask = (rows.repeat(size, 1)[:size] for rows in self._few_rows())
+        return self(ids, mask)
 
     def _for_all(self, rows: Tensor) -> Tensor:
         """The rows that the model is given: B of them, or K*B if there is no shared trunk."""

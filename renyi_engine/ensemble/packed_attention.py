@@ -5,17 +5,17 @@ for attention. It answers with the model's own implementation, which it calls on
 windows, soft caps and attention sinks are those of the model, and no sequence sees another one. The exception is a
 shared beginning: the sequences that go on from it attend to its keys and values, which are computed once.
 
-On a GPU, plain causal attention of a whole row is one call: see `varlen`.
+On a GPU, plain causal attention of a whole row is one call: see `varlen`. A compiled layer is given a mask of its own
+kind, because torch.compile takes tensors and operators alone: see `sequence_attention`.
 
 Layout: K particles (the rows of the model), N tokens of a packed row, H heads, D size of a head.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property, partial
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from renyi_engine.ensemble import varlen
+from renyi_engine.ensemble import sequence_attention, varlen
 
 NAME = "renyi_packed"
 
@@ -41,27 +40,62 @@ class Segment(NamedTuple):
 
 class PackedMask:
     """What layers are given in place of a mask. `own(q_length, kv_length)` is the model's own mask, for one sequence
-    whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal."""
+    whose last q_length tokens ask and whose kv_length tokens are seen; None where it is plainly causal.
+    `is_plain(kv_length)`: whether it would be None for as many queries as keys, if it is a mask of "sdpa"."""
 
-    def __init__(self, packing: Packing, own: Callable[[int, int], Any]) -> None:
+    def __init__(self, packing: Packing, own: Callable[[int, int], Any], is_plain: Callable[[int], bool]) -> None:
         self.packing = packing
+        self._is_plain = is_plain
         self._own, self._made = own, dict[tuple[int, int], Any]()
         self._rows: dict[tuple[int, torch.device], varlen.Row] = {}
 
-    def in_one_call(self, query: Tensor, value: Tensor, options: Mapping[str, Any]) -> varlen.Row | None:
-        """How to attend in one call for the whole row; None if that cannot be."""
-        if not varlen.can_take(query, value, options):
+    @property
+    def segments(self) -> Sequence[Segment]:
+        return self.packing.segments
+
+    def in_one_call(self, states: Tensor, num_tokens: int) -> varlen.Row | None:
+        """How to attend in one call for the whole row in place of "sdpa". None if that cannot be, or if no kernel takes
+        such queries. `states`: of the layer, or queries, [K, ...]."""
+        if not varlen.is_for_the_kernel(states):
             return None
-        place = query.shape[0], query.device  # the shared trunk runs one row, and other layers K
+        place = states.shape[0], states.device  # the shared trunk runs one row, and other layers K
         if place not in self._rows:
-            self._rows[place] = self.packing.row(query.shape[2], *place)
+            self._rows[place] = self.packing.row(num_tokens, *place)
         row = self._rows[place]
-        return row if self.of(row.max_k, row.max_k) is None else None
+        return row if self._is_plain(row.max_k) else None
+
+    def attend(self, attention: str, module: nn.Module, *states: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Attention [K, N, H, D] of query, key and value, one call a sequence."""
+        return sequence_attention.attend(attention, module, self, *states, options=options)
 
     def of(self, q_length: int, kv_length: int) -> Any:
         if (q_length, kv_length) not in self._made:
             self._made[q_length, kv_length] = self._own(q_length, kv_length)
         return self._made[q_length, kv_length]
+
+
+class MaskInGraph:
+    """What a compiled layer is given in place of a `PackedMask`, which is for one run of the layer alone."""
+
+    def __init__(self, mask: PackedMask, layer: nn.Module, states: Tensor) -> None:
+        """`states`: of the layer, [K, N, ...]."""
+        self._row, self._dtype = mask.in_one_call(states, states.shape[1]), states.dtype
+        self._ticket = sequence_attention.ticket(layer, mask)
+        if self._row is not None:
+            # a tensor without memory, because compiled code takes sizes that vary, but no numbers that do
+            self._most = torch.empty(self._row.max_q, self._row.max_k, device="meta")
+            for tensor in (self._row.ends_q, self._row.ends_k, self._row.keys, self._most):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+
+    def in_one_call(self, states: Tensor, num_tokens: int) -> varlen.Row | None:
+        if self._row is None or states.dtype != self._dtype:
+            return None
+        max_q, max_k = self._most.shape
+        return varlen.Row(self._row.ends_q, self._row.ends_k, max_q, max_k, self._row.keys)
+
+    def attend(self, attention: str, module: nn.Module, *states: Tensor, options: Mapping[str, Any]) -> Tensor:
+        return sequence_attention.attend_in_graph(attention, module, self._ticket, *states, options=options)
 
 
 class Packing:
@@ -75,6 +109,9 @@ class Packing:
 
     @cached_property
     def segments(self) -> list[Segment]:
+        if self._batch["segments"].is_cuda and torch.cuda.is_current_stream_capturing():
+            # CUDA would not say what it means, and torch would not give back the memory of the graph
+            raise RuntimeError("attention is one call for each sequence, whose length cannot be known beforehand")
         return [Segment(*segment) for segment in self._batch["segments"].tolist() if segment[0]]
 
     def row(self, num_tokens: int, num_particles: int, device: torch.device) -> varlen.Row:
@@ -154,55 +191,26 @@ def _mask(attention: str, *, batch_size: int, q_length: int, kv_length: int, q_o
         alone = {"attention_mask": None, "q_offset": kv_length - q_length}
         return make(batch_size=1, q_length=q_length, kv_length=kv_length, **options | alone)
 
-    return PackedMask(packing, own)
+    def is_plain(num_keys: int) -> bool:
+        # transformers asks the same before it leaves out a mask. It is not asked itself, because transformers before
+        # 5.18 leaves out no mask while a CUDA graph is made
+        window = options.get("local_size")
+        return options.get("allow_is_causal_skip", True) and (window is None or num_keys < window)
+
+    return PackedMask(packing, own, is_plain)
 
 
 def _attend(
     attention: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Any]:
     """Attention [K, N, H, D] of query, key and value, each [K, H, N, D]."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
-    if running() is None:  # see `_mask`
+    if not isinstance(attention_mask, MaskInGraph) and running() is None:  # see `_mask`
+        attend = sequence_attention.implementation(attention, module)
         return attend(module, query, key, value, attention_mask, **options)
-    if not isinstance(attention_mask, PackedMask):
+    if not isinstance(attention_mask, PackedMask | MaskInGraph):
         raise TypeError(f"{type(module).__name__} does not take its mask from transformers' interface")
     # other implementations than sdpa may be told of a window by an option, and not by a mask
-    row = attention_mask.in_one_call(query, value, options) if attention == "sdpa" else None
-    if row is not None:
+    fits = attention == "sdpa" and varlen.fits(query, value, options)
+    if fits and (row := attention_mask.in_one_call(query, query.shape[2])) is not None:
         return varlen.attend(query, key, value, row, options.get("scaling")), None
-    options.pop("position_ids", None)  # those of the whole row, by which flash attention would cut a sequence again
-
-    def by_sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        segments = attention_mask.packing.segments
-        lengths = [segment.length for segment in segments]
-        queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
-        outputs = []
-        for (length, prefix), q, k, v in zip(segments, queries, keys, values, strict=True):
-            if prefix >= 0:
-                k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
-            outputs.append(attend(module, q, k, v, attention_mask.of(length, k.shape[2]), **options)[0])
-        return torch.cat(outputs, dim=1)
-
-    if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and query.requires_grad:
-        return _BackwardInFp32.apply(by_sequence, query, key, value), None
-    return by_sequence(query, key, value), None
-
-
-class _BackwardInFp32(torch.autograd.Function):
-    """Attention whose backward runs it again in fp32. On a CPU, torch's own backward in bfloat16 takes several times as
-    long, and keeps more in memory until then."""
-
-    @staticmethod
-    def forward(ctx: Any, attend: Callable[..., Tensor], *states: Tensor) -> Tensor:
-        ctx.attend = attend
-        ctx.save_for_backward(*states)
-        return attend(*states)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            states = [state.detach().float().requires_grad_() for state in ctx.saved_tensors]
-            gradients = torch.autograd.grad(ctx.attend(*states), states, upstream.float())
-        return None, *(gradient.to(upstream.dtype) for gradient in gradients)
+    return attention_mask.attend(attention, module, query, key, value, options=options), None

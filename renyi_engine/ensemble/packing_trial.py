@@ -43,11 +43,7 @@ def obstacle(ensemble: Readable) -> str | None:
     the first text and the first way to go on are other tokens. What the other parts get must not change by that, and
     it must be what they get alone.
     """
-    model = ensemble.model
-    ids = architecture.ordinary_tokens(model, 40)
-    first, other_first = ids[:12], ids[12:24]
-    text, beginning = ids[5:15], ids[8:14]
-    way, other_way, last_way = ids[20:24], ids[30:34], ids[25:30]
+    (first, text, beginning, way, last_way), (other_first, other_way) = _parts(ensemble.model)
     try:
         counting = _Counting(sum(map(len, (first, text, beginning, way, last_way))))
         with counting.installed(ensemble.layers):
@@ -74,6 +70,17 @@ def obstacle(ensemble: Readable) -> str | None:
     if not all(architecture.close(once[part], hidden) for part, hidden in alone.items()):
         return "a sequence in a row gets other values than alone"
     return None
+
+
+def few_sequences(ensemble: Readable) -> Tensor:
+    """The hidden states ``[K, N, D]`` of such a row."""
+    return torch.cat(_read(ensemble, _parts(ensemble.model)[0]), dim=1)
+
+
+def _parts(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """(the tokens of five parts, other tokens for the first and the fourth)."""
+    ids = architecture.ordinary_tokens(model, 40)
+    return [ids[:12], ids[5:15], ids[8:14], ids[20:24], ids[25:30]], [ids[12:24], ids[30:34]]
 
 
 class _Counting(TorchFunctionMode):
@@ -112,8 +119,8 @@ def _read(ensemble: Readable, parts: list[Tensor]) -> list[Tensor]:
     positions = [start + torch.arange(length) for start, length in zip(starts, lengths, strict=True)]
     segments = list(zip(lengths, [-1, -1, -1, 2, 2], strict=True))
     row = {
-        "input_ids": torch.cat(parts)[None],
-        "position_ids": torch.cat(positions)[None],
+        "input_ids": torch.stack([torch.cat(parts)]),  # no view, as in `data.pack`: compiled code would tell them apart
+        "position_ids": torch.stack([torch.cat(positions)]),
     } | attention_of(segments)
     return list(ensemble.packed_hidden(row).split(lengths, dim=1))
 

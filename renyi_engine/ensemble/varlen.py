@@ -35,15 +35,16 @@ class Row(NamedTuple):
     keys: Tensor | None
 
 
-def can_take(query: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether one call can do this attention, if it is plainly causal."""
+def is_for_the_kernel(states: Tensor) -> bool:
+    """Whether there is a kernel for queries of this type on this device."""
+    low = states.dtype in (torch.float16, torch.bfloat16)
+    return states.is_cuda and low and torch.cuda.get_device_capability(states.device) >= (8, 0)
+
+
+def fits(query: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether the kernel can do this attention, if it is plainly causal."""
     plain = not options.get("dropout") and all(options.get(name) is None for name in _ELSEWHERE)
-    return plain and _is_for_the_kernel(query) and _has_right_sizes(query, value)
-
-
-def _is_for_the_kernel(query: Tensor) -> bool:
-    low = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and low and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return plain and _has_right_sizes(query, value)
 
 
 def _has_right_sizes(query: Tensor, value: Tensor) -> bool:

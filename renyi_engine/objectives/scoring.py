@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,10 +90,11 @@ class Scorer:
         self._parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         self._back = torch.tensor(order).argsort()
         self._fill: Filler | None = None
-        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = self._score
+        # no method of its own: graphs would then live, with their memory, until Python collects garbage
+        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = partial(_score, ensemble, task)
         if cuda_graphs and ensemble.packs and records(ensemble.particles.values.device):
             self._fill = Filler(RowSizes.of(self._batch(part)) for part in self._parts)
-            self._run = ensemble.captured(self._score, compared=["logp"])
+            self._run = ensemble.captured(self._run, compared=["logp"])
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
@@ -111,9 +113,10 @@ class Scorer:
     def _batch(self, part: Sequence[int]) -> Mapping[str, Tensor]:
         return batch_of(self.task, self.ensemble, [self.examples[i] for i in part])
 
-    def _score(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scores = self.task.score(self.ensemble, batch)
-        return {"logp": scores.logp, **scores.details}
+
+def _score(ensemble: LoraEnsemble, task: Task, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    scores = task.score(ensemble, batch)
+    return {"logp": scores.logp, **scores.details}
 
 
 def evaluate(ensemble: LoraEnsemble, task: Task, examples: Sequence[Item], batch_size: int) -> Evaluation:

@@ -200,6 +200,7 @@ def _training_arguments(config: TrainConfig, best: Metric) -> TrainingArguments:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     ours = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in theirs}
     checkpointing = ours.pop("gradient_checkpointing")
+    del ours["torch_compile"]  # given to the class, it would change the environment
     ours |= {"metric_for_best_model": best.name, "greater_is_better": best.better == "higher"}
     try:
         arguments = TrainingArguments(**ours, eval_strategy="no" if config.eval_steps is None else "steps")

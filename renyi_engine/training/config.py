@@ -23,6 +23,10 @@ from renyi_engine.objectives import (
     parse_controller,
 )
 
+WORTH_COMPILING = 500
+"""A run of so many micro-batches gains by compiled layers. On an H200, compiling took 9 to 12 s and saved between 7 ms
+(SmolLM2-135M) and 80 ms (Qwen2-1.5B) a micro-batch."""
+
 
 @dataclass
 class TrainConfig(AdapterConfig):
@@ -140,6 +144,13 @@ class TrainConfig(AdapterConfig):
         "rows.",
         group="optimisation",
     )
+    torch_compile: Literal["auto", "true", "false"] = flag(
+        "auto",
+        "Compile the decoder layers with torch.compile. 'auto' does it on a GPU, in runs of at least "
+        f"{WORTH_COMPILING} micro-batches: it takes some ten seconds, and makes each of them faster. Models whose "
+        "layers cannot be compiled run uncompiled.",
+        group="optimisation",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = flag(
         "random",
         "Order of the examples. 'group_by_length' draws batches of similar length, which need less padding where they "
@@ -214,8 +225,9 @@ class TrainConfig(AdapterConfig):
         said = str(self.resume_from_checkpoint).lower()
         if said in ("none", "false", "no", "off", "true", "yes", "on"):
             self.resume_from_checkpoint = "true" if said in ("true", "yes", "on") else None
-        if isinstance(self.cuda_graphs, bool):
-            self.cuda_graphs = "true" if self.cuda_graphs else "false"
+        for name in ("cuda_graphs", "torch_compile"):
+            if isinstance(getattr(self, name), bool):
+                setattr(self, name, "true" if getattr(self, name) else "false")
         require(self, ("alpha",), FINITE_ALPHA, lambda v: math.isfinite(v) and v >= 0)
         require_kinds(self)
         self.ensemble_config()  # K, rank, lora_alpha, init and seed
@@ -273,6 +285,11 @@ class TrainConfig(AdapterConfig):
             grouped = str(values.pop("group_by_length")).lower() in ("true", "yes", "on")
             values.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")
         return values
+
+    def compiles(self, device_type: str, num_steps: int) -> bool:
+        """Whether a run of so many steps on such a device compiles the decoder layers."""
+        worth_it = device_type == "cuda" and num_steps * self.gradient_accumulation_steps >= WORTH_COMPILING
+        return self.torch_compile == "true" or (self.torch_compile == "auto" and worth_it)
 
     @property
     def alpha_varies(self) -> bool:

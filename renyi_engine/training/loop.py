@@ -74,6 +74,8 @@ class Loop:
             self._restore(run.resume_from)
         self.progress = TrainingProgress(self.steps.total, self.state.step, K)
         say = self.progress.say
+        if config.compiles(self.steps.device.type, self.steps.total - self.state.step):
+            ensemble.compile_layers(say=say)
         self.outcomes = Outcomes(self.state, self.coupling, config.max_consecutive_skips, run.records, say)
         self.journal = Journal(config, run, task, dataset, ensemble, callbacks, self.state, self.progress)
         self.reads_at_once = callbacks.given or isinstance(self.coupling, EssController)

@@ -33,8 +33,8 @@ from renyi_engine.training.records import (
 _MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "max_steps", "num_train_epochs", "max_consecutive_skips", "use_cpu",
-    "gradient_checkpointing", "padding_free", "packed_row_tokens", "cuda_graphs", "spike_threshold", "report_to",
-    "run_name", "metric_for_best_model",
+    "gradient_checkpointing", "padding_free", "packed_row_tokens", "cuda_graphs", "torch_compile", "spike_threshold",
+    "report_to", "run_name", "metric_for_best_model",
 }  # fmt: skip
 
 

@@ -52,9 +52,11 @@ def logprob_pass(
             e.scatter_(1, y, -of_target)
             b[some] = (logit_scale / total).squeeze(1)
         else:
-            # divided by S, so that fp16 holds E and its sums, however likely the target is
-            unit = S.clamp(min=torch.finfo(S.dtype).tiny)
-            rounded = E[some].copy_(e.mul_(1.0 / unit))
+            unit = torch.ones_like(S)
+            if E.dtype == torch.float16:  # divided by S, it holds E and its sums, however likely the target is
+                unit = S.clamp(min=torch.finfo(S.dtype).tiny)
+                e.mul_(1.0 / unit)
+            rounded = E[some].copy_(e)
             # E_y is minus the others' sum, so this row adds up to almost nothing: to what rounding has changed in it.
             # Rows w_v of a head have much in common. If w_y's coefficient takes that in, errors of rounding multiply
             # only the differences w_y - w_v

@@ -116,7 +116,7 @@ def up_backward(
     elif _by_vendor("up_backward", S, B, dY):
         torch_passes.up_backward(dY, S, B, scaling, dS, dB, add, counters)
     else:
-        written = [_with_packed_rows(db, add) for db in dB]
+        written = _writable(dB, add)
         up_backward([*map(_packed, dY)], S, [*map(_packed, B)], scaling, dS, written, add, counters)
         _pass_on(written, dB, add)
 
@@ -134,7 +134,7 @@ def _launch_of_up_backward(
     K, M, _ = dY[0].shape
     if M == 0 or _by_vendor("up_backward", S, B, dY):
         return None
-    if not all(map(_is_packed, (*dY, *B))) or not all(map(_has_packed_rows, dB)):
+    if not all(map(_is_packed, (*dY, *B))) or not _are_writable(dB):
         return None
     O, R = tuple(b.shape[1] for b in B), tuple(b.shape[2] for b in B)
     plan = _plan_of_up_backward(dY[0], K, M, O, R)
@@ -158,9 +158,9 @@ def down_backward(x: Tensor, dS: Tensor, dA: Tensor, add: bool, counters: Tensor
         if not add:
             dA.zero_()
     else:
-        written = _with_packed_rows(dA, add)
-        down_backward(_packed(x), _packed(dS), written, add, counters)
-        _pass_on([written], [dA], add)
+        written = _writable([dA], add)
+        down_backward(_packed(x), _packed(dS), written[0], add, counters)
+        _pass_on(written, [dA], add)
 
 
 def _launch_of_down_backward(
@@ -172,7 +172,7 @@ def _launch_of_down_backward(
 ) -> Launch | None:
     (x,), (dS,), (dA,) = xs, all_dS, all_dA
     (_, M, I), R = x.shape, dS.shape[2]
-    if M == 0 or not (_is_packed(x) and _is_packed(dS) and _has_packed_rows(dA)):
+    if M == 0 or not (_is_packed(x) and _is_packed(dS) and _are_writable(all_dA)):
         return None
     plan = _plan_of_down_backward(x, R)
     assert plan.num_counters <= all_counters[0].numel()
@@ -282,17 +282,16 @@ def _is_packed(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
 
 
-def _has_packed_rows(gradient: Tensor) -> bool:
-    """Whether each of its matrices is one block of memory."""
-    return gradient[0].is_contiguous()
+def _are_writable(gradients: Sequence[Tensor]) -> bool:
+    """Whether a launch can write to these: each matrix of each is one block of memory, and they have one dtype."""
+    return all(g[0].is_contiguous() and g.dtype == gradients[0].dtype for g in gradients)
 
 
-def _with_packed_rows(gradient: Tensor, add: bool) -> Tensor:
-    """The tensor if each of its matrices is one block of memory. Otherwise another one for the values that go to it."""
-    if _has_packed_rows(gradient):
-        return gradient
-    new = gradient.new_zeros if add else gradient.new_empty
-    return new(gradient.shape, dtype=torch.float32)
+def _writable(gradients: Sequence[Tensor], add: bool) -> Sequence[Tensor]:
+    """The gradients if a launch can write to them. Otherwise others, for the values that go to them."""
+    if _are_writable(gradients):
+        return gradients
+    return [(g.new_zeros if add else g.new_empty)(g.shape, dtype=torch.float32) for g in gradients]
 
 
 def _pass_on(written: Sequence[Tensor], gradients: Sequence[Tensor], add: bool) -> None:

@@ -105,11 +105,15 @@ def grouped_lora_shrink_kernel(
     BLOCK_I: tl.constexpr,
 ):
     """S[k, m, r] = sum_i x[k, m, i] A[k, r, i], and the counters of the backward are set to 0"""
+    i = tl.arange(0, BLOCK_I)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    for start in range(program * BLOCK_I, num_counters, num_programs * BLOCK_I):
+        tl.store(counters_ptr + start + i, tl.zeros((BLOCK_I,), tl.int32), mask=i < num_counters - start)
     k = tl.program_id(2).to(tl.int64)
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     m = _wide(tl.arange(0, BLOCK_M), FAR)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    i = tl.arange(0, BLOCK_I)
     in_m = m < M - first_m
     in_r = r < R
     x_ptrs = x_ptr + k * x_stride_k + first_m * x_stride_m + (m[:, None] * x_stride_m + i[None, :])
@@ -122,10 +126,6 @@ def grouped_lora_shrink_kernel(
         S = tl.dot(x, A, S, input_precision="ieee")
     S_ptrs = S_ptr + k * S_stride_k + first_m * S_stride_m + (m[:, None] * S_stride_m + r[None, :])
     tl.store(S_ptrs, S.to(S_ptr.dtype.element_ty), mask=in_m[:, None] & in_r[None, :])
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for start in range(program * BLOCK_I, num_counters, num_programs * BLOCK_I):
-        tl.store(counters_ptr + start + i, tl.zeros((BLOCK_I,), tl.int32), mask=i < num_counters - start)
 
 
 @triton.jit

@@ -23,8 +23,10 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
     ("expand", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_O": 64}, 4, 1),
     ("expand", 4, "sm_100", 64): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
     ("up_backward", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 2),
-    ("up_backward", 2, "sm_80", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
-    ("up_backward", 2, "sm_80", 64): ({"BLOCK_M": 64, "BLOCK_O": 64}, 4, 3),
+    # with 4 warps, the registers of sm_80 hold no more than 16 ranks
+    ("up_backward", 2, "sm_80", 16): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
+    ("up_backward", 2, "sm_80", 32): ({"BLOCK_M": 128, "BLOCK_O": 64}, 8, 3),
+    ("up_backward", 2, "sm_80", 64): ({"BLOCK_M": 64, "BLOCK_O": 64}, 8, 3),
     # taller tiles make fewer partial sums of dB, which have to be written and read again
     ("up_backward", 2, "sm_90", 16): ({"BLOCK_M": 256, "BLOCK_O": 64}, 8, 3),
     ("up_backward", 2, "sm_90", 0): ({"BLOCK_M": 128, "BLOCK_O": 64}, 4, 3),
@@ -32,6 +34,9 @@ _ROWS: dict[tuple[str, int, str, int], tuple[dict[str, int], int, int]] = {
     # a mask over 32 ranks would take more scalar registers than there are
     ("up_backward", 2, "gfx942", 32): ({"BLOCK_M": 64, "BLOCK_O": 64, "BLOCK_R": 16}, 4, 2),
     ("up_backward", 4, "gfx942", 32): ({"BLOCK_M": 32, "BLOCK_O": 32, "BLOCK_R": 16}, 4, 1),
+    # for the same reason
+    ("up_backward", 4, "sm_90", 0): ({"BLOCK_M": 32, "BLOCK_O": 32}, 8, 1),
+    ("up_backward", 4, "sm_100", 0): ({"BLOCK_M": 32, "BLOCK_O": 16}, 4, 1),
     ("up_backward", 4, "any", 0): ({"BLOCK_M": 32, "BLOCK_O": 32}, 4, 1),
     ("down_backward", 2, "any", 0): ({"BLOCK_M": 64, "BLOCK_I": 64}, 4, 2),
     ("down_backward", 2, "sm_80", 0): ({"BLOCK_M": 64, "BLOCK_I": 128}, 4, 3),

@@ -271,11 +271,14 @@ def test_a_deep_copy_of_a_pool_is_another_and_recordings_are_not_copied(work):
 
 def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch):
     """torch ends the process with an internal error if it is."""
-    pools, handles = [], iter(range(9))
+    pools, handles, reset = [], iter(range(9)), []
 
     class Graph:
         def replay(self):
             pass
+
+        def reset(self):
+            reset.append(pools[-1])
 
     def refuse():
         raise ValueError("no")
@@ -301,6 +304,7 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch):
     assert pools == [0, 0, 0, 1]
     with pytest.raises(ValueError, match="no"):  # nor is that of a graph that could not be made
         pool.record(None, refuse)
+    assert reset == [1]  # torch's graph holds its memory until it is reset, and it is kept
     kept.append(pool.record(None, dict))
     assert pools == [0, 0, 0, 1, 1, 2]
 

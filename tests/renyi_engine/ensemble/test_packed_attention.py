@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from renyi_engine.data import Example, collate, pack
 from renyi_engine.ensemble import packing_trial, varlen
 from renyi_engine.ensemble.adapted_maps import Rows
+from renyi_engine.ensemble.packed_attention import Packing
 
 from .. import tiny_models
 from ..apart import attach_apart
@@ -228,7 +229,7 @@ def calls(monkeypatch):
         return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    monkeypatch.setattr(varlen, "_is_for_the_kernel", lambda query: True)
+    monkeypatch.setattr(varlen, "is_for_the_kernel", lambda states: True)
     return counted
 
 
@@ -263,13 +264,23 @@ def test_layers_of_the_shared_trunk_run_one_row_and_the_others_a_row_of_each_par
     torch.testing.assert_close(logp, one_by_one(ensemble), rtol=1e-5, atol=1e-5)
 
 
+def test_one_call_a_sequence_refuses_to_be_recorded_before_cuda_does(monkeypatch):
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    packing = Packing(build().config, {"segments": OnGpu()})
+    with pytest.raises(RuntimeError, match="attention is one call for each sequence"):
+        _ = packing.segments
+
+
 @pytest.mark.parametrize(
     ("size", "size_of_values", "fits"),
     [(64, 64, True), (256, 256, True), (264, 264, False), (60, 60, False), (192, 128, False)],
 )
 def test_heads_of_other_sizes_than_the_kernel_has_are_not_given_to_it(calls, size, size_of_values, fits):
     query, value = torch.empty(1, 2, 3, size), torch.empty(1, 2, 3, size_of_values)
-    assert varlen.can_take(query, value, {}) is fits
+    assert varlen.fits(query, value, {}) is fits
 
 
 def test_an_attention_that_is_told_of_windows_by_an_option_is_called_for_each_sequence(calls, monkeypatch):

@@ -48,7 +48,7 @@ def test_the_kernels_of_every_op_ran(monkeypatch, tiny_model, make_batch):
     ran = set()
     for module, names in (
         (grouped_lora, ("shrink", "expand", "up_backward", "down_backward")),
-        (linear_logprob, ("logprob_pass",)),
+        (linear_logprob, ("logprob_pass", "gradient_pass")),
         (renyi_reduce, ("forward", "backward")),
     ):
         for name in names:
@@ -57,4 +57,13 @@ def test_the_kernels_of_every_op_ran(monkeypatch, tiny_model, make_batch):
     model = tiny_model("llama").to(DEVICE)
     ensemble = attach(model, 2, apart=False, layers_to_transform=[2], target_modules=["q_proj", "o_proj"])
     step(ensemble, {name: tensor.to(DEVICE) for name, tensor in make_batch([4]).items()}, "triton")
-    assert ran == {"shrink", "expand", "up_backward", "down_backward", "logprob_pass", "forward", "backward"}
+    assert ran == {
+        "shrink",
+        "expand",
+        "up_backward",
+        "down_backward",
+        "logprob_pass",
+        "gradient_pass",
+        "forward",
+        "backward",
+    }
