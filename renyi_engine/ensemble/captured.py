@@ -81,7 +81,8 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
     - keep tensors for later, print, or do anything else that has to happen at every call;
     - draw random numbers.
 
-    No graph of an earlier backward may be kept when `function` is called with inputs of a new shape.
+    A hook that is put on a parameter later has no effect. No graph of an earlier backward may be kept when `function`
+    is called with inputs of a new shape.
 
     Packed rows (`data.pack`) can be captured, filled up to sizes that many of them share (`data.fill`). One that was
     not filled up is run as it is. Other batches cannot: transformers looks into the mask of a padded batch in Python,
@@ -103,7 +104,8 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
 
     def mode() -> tuple[object, ...]:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        return ensemble.rows, ensemble.training, torch.is_grad_enabled(), autocast
+        learning = torch.is_grad_enabled() and particles.learning
+        return ensemble.rows, ensemble.training, learning, autocast
 
     recordings = Recordings(
         run,

@@ -148,6 +148,11 @@ class ParticleMatrix:
         assert self._gradients is not None, "zero_gradients or attach_gradients comes first"
         return self._gradients
 
+    @property
+    def learning(self) -> tuple[bool, ...]:
+        """Of every A and B, whether it requires a gradient."""
+        return tuple([parameter.requires_grad for parameter in self._own])
+
     def gradient_norms(self) -> Tensor:
         """The norm of each particle's gradient, ``[K]``: of each stretch of `ALIGNMENT` numbers first, then of these
         norms, because a CPU that adds up a million squares in fp32 one after the other loses three digits."""

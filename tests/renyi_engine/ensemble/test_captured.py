@@ -136,6 +136,22 @@ def test_an_optimizer_of_a_loop_of_ones_own_moves_what_the_graph_reads(graphs):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+def test_a_parameter_that_is_frozen_later_has_another_graph(graphs):
+    """The one that was made before would go on to give it a gradient."""
+    ensemble = attach_apart(build(), num_particles=K, r=2)
+    step = ensemble.captured(loss_of(ensemble))
+    inputs = {**rows()[0][0], "alpha": torch.tensor(0.8)}
+    step(inputs)
+    (recordings,) = [cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "num_made")]
+    (first, *_) = ensemble.parameters()
+    first.requires_grad_(False)
+    step(inputs)
+    assert recordings.num_made == 2
+    first.requires_grad_(True)
+    step(inputs)
+    assert recordings.num_made == 2
+
+
 def test_without_gradients_all_outputs_are_compared_and_no_gradient_is_touched(graphs):
     ensemble = attach_apart(build(), num_particles=K, r=2)
     score = ensemble.captured(lambda inputs: {"logp": ensemble.sequence_logprob(inputs)})
