@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -168,15 +169,24 @@ def test_threads_decode_one_after_the_other(tiny_model, recorded):
     assert all(map(torch.equal, found, alone))
 
 
-def test_threads_may_begin_together(tiny_model, recorded):
+def test_threads_may_begin_together(tiny_model, recorded, monkeypatch):
     """One of them tries the model, and drops what it recorded then, and nothing that is in use."""
     ensemble = attach(tiny_model("llama"))
     truth = [generate(ensemble, seed=seed) for seed in range(4)]
     recorded()
+    problem, tried = cache._problem, []
+
+    def slowly(*args):
+        tried.append(args)
+        time.sleep(0.1)  # so that all threads come to the trial before it is over
+        return problem(*args)
+
+    monkeypatch.setattr(cache, "_problem", slowly)
     with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
         warnings.simplefilter("error")
         found = list(pool.map(lambda seed: generate(ensemble, seed=seed), range(4)))
     assert all(map(torch.equal, found, truth))
+    assert len(tried) == 1
 
 
 def test_detaching_drops_what_was_recorded(tiny_model, recorded):
