@@ -11,16 +11,19 @@ particle has rows of its own.
 
 from __future__ import annotations
 
+import hashlib
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import renyi_kernels
 from renyi_engine.ensemble import compile_trial
 from renyi_engine.ensemble.adapted_maps import Rows
 from renyi_engine.ensemble.packed_attention import MaskInGraph, PackedMask
@@ -136,9 +139,10 @@ class CompiledLayers:
         layer.training = False  # see `installation`
         given = partial(_for_code, layer, args[0] if args else kwargs["hidden_states"])
         try:
-            return self._code[mode](
-                layer, tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
-            )
+            with torch.compiler.config.patch(cache_key_tag=_tag()):  # type: ignore[attr-defined]
+                return self._code[mode](
+                    layer, tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
+                )
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if self._trying:
                 raise
@@ -147,6 +151,16 @@ class CompiledLayers:
         out = forward(*args, **kwargs)
         self._refuse(mode, type(layer).__name__, problem)
         return out
+
+
+@cache
+def _tag() -> str:
+    """A name for the code of our operators. torch's cache on the disk knows operators by their names alone. Without
+    this, it would go on using the backward of an earlier version of them."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(renyi_kernels.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"renyi_kernels {digest.hexdigest()}"
 
 
 TOKENS = {1: [0], 2: [1], 3: [1], 4: [2, 3]}

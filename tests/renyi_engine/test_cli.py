@@ -119,11 +119,11 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(sft_flags, capsys, flag
     assert message in last
 
 
-@pytest.mark.parametrize(("module", "place"), [(journal, "evaluate"), (trainer, "LoraEnsemble")])
+@pytest.mark.parametrize(("module", "place"), [(journal, "Scorer"), (trainer, "LoraEnsemble")])
 def test_memory_that_ends_is_one_line_with_a_remedy(sft_flags, capsys, monkeypatch, module, place):
-    remedies = {"evaluate": "lower --per_device_eval_batch_size", "LoraEnsemble": "fewer particles need less memory"}
+    remedies = {"Scorer": "lower --per_device_eval_batch_size", "LoraEnsemble": "fewer particles need less memory"}
 
-    def no_room(*_):
+    def no_room(*_, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nand more lines")
 
     no_room.attach = no_room
@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_in_training_is_one_line(sft_flags, tmp_path, capsy
 
 
 def test_a_data_set_that_memory_ends_in_is_one_line(sft_flags, capsys, monkeypatch):
-    def no_room(*_):
+    def no_room(*_, **options):
         raise MemoryError
 
     monkeypatch.setattr("renyi_engine.data.rows.read_file", no_room)

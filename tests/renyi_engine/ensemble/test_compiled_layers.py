@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from renyi_engine.data import Example, collate, pack
-from renyi_engine.ensemble import compile_trial, installation, sequence_attention, varlen
+from renyi_engine.ensemble import compile_trial, compiled_layers, installation, sequence_attention, varlen
 from renyi_engine.ensemble.adapted_maps import Rows
 from renyi_kernels import use_backend
 
@@ -176,8 +176,29 @@ def test_half_precision_gives_the_same_up_to_rounding():
 def test_inductor_makes_right_code():
     ensemble = ensemble_of()
     truth = measured(ensemble, ROW)
-    assert_same(measured(compiled(ensemble, "inductor"), ROW), truth)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* run uncompiled")  # by which it would be right too
+        assert_same(measured(compiled(ensemble, "inductor"), ROW), truth)
     assert compilations() == 1
+
+
+def test_code_of_another_version_of_the_operators_is_not_taken_from_the_disk(monkeypatch):
+    """torch's cache does not look into operators: it would call the backward as it was called then."""
+    found = []
+
+    def code(layer, args, kwargs):
+        found.append(torch.compiler.config.cache_key_tag)
+        return args[0] if args else kwargs["hidden_states"]
+
+    ensemble = compiled(ensemble_of())
+    layers = ensemble._installation.compiled
+    for tag in ("one version", "another"):
+        monkeypatch.setattr(compiled_layers, "_tag", lambda tag=tag: tag)
+        mode = compiled_layers.Mode(False, Rows.SHARED, None, "torch")
+        layers._code[mode] = code
+        layers._run(mode, ensemble.layers[0], None, torch.zeros(1, 2, 3))
+    assert found == ["one version", "another"]
+    assert torch.compiler.config.cache_key_tag == ""
 
 
 def test_threads_share_the_code():

@@ -148,7 +148,7 @@ def test_memory_that_ends_in_an_evaluation_loses_no_step(sft_config, monkeypatch
         monkeypatch.context() as patch,
         pytest.raises(DoesNotFit, match=r"evaluation .*eval_batch_size.*checkpoint-3$"),
     ):
-        patch.setattr(journal, "evaluate", lambda *_: run_out_of_memory())
+        patch.setattr(journal, "Scorer", lambda *_, **options: run_out_of_memory())
         train(sft_config(max_steps=6, eval_steps=3))
     assert train(sft_config(max_steps=6, eval_steps=3, resume_from_checkpoint="true")).global_step == 6
 
