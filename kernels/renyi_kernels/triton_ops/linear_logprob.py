@@ -130,6 +130,7 @@ def linear_logprob_pass_kernel(
         S, top, rounding = _write_relative(
             c, product_ptr, E_ptr, y, bias_ptr, softcap, scale, V, FACTOR, HAS_BIAS, HAS_SOFTCAP, NEED_GRAD, BLOCK_V
         )
+    # computed again: registers that kept it through the reading would be spilled
     z_y, slope_y = _logit(z_y, y, known, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
     e_y = tl.exp(z_y - c)
     x = (e_y - 1.0) + S
