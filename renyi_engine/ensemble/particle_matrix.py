@@ -165,7 +165,8 @@ class ParticleMatrix:
         """Let every parameter be a view of the matrix again. A copy of a module, `module.to` and `parameter.data = ...`
         give a parameter memory of its own. Its values are taken over."""
         values = self.values
-        if all(_share_memory(parameter, values) for parameter in self._own):
+        memory = _memory_of(values)  # asked once: every step comes here, and there are hundreds of parameters
+        if all(_memory_of(parameter) == memory for parameter in self._own):
             return
         first = self._own[0]
         with torch.no_grad():
@@ -219,7 +220,12 @@ class _Places(NamedTuple):
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return _memory_of(first) == _memory_of(second)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Where the memory of the tensor begins, which its views have too."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _aligned(place: int) -> int:
