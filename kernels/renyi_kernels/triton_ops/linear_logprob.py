@@ -82,6 +82,18 @@ def _write_relative(
 
 
 @triton.jit
+def _from_sums(S, z_y, slope_y, rounding, scale, FACTOR: tl.constexpr):
+    """(logprob, a, b), with z_y relative to c. `rounding`: by how much rounding has changed the sum of E / FACTOR"""
+    e_y = tl.exp(z_y)
+    x = (e_y - 1.0) + S
+    u = 1.0 + x
+    # log1p(x) = log(u) x / (u - 1), with u = 1 + x as it is rounded: it keeps the digits of a small x
+    log1p = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+    factor = scale / (e_y + S)
+    return z_y - log1p, factor * (slope_y * S + rounding), factor / FACTOR
+
+
+@triton.jit
 def linear_logprob_pass_kernel(
     product_ptr,
     E_ptr,
@@ -132,16 +144,11 @@ def linear_logprob_pass_kernel(
         )
     # computed again: registers that kept it through the reading would be spilled
     z_y, slope_y = _logit(z_y, y, known, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-    e_y = tl.exp(z_y - c)
-    x = (e_y - 1.0) + S
-    u = 1.0 + x
-    # log1p(x) = log(u) x / (u - 1), with u = 1 + x as it is rounded: it keeps the digits of a small x
-    log1p = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-    tl.store(logprob_ptr + row, tl.where(known, (z_y - c) - log1p, float("nan")))
+    logprob, a, b = _from_sums(S, z_y - c, slope_y, rounding, scale, FACTOR)
+    tl.store(logprob_ptr + row, tl.where(known, logprob, float("nan")))
     if NEED_GRAD:
-        factor = scale / (e_y + S)
-        tl.store(a_ptr + row, tl.where(known, factor * (slope_y * S + rounding), 0.0))
-        tl.store(b_ptr + row, tl.where(known, factor / FACTOR, 0.0))
+        tl.store(a_ptr + row, tl.where(known, a, 0.0))
+        tl.store(b_ptr + row, tl.where(known, b, 0.0))
 
 
 @triton.jit

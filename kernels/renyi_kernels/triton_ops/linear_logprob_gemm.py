@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from renyi_kernels.triton_ops.device import architecture, multiprocessors, on_its_device
-from renyi_kernels.triton_ops.linear_logprob import RANGES, _logit
+from renyi_kernels.triton_ops.linear_logprob import RANGES, _from_sums, _logit
 from renyi_kernels.triton_ops.tuning import head_blocks
 
 # blocks of rows that share the blocks of the vocabulary which are in the cache
@@ -220,6 +220,7 @@ def linear_logprob_gemm_sum_kernel(
         tl.sum(S, axis=0),
         z_y - tl.load(c_ptr + row),
         tl.load(slope_y_ptr + row),
+        0.0,
         scale,
         FACTOR,
     )
@@ -228,18 +229,6 @@ def linear_logprob_gemm_sum_kernel(
     if NEED_GRAD:
         tl.store(a_ptr + row, tl.where(known, a, 0.0))
         tl.store(b_ptr + row, tl.where(known, b, 0.0))
-
-
-@triton.jit
-def _from_sums(S, z_y, slope_y, scale, FACTOR: tl.constexpr):
-    """(logprob, a, b), with z_y relative to c"""
-    e_y = tl.exp(z_y)
-    x = (e_y - 1.0) + S
-    u = 1.0 + x
-    # log1p(x) = log(u) x / (u - 1), with u = 1 + x as it is rounded: it keeps the digits of a small x
-    log1p = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-    factor = scale / (e_y + S)
-    return z_y - log1p, factor * slope_y * S, factor / FACTOR
 
 
 @on_its_device
