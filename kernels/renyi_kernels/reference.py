@@ -15,6 +15,9 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
+SUM_TOLERANCE = 1e-6
+"""How far from 1 the sum of the particles' weights may be."""
+
 
 def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
     """base_out + scaling * (x A_k^T) B_k^T for every particle k."""
@@ -60,31 +63,56 @@ def linear_logprob(
     return torch.where(labelled, logprob, 0.0)
 
 
-def renyi_reduce(logp: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def renyi_reduce(logp: Tensor, alpha: float | Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], responsibilities [K, B], ess [B]) of sequence log-likelihoods logp [K, B]: (6), (8), 3.4.
 
-    loss = -m - (1/alpha) log1p(mean_k expm1(alpha (s_k - m))) with m = max_k s_k. It neither overflows nor loses
-    digits. The value does not depend on m, so derivatives of every order take m as a constant. [K, B] is tiny, so it is
-    always computed in fp64. Nothing asks for the value of alpha: the formula and the mean, its limit at alpha = 0, are
-    both computed, and `where` takes one.
+    loss = -m - (1/alpha) log1p(sum_k w_k expm1(alpha (s_k - m))), where m is the largest s_k of the particles with
+    w_k > 0. It neither overflows nor loses digits, unless the particle that explains an example best has almost no
+    weight: then log1p's argument is close to -1, and log(sum_k exp(log w_k + alpha (s_k - m))) takes its place. The
+    value does not depend on m, so derivatives of every order take m as a constant. [K, B] is tiny, so it is always
+    computed in fp64. Nothing asks for the value of alpha: the formula and the mean, its limit at alpha = 0, are both
+    computed, and `where` takes one.
+
+    weights [K] are divided by their largest one, so equal weights become exactly 1, and the result is that of
+    weights=None (1/K each), bit for bit. Weights that are no distribution make everything NaN.
     """
     s = logp.double()
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), alpha, dtype=s.dtype, device=s.device)
+    relative = (
+        torch.ones(len(s), 1, dtype=s.dtype, device=s.device) if weights is None else relative_weights(weights)[:, None]
+    )
+    total, counts = relative.sum(), relative != 0.0
     independent = alpha == 0.0
-    impossible = torch.isneginf(s).all(dim=0)  # no particle gives the example any mass
+    s = torch.where(counts, s, -torch.inf)
+    impossible = torch.isneginf(s).all(dim=0)  # no particle that counts gives the example any mass
     m = s.detach().amax(dim=0)
     # where the formula is not used, its input is 0, so that neither 0 * inf nor NaN comes out of its derivative
-    scores = alpha * torch.where(independent | impossible, 0.0, s - m)
-    excess = torch.expm1(scores).mean(dim=0)
-    loss = -m - torch.log1p(excess) / torch.where(independent, 1.0, alpha)
-    loss = torch.where(independent, -s.mean(dim=0), loss)
+    scores = alpha * torch.where(independent | impossible | ~counts, 0.0, s - m)
+    excess = (relative * torch.expm1(scores)).sum(dim=0) / total
+    faint = excess < 1.0 / (2 * len(s)) - 1.0  # equal weights never are
+    log_shares = scores + relative.log()
+    log_mean = torch.where(
+        faint,
+        torch.logsumexp(torch.where(faint, log_shares, 0.0), dim=0) - total.log(),
+        torch.log1p(torch.where(faint, 0.0, excess)),
+    )
+    loss = -m - log_mean / torch.where(independent, 1.0, alpha)
+    mean = (relative * torch.where(counts, s, 0.0)).sum(dim=0) / total
+    loss = torch.where(independent, -mean, loss)
     # a constant, because the gradient of an impossible example is zero; NaN if alpha is NaN
-    loss = torch.where(impossible, alpha + torch.inf, loss)
-    responsibilities = torch.softmax(scores.detach(), dim=0)
+    loss = torch.where(impossible, alpha + total.log() + torch.inf, loss)
+    responsibilities = torch.softmax(log_shares.detach(), dim=0)
     ess = 1.0 / responsibilities.square().sum(dim=0)
     dtype = at_least_fp32(logp.dtype)
     return loss.to(dtype), responsibilities.to(dtype), ess.to(dtype)
+
+
+def relative_weights(weights: Tensor) -> Tensor:
+    """weights [K] divided by the largest, in fp64; NaN unless they are a distribution: none below 0, sum 1."""
+    weights = weights.double()
+    proper = (weights >= 0.0).all() & ((weights.sum() - 1.0).abs() <= SUM_TOLERANCE)
+    return weights / weights.amax().where(proper, torch.nan)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -35,16 +35,22 @@ class RenyiOutput(NamedTuple):
 
 
 def renyi_reduce(
-    logp: Tensor, alpha: float | Tensor, *, mask: Tensor | None = None, backend: str | None = None
+    logp: Tensor,
+    alpha: float | Tensor,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    backend: str | None = None,
 ) -> RenyiOutput:
-    """Couple K particles: ``loss_i = -(1/alpha) log((1/K) sum_k exp(alpha s_ki))``, eqs. (6), (18) of arXiv 2605.27747.
+    """Couple K particles: ``loss_i = -(1/alpha) log(sum_k w_k exp(alpha s_ki))``, eqs. (6), (18) of arXiv 2605.27747.
 
-    alpha = 0 is the limit: the mean of the particles' nll. alpha = 1 is the nll of the predictive mixture (Lemma 1).
-    alpha > 1 is still a loss, but not in the paper. The gradient is ``-r_ki`` with ``r = softmax_k(alpha s)``, (8),
-    (21). If all particles give an example zero mass (all -inf), its loss is +inf, its responsibilities are uniform, and
-    its gradient is zero.
+    There the weights w_k are 1/K, and so they are here without `weights`. alpha = 0 is the limit: the mean of the
+    particles' nll. alpha = 1 is the nll of the predictive mixture (Lemma 1). alpha > 1 is still a loss, but not in the
+    paper. The gradient is ``-r_ki`` with r_ki proportional to ``w_k exp(alpha s_ki)``, (8), (21). If all particles give
+    an example zero mass (all -inf), its loss is +inf, its responsibilities are the weights, and its gradient is zero.
 
     >>> renyi_reduce(logp, 0.0).loss == -logp.mean(0)
+    >>> renyi_reduce(logp, alpha, weights=torch.full((K,), 1 / K)).loss == renyi_reduce(logp, alpha).loss
 
     Args:
         logp: log-likelihoods in nats: ``[K, B]`` of sequences, or ``[K, B, T]`` of tokens, which are summed over T.
@@ -54,6 +60,10 @@ def renyi_reduce(
             its value, so a captured graph can be replayed with another one. If it is negative, NaN or infinite, the
             whole loss is NaN.
         mask: ``[B, T]`` of any dtype, nonzero where a token counts, for log-likelihoods of tokens. None: all count.
+        weights: ``[K]``, floating, on the device of logp or on the CPU: how probable each particle is in the mixture.
+            None is below 0; their sum may differ from 1 by 1e-6, and they are divided by it. A particle of weight 0
+            does not count, whatever its logp. None: 1/K each. Weights on the CPU are checked. Of others nothing asks
+            for the values: if they are no distribution, the whole loss is NaN.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
@@ -63,8 +73,8 @@ def renyi_reduce(
 
     Raises:
         ValueError: a number alpha is negative, NaN or infinite; a tensor alpha has dimensions, lies on another device
-            or requires a gradient; or a shape does not fit.
-        TypeError: alpha is neither a number nor a floating tensor, or logp is not floating point.
+            or requires a gradient; a shape does not fit; or weights on the CPU are below 0, or their sum is not 1.
+        TypeError: alpha is neither a number nor a floating tensor, or logp or weights are not floating point.
     """
     alpha = check_alpha_for(logp, alpha)
     if not logp.is_floating_point():
@@ -75,6 +85,8 @@ def renyi_reduce(
         raise ValueError(
             f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}"
         )
+    if weights is not None:
+        weights = _checked_weights(logp, weights)
     path = resolve("renyi_reduce", logp, backend)
     in_range = _in_range(alpha, logp.device)
     if path == "triton":
@@ -86,7 +98,7 @@ def renyi_reduce(
         logp = _sum_tokens(logp, mask)
     logp = logp.to(at_least_fp32(logp.dtype))
     # [K, B] is tiny, so the reference serves as the "torch" path too
-    loss, responsibilities, ess = reference.renyi_reduce(logp, in_range)
+    loss, responsibilities, ess = reference.renyi_reduce(logp, in_range, weights)
     return RenyiOutput(loss, responsibilities, ess, logp.detach())
 
 
@@ -113,6 +125,24 @@ def check_alpha_for(logp: Tensor, alpha: float | Tensor) -> float | Tensor:
     if alpha.requires_grad:
         raise ValueError("alpha: the loss has no derivative in it; pass alpha.detach()")
     return alpha
+
+
+def _checked_weights(logp: Tensor, weights: Tensor) -> Tensor:
+    """weights on logp's device. The errors are those of `renyi_reduce`."""
+    if not (isinstance(weights, Tensor) and weights.is_floating_point()):
+        raise TypeError(f"weights: expected a floating tensor [K]; got {getattr(weights, 'dtype', type(weights))}")
+    if weights.shape != logp.shape[:1]:
+        raise ValueError(f"weights: expected [K] = [{len(logp)}] beside logp; got {list(weights.shape)}")
+    if weights.device not in (logp.device, torch.device("cpu")):
+        raise ValueError(f"weights: expected a tensor on {logp.device} or on the CPU; got one on {weights.device}")
+    if weights.requires_grad:
+        raise ValueError("weights: the loss has no derivative in them; pass weights.detach()")
+    if weights.device.type == "cpu" and reference.relative_weights(weights).isnan().any():
+        raise ValueError(
+            f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
+            f"{weights.sum().item():g}; divide them by their sum"
+        )
+    return weights.to(logp.device, non_blocking=True)
 
 
 def _in_range(alpha: float | Tensor, device: torch.device) -> Tensor:
