@@ -92,7 +92,8 @@ def renyi_reduce(
     if path == "triton":
         refuse_tangents("renyi_reduce", logp)
         tokens = logp if logp.dim() == 3 else logp.unsqueeze(-1)
-        loss, responsibilities, ess, logp = _forward(tokens, mask, in_range, weights)
+        relative = None if weights is None else relative_weights(weights)
+        loss, responsibilities, ess, logp = _forward(tokens, mask, in_range, relative)
         return RenyiOutput(loss, responsibilities.detach(), ess.detach(), logp.detach())
     if logp.dim() == 3:
         logp = _sum_tokens(logp, mask)
@@ -168,21 +169,21 @@ def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # the kernels as one operator, for autograd and torch.compile; log-likelihoods of tokens, [K, B, T]; alpha as
-# `_in_range` gives it; weights in fp64
+# `_in_range` gives it; weights as `relative_weights` gives them
 
 
 @torch.library.custom_op("renyi_kernels::renyi_reduce", mutates_args=())
 def _forward(
-    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, weights: Tensor | None
+    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, relative: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from renyi_kernels.triton_ops import renyi_reduce  # needs triton
 
-    return renyi_reduce.forward(token_logp, mask, alpha, weights)
+    return renyi_reduce.forward(token_logp, mask, alpha, relative)
 
 
 @_forward.register_fake
 def _(
-    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, weights: Tensor | None
+    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, relative: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K, B, _ = token_logp.shape
     dtype = at_least_fp32(token_logp.dtype)

@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kernels.reference import SUM_TOLERANCE, at_least_fp32
+from renyi_kernels.reference import at_least_fp32
 from renyi_kernels.triton_ops.device import on_its_device
 
 _TILE = 4096  # elements
-_SUM_TOLERANCE = tl.constexpr(SUM_TOLERANCE)
 
 
 @triton.jit
@@ -43,7 +42,7 @@ def renyi_reduce_forward_kernel(
     ess_ptr,
     logp_ptr,
     alpha_ptr,
-    weights_ptr,
+    relative_ptr,
     K,
     B,
     T,
@@ -64,7 +63,7 @@ def renyi_reduce_forward_kernel(
     ess = 1 / sum_k r_k^2
 
     and for alpha = 0 the mean of -s_k. Where log1p would lose digits, the loss is made from the logarithm of the sum of
-    w_k exp(alpha s_k), as in `reference`. alpha and the weights are read from memory, in fp64
+    w_k exp(alpha s_k), as in `reference`. alpha and the weights, divided by the largest, are read from memory, in fp64
     """
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -87,13 +86,9 @@ def renyi_reduce_forward_kernel(
 
     alpha = tl.load(alpha_ptr)
     independent = alpha == 0.0
-    # the weights over the largest of them; 0 for what does not count, and outside of K
     relative = tl.where(in_k, 1.0, 0.0).to(tl.float64)
     if HAS_WEIGHTS:
-        weights = tl.load(weights_ptr + k, mask=in_k, other=0.0)
-        off = tl.abs(tl.sum(weights, axis=0) - 1.0)
-        proper = (tl.sum(tl.where(weights >= 0.0, 0, 1), axis=0) == 0) & (off <= _SUM_TOLERANCE)
-        relative = tl.where(in_k, weights / tl.where(proper, tl.max(weights, axis=0), float("nan")), 0.0)
+        relative = tl.load(relative_ptr + k, mask=in_k, other=0.0)
     total = tl.sum(relative, axis=0)
     counts = relative != 0.0
 
@@ -108,9 +103,9 @@ def renyi_reduce_forward_kernel(
         log_shares = tl.where(counts, scores + tl.log(tl.where(counts, relative, 1.0)), float("-inf"))
         top = tl.max(log_shares, axis=0)
         shares = tl.exp(log_shares - top)
-        log_sum = top + tl.log(tl.sum(shares, axis=0))
         faint = 1.0 + excess < 0.5 / K
-        log_mean = tl.where(faint, log_sum - tl.log(total), _log1p(tl.where(faint, 0.0, excess)))
+        log_mean = top + tl.log(tl.sum(shares, axis=0) / total)
+        log_mean = tl.where(faint, log_mean, _log1p(tl.where(faint, 0.0, excess)))
     else:
         log_mean = _log1p(excess)
     loss = -m - log_mean / tl.where(independent, 1.0, alpha)
@@ -162,10 +157,10 @@ def renyi_reduce_backward_kernel(
 
 @on_its_device
 def forward(
-    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, weights: Tensor | None = None
+    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, relative: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T] and mask [B, T]; alpha and
-    weights [K] in fp64."""
+    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T], mask [B, T], alpha in fp64,
+    and the weights [K] divided by the largest, in fp64."""
     K, B, T = token_logp.shape
     dtype = at_least_fp32(token_logp.dtype)
     loss, ess = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty(B, dtype=dtype)
@@ -173,9 +168,9 @@ def forward(
     if B:
         mask, mask_strides = _mask(mask, token_logp)
         outputs = (loss, responsibilities, ess, logp)
-        mixture = (alpha, alpha if weights is None else weights.contiguous())
+        mixture = (alpha, alpha if relative is None else relative.contiguous())
         sizes = (K, B, T, *token_logp.stride(), *mask_strides)
-        options = _options(K, T, mask, token_logp) | {"HAS_WEIGHTS": weights is not None}
+        options = _options(K, T, mask, token_logp) | {"HAS_WEIGHTS": relative is not None}
         renyi_reduce_forward_kernel[(B,)](token_logp, mask, *outputs, *mixture, *sizes, **options)
     return loss, responsibilities, ess, logp
 
