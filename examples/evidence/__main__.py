@@ -42,6 +42,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     experiment = importlib.import_module(f"examples.evidence.{options.experiment}.experiment").EXPERIMENT
+    if experiment.data_file and not (options.data and (options.data / experiment.data_file).is_file()):
+        run.error(f"--data: expected a folder that holds {experiment.data_file} (see README.md); got {options.data}")
     work = Work(experiment, options.setting, options.output_dir, options.data, options.model)
     if left := work.run():
         print(f"{left} trainings are still being done by other processes; start this again when they have finished")

@@ -65,11 +65,19 @@ class Work:
         return self.experiment.settings[self.setting_name]
 
     def cells(self) -> Iterator[Cell]:
-        """Every training, the first seed of everything first. Some come more than once."""
-        for seed in range(self.setting.seeds):
-            for variant in self.experiment.variants(self.setting_name):
+        """Every training, one variant after the other. Some come more than once."""
+        for variant in self.experiment.variants(self.setting_name):
+            for seed in range(self.setting.seeds):
                 for method in variant.methods:
                     yield from self._trainings(variant, method, seed)
+
+    def is_done(self, variant: Variant) -> bool:
+        """Whether everything that a variant needs was trained."""
+        seeds = range(self.setting.seeds)
+        cells = (
+            cell for seed in seeds for method in variant.methods for cell in self._trainings(variant, method, seed)
+        )
+        return all(self._path(cell).exists() for cell in cells)
 
     def run(self) -> int:
         """Do every training that is neither done nor being done elsewhere. Returns how many others are doing."""
@@ -89,7 +97,7 @@ class Work:
         return left
 
     def answers(self, variant: Variant, method: str, seed: int) -> tuple[Answers, dict[str, float]]:
-        """What a method answered, and its costs. Raises FileNotFoundError where a training is missing."""
+        """What a method answered, and its costs."""
         facts, how = self.data(variant, seed).facts, METHODS[method]
         kept = [self._read(cell) for cell in self._trainings(variant, method, seed)]
         logp = torch.from_numpy(np.concatenate([one["logp"] for one in kept]))
@@ -127,7 +135,11 @@ class Work:
 
     def _said(self, cell: Cell) -> dict:
         """What a cell's answers depend on, as JSON keeps it."""
-        settings = {**asdict(self.setting), "model": self.model or self.setting.model, "seeds": None}
+        settings = {
+            **asdict(self.experiment.setting_of(self.setting_name, dict(cell.data))),
+            "model": self.model or self.setting.model,
+            "seeds": None,
+        }
         return json.loads(json.dumps([settings, cell.num_particles, METHODS[cell.method].settings]))
 
     def _load(self) -> tuple:
@@ -141,12 +153,13 @@ class Work:
 
     def _train(self, cell: Cell, path: Path, model, tokenizer) -> None:
         data, how, run = self.data(cell, cell.seed), METHODS[cell.method], path.with_suffix("")
+        setting = self.experiment.setting_of(self.setting_name, dict(cell.data))
         print(f"--- {self.experiment.name} {cell.name}", flush=True)
         if how.kind == DROPOUT:
-            found = mc_dropout.train(model, tokenizer, self.setting, data, cell.seed)
+            found = mc_dropout.train(model, tokenizer, setting, data, cell.seed)
         else:
             seed = 1000 * cell.seed + cell.member
-            found = methods.train(model, tokenizer, self.setting, data, cell.num_particles, how.settings, seed, run)
+            found = methods.train(model, tokenizer, setting, data, cell.num_particles, how.settings, seed, run)
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
             np.savez(file, setting=np.array(json.dumps(self._said(cell))), **found)

@@ -59,9 +59,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, as messages, and the C answers whose probability is asked for."""
+    """A prompt, and the C answers whose probability is asked for.
 
-    prompt: Messages
+    The prompt is messages, and then an answer is a whole reply; or it is a text, and then an answer is how it goes on.
+    """
+
+    prompt: Messages | str
     answers: tuple[str, ...]
 
 
@@ -118,12 +121,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is computed from answers. `better`: "lower", "higher" or "" where neither is better."""
+    """A number that is computed from answers. `better`: "lower", "higher" or "" where neither is better.
+    `resampled`: whether it has an interval; some take too long for that."""
 
     label: str
     better: str
     of: Callable[[Answers], float]
     digits: int = 3
+    resampled: bool = True
 
 
 class Experiment(ABC):
@@ -131,7 +136,7 @@ class Experiment(ABC):
 
     Attributes:
         name: of its folder. claim: what is tested. note: what the columns of the tables mean. caption: of the picture.
-        settings: by name, "cpu" and "gpu". metrics: the columns. needs_data: whether --data has to be given.
+        settings: by name, "cpu" and "gpu". metrics: the columns. data_file: what the folder of --data has to hold.
     """
 
     name: str
@@ -141,7 +146,7 @@ class Experiment(ABC):
     caption: str
     settings: Mapping[str, Setting]
     metrics: Mapping[str, Metric]
-    needs_data: bool = False
+    data_file: str | None = None
 
     @abstractmethod
     def variants(self, setting: str) -> Sequence[Variant]:
@@ -150,6 +155,10 @@ class Experiment(ABC):
     @abstractmethod
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
         """The data of one training, by `Variant.data`. `source` is the folder given by --data."""
+
+    def setting_of(self, setting: str, options: Mapping[str, Any]) -> Setting:
+        """The setting in which data of these options are trained on."""
+        return self.settings[setting]
 
     @abstractmethod
     def picture(self, results: Mapping[str, Any]) -> Figure:

@@ -33,10 +33,12 @@ def train(
     torch.manual_seed(seed)
     num_layers = model.config.num_hidden_layers
     layers = range(num_layers - (setting.last_layers or num_layers), num_layers)
+    modules = model.named_modules()
+    linear = {path.rpartition(".")[2] for path, module in modules if isinstance(module, torch.nn.Linear)}
     config = LoraConfig(
         r=setting.lora_r,
-        lora_alpha=2 * setting.lora_r,
-        target_modules="all-linear",
+        lora_alpha=16,
+        target_modules=sorted(linear - {"lm_head"}),  # PEFT takes no "all-linear" beside layers_to_transform
         layers_to_transform=list(layers),
         lora_dropout=DROPOUT,
         task_type="CAUSAL_LM",

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.evidence.experiment import Data, Question, Setting
 from renyi_engine import LoraEnsemble, SftConfig, Trainer
-from renyi_engine.evaluation.choices import Choices, score_choices
+from renyi_engine.evaluation.choices import Choices, encode_choices, score_choices
 from renyi_engine.objectives import SftTask, evaluate
 
 SINGLE, DROPOUT, TOGETHER, ENSEMBLE, FITTED = "single", "dropout", "together", "ensemble", "fitted"
@@ -123,7 +123,10 @@ def ask(ensemble: LoraEnsemble, task: SftTask, questions: Sequence[Question]) ->
 
 
 def choices_of(task: SftTask, question: Question) -> Choices:
-    """The tokens of a question, which are those of a training row with the same prompt and answer."""
+    """The tokens of a question, which are those of a training row with the same prompt and answer. A row of messages
+    has an end; of a text, the probability is that the answer comes next, whatever follows."""
+    if isinstance(question.prompt, str):
+        return encode_choices(task.tokenizer, question.prompt, question.answers)
     examples = [
         task.example(0, {"prompt": question.prompt, "completion": [{"role": "assistant", "content": answer}]})
         for answer in question.answers

@@ -46,7 +46,7 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
     for of in results:
         training = of["training"]
         layers = "all layers" if training["last_layers"] is None else f"the last {training['last_layers']} layers"
-        needs = " --data FOLDER" * experiment.needs_data
+        needs = " --data FOLDER" * (experiment.data_file is not None)
         lines += [
             f"**Setting.** {of['model']}, {layers}, rank {training['lora_r']}, learning rate "
             f"{training['learning_rate']:g}, {training['max_steps']} steps of {training['batch_size']} rows, "
@@ -82,8 +82,11 @@ def _cell(metric: Metric, found: Mapping[str, Any]) -> str:
     """The mean, its interval, and a star where the paired difference to the baseline excludes 0."""
     if math.isnan(found["mean"]):
         return "-"
+    text = f"{found['mean']:.{metric.digits}f}"
+    if not metric.resampled:
+        return text
     low, high = found["interval"]
-    text = f"{found['mean']:.{metric.digits}f} ({low:.{metric.digits}f} to {high:.{metric.digits}f})"
+    text += f" ({low:.{metric.digits}f} to {high:.{metric.digits}f})"
     difference = found.get("difference")
     if difference and (difference["interval"][0] > 0 or difference["interval"][1] < 0):
         text += " \\*"

@@ -23,7 +23,7 @@ NUM_RESAMPLES = 1000
 
 
 def summarise(work: Work, machine: str) -> dict[str, Any]:
-    """The results of an experiment, as the page needs them. Raises FileNotFoundError if a training is missing."""
+    """The results of an experiment, as the page needs them, of every variant that is done."""
     experiment = work.experiment
     return {
         "experiment": experiment.name,
@@ -36,6 +36,7 @@ def summarise(work: Work, machine: str) -> dict[str, Any]:
         "variants": [
             {"name": variant.name, "num_particles": variant.num_particles} | _variant(work, variant)
             for variant in experiment.variants(work.setting_name)
+            if work.is_done(variant)
         ],
     }
 
@@ -53,12 +54,16 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
     found = {method: [work.answers(variant, method, seed) for seed in seeds] for method in variant.methods}
     answers = {method: [one for one, _ in of] for method, of in found.items()}
     methods = {}
-    resampled = {method: _resampled(of, work.experiment.metrics) for method, of in answers.items()}
+    drawn = {name: metric for name, metric in work.experiment.metrics.items() if metric.resampled}
+    resampled = {method: _resampled(of, drawn) for method, of in answers.items()}
     for method, of in found.items():
         measured = {}
         for name, metric in work.experiment.metrics.items():
             values = [metric.of(one) for one in answers[method]]
-            measured[name] = {"mean": _mean(values), "seeds": values, "interval": _interval(resampled[method][name])}
+            measured[name] = {"mean": _mean(values), "seeds": values}
+            if not metric.resampled:
+                continue
+            measured[name]["interval"] = _interval(resampled[method][name])
             if method != BASELINE and BASELINE in answers:
                 base = [metric.of(one) for one in answers[BASELINE]]
                 measured[name]["difference"] = {
