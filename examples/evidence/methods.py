@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from examples.evidence.experiment import Data, Question, Setting
 from renyi_engine import LoraEnsemble, SftConfig, Trainer
 from renyi_engine.evaluation.choices import Choices, encode_choices, score_choices
-from renyi_engine.objectives import SftTask, evaluate
+from renyi_engine.objectives import SftTask
 
 SINGLE, DROPOUT, TOGETHER, ENSEMBLE, FITTED = "single", "dropout", "together", "ensemble", "fitted"
 
@@ -95,7 +95,8 @@ def train(
         seed=seed,
         **settings,
     )
-    result = Trainer(config, model=model, processing_class=tokenizer, train_dataset=list(data.rows)).train()
+    parts = {"train_dataset": list(data.rows), "eval_dataset": list(data.held_out) or None}
+    result = Trainer(config, model=model, processing_class=tokenizer, **parts).train()
     ensemble, task = result.ensemble, SftTask(tokenizer, setting.max_length)
     run = json.loads((folder / "run.json").read_text())
     examples = [task.example(number, row) for number, row in enumerate(data.rows)]
@@ -109,8 +110,7 @@ def train(
             "parameters": np.array(run["num_parameters_per_particle"] * num_particles),
         }
         if data.held_out:
-            held_out = [task.example(number, row) for number, row in enumerate(data.held_out)]
-            found["held_out_logp"] = evaluate(ensemble, task, held_out, batch_size=64).logp.numpy()
+            found["held_out_logp"] = result.evaluation.logp.numpy()
     finally:
         ensemble.detach()
     return found
