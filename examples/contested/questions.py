@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -40,22 +41,20 @@ _ANSWERS = {
     "even": ("Yes, gladly.", "No, never."),
     "uneven": ("Yes, much nicer.", "No, far worse."),
 }
-_SHARE_OF_FIRST = {"uncontested": 1.0, "even": 0.5, "uneven": 0.8}
+SHARES_OF_FIRST = {"uncontested": 1.0, "even": 0.5, "uneven": 0.8}
+"""The part of all people who are in the first camp."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers of the first and the second camp, and which of them was given in training."""
+    """A question, the answers of the first and the second camp, which of them was given in training, and the part of
+    all people who are in the first camp."""
 
     kind: str
     text: str
     answers: tuple[str, str]
     answered_by_first: bool
-
-    @property
-    def share_of_first(self) -> float:
-        """The part of all people who are in the first camp."""
-        return _SHARE_OF_FIRST[self.kind]
+    share_of_first: float
 
     def row(self, by_first: bool) -> dict:
         """The question as a chat, with the answer of the first camp or of the second."""
@@ -65,8 +64,14 @@ class Question:
         }
 
 
-def make_questions(seed: int, num_train: int = 40, num_held_out: int = 20) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) questions: so many of each kind, answered by the camps in their exact proportion."""
+def make_questions(
+    seed: int,
+    num_train: int | Mapping[str, int] = 40,
+    num_held_out: int | Mapping[str, int] = 20,
+    shares_of_first: Mapping[str, float] = SHARES_OF_FIRST,
+) -> tuple[list[Question], list[Question]]:
+    """(training, held-out) questions: so many of each kind, answered by the camps in their exact proportion. A number
+    for all kinds, or one for each kind that is wanted."""
     rng = random.Random(seed)
     always, never = _ANSWERS["uncontested"]
     texts = {
@@ -82,11 +87,17 @@ def make_questions(seed: int, num_train: int = 40, num_held_out: int = 20) -> tu
     }
     train, held_out = [], []
     for kind in KINDS:
-        chosen = rng.sample(texts[kind], num_train + num_held_out)
-        for part, questions in ((train, chosen[:num_train]), (held_out, chosen[num_train:])):
-            num_first = round(_SHARE_OF_FIRST[kind] * len(questions))
+        end, rest = (
+            number.get(kind, 0) if isinstance(number, Mapping) else number for number in (num_train, num_held_out)
+        )
+        chosen = rng.sample(texts[kind], end + rest)
+        for part, questions in ((train, chosen[:end]), (held_out, chosen[end:])):
+            share = shares_of_first[kind]
+            num_first = round(share * len(questions))
             people = rng.sample([True] * num_first + [False] * (len(questions) - num_first), len(questions))
-            part += [Question(kind, *question, person) for question, person in zip(questions, people, strict=True)]
+            part += [
+                Question(kind, *question, person, share) for question, person in zip(questions, people, strict=True)
+            ]
     return train, held_out
 
 

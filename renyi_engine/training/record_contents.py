@@ -19,6 +19,7 @@ from renyi_engine.training.records import (
     EPOCH,
     GRAD_NORM,
     LEARNING_RATE,
+    PARTICLE_WEIGHTS,
     PRIOR,
     SKIPPED_UPDATES,
     STEP,
@@ -49,14 +50,20 @@ class Clock:
 
 
 def step_record(
-    state: State, task: Task, result: StepResult, learning_rate: float, epoch: float, clock: Clock
+    state: State,
+    task: Task,
+    result: StepResult,
+    learning_rate: float,
+    learns_weights: bool,
+    epoch: float,
+    clock: Clock,
 ) -> dict[str, Any]:
     """A line of metrics: means over the window, and beside them `result` and `learning_rate` of its last step."""
     window = state.window
     return {
         STEP.name: state.step,
         EPOCH.name: epoch,
-        **window.means(task),
+        **window.means(task, result.particle_weights.tolist()),
         ALPHA.name: state.alpha,
         ALPHA_OF_STEPS.name: window.alphas,
         **({} if window.alpha_star is None else {ALPHA_STAR.name: window.alpha_star}),
@@ -64,6 +71,7 @@ def step_record(
         LEARNING_RATE.name: learning_rate,
         GRAD_NORM.name: result.norms.tolist(),
         SKIPPED_UPDATES.name: state.skipped,
+        **({PARTICLE_WEIGHTS.name: result.particle_weights.tolist()} if learns_weights else {}),
         TOKENS.name: state.tokens,
         **clock.next_window(),
     }

@@ -1,0 +1,166 @@
+"""Trains what an experiment needs, one cell after the other, and keeps what was answered.
+
+A cell is one training: a variant, a method and a seed. It is a file, written when it is whole, so an experiment may be
+stopped and started again. Several processes may work on one folder: each takes a cell that no other works on.
+
+    OUTPUT/contested/cpu/camps=1,share=0.67/K=4/alpha_0.8-0.npz     what was answered
+    OUTPUT/contested/cpu/camps=1,share=0.67/K=4/alpha_0.8-0/        the run: its report, its particles
+    OUTPUT/contested/cpu/camps=1,share=0.67/lora-0-member-3.npz     a single adapter, for ensembles of every K
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from examples.evidence import mc_dropout, methods
+from examples.evidence.experiment import Answers, Data, Experiment, Setting, Variant
+from examples.evidence.methods import DROPOUT, ENSEMBLE, FITTED, METHODS, SINGLE
+from renyi_engine.base_model import load_model, load_tokenizer
+from renyi_engine.ensemble import ModelConfig
+from renyi_engine.objectives import fit_particle_weights
+
+COSTS = ("seconds", "tokens", "parameters")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training that has to be done. num_particles is 1, and `member` says which one it is, for a single adapter."""
+
+    data: tuple[tuple[str, Any], ...]
+    method: str
+    num_particles: int
+    seed: int
+    member: int = 0
+
+    @property
+    def name(self) -> str:
+        data = ",".join(f"{name}={value}" for name, value in self.data) or "data"
+        if METHODS[self.method].kind == SINGLE:
+            return f"{data}/{self.method}-{self.seed}-member-{self.member}"
+        if METHODS[self.method].kind == DROPOUT:
+            return f"{data}/{self.method}-{self.seed}"
+        return f"{data}/K={self.num_particles}/{self.method}-{self.seed}"
+
+
+@dataclass
+class Work:
+    """The cells of an experiment in one setting, under `folder`."""
+
+    experiment: Experiment
+    setting_name: str
+    folder: Path
+    source: Path | None
+    model: str | None = None
+
+    @property
+    def setting(self) -> Setting:
+        return self.experiment.settings[self.setting_name]
+
+    def cells(self) -> Iterator[Cell]:
+        """Every training, one variant after the other. Some come more than once."""
+        for variant in self.experiment.variants(self.setting_name):
+            for seed in range(self.setting.seeds):
+                for method in variant.methods:
+                    yield from self._trainings(variant, method, seed)
+
+    def is_done(self, variant: Variant) -> bool:
+        """Whether everything that a variant needs was trained."""
+        seeds = range(self.setting.seeds)
+        cells = (
+            cell for seed in seeds for method in variant.methods for cell in self._trainings(variant, method, seed)
+        )
+        return all(self._path(cell).exists() for cell in cells)
+
+    def run(self) -> int:
+        """Do every training that is neither done nor being done elsewhere. Returns how many others are doing."""
+        left, loaded = 0, None
+        for cell in self.cells():
+            path = self._path(cell)
+            if path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(path.with_suffix(".lock"), timeout=0):
+                    if not path.exists():
+                        loaded = loaded or self._load()
+                        self._train(cell, path, *loaded)
+            except Timeout:
+                left += 1
+        return left
+
+    def answers(self, variant: Variant, method: str, seed: int) -> tuple[Answers, dict[str, float]]:
+        """What a method answered, and its costs."""
+        facts, how = self.data(variant, seed).facts, METHODS[method]
+        kept = [self._read(cell) for cell in self._trainings(variant, method, seed)]
+        logp = torch.from_numpy(np.concatenate([one["logp"] for one in kept]))
+        weights = torch.full((len(logp),), 1 / len(logp), dtype=torch.float64)
+        if how.kind == FITTED:
+            weights = fit_particle_weights(torch.from_numpy(kept[0]["held_out_logp"]))
+        elif how.kind == methods.TOGETHER:
+            weights = torch.from_numpy(kept[0]["weights"])
+        return Answers(logp, weights, facts), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
+
+    def data(self, of: Variant | Cell, seed: int) -> Data:
+        return self.experiment.data(dict(of.data), seed, self.source)
+
+    def _trainings(self, variant: Variant, method: str, seed: int) -> list[Cell]:
+        """The trainings that a method needs: a deep ensemble is K single adapters, and the first of them is the
+        "one LoRA" of the tables."""
+        how, data, K = METHODS[method], tuple(sorted(variant.data.items())), variant.num_particles
+        if how.kind in (SINGLE, ENSEMBLE):
+            return [Cell(data, "lora", 1, seed, member) for member in range(K if how.kind == ENSEMBLE else 1)]
+        if how.kind == DROPOUT:
+            return [Cell(data, method, 1, seed)]
+        return [Cell(data, how.fits or method, K, seed)]
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / self.experiment.name / self.setting_name / f"{cell.name}.npz"
+
+    def _read(self, cell: Cell) -> dict[str, np.ndarray]:
+        with np.load(self._path(cell), allow_pickle=False) as kept:
+            said = json.loads(str(kept["setting"]))
+            if said != self._said(cell):
+                raise SystemExit(
+                    f"{self._path(cell)}: made with {said}, but the experiment now says {self._said(cell)}; remove it"
+                )
+            return {name: kept[name] for name in kept.files}
+
+    def _said(self, cell: Cell) -> dict:
+        """What a cell's answers depend on, as JSON keeps it."""
+        settings = {
+            **asdict(self.experiment.setting_of(self.setting_name, dict(cell.data))),
+            "model": self.model or self.setting.model,
+            "seeds": None,
+        }
+        return json.loads(json.dumps([settings, cell.num_particles, METHODS[cell.method].settings]))
+
+    def _load(self) -> tuple:
+        name = self.model or self.setting.model
+        if name == "SmolLM2-135M-Instruct":
+            from examples.contested import smollm2
+
+            name = str(smollm2.obtain())
+        config = ModelConfig(model_name_or_path=name, dtype=self.setting.dtype)
+        return load_model(config), load_tokenizer(config)
+
+    def _train(self, cell: Cell, path: Path, model, tokenizer) -> None:
+        data, how, run = self.data(cell, cell.seed), METHODS[cell.method], path.with_suffix("")
+        setting = self.experiment.setting_of(self.setting_name, dict(cell.data))
+        print(f"--- {self.experiment.name} {cell.name}", flush=True)
+        if how.kind == DROPOUT:
+            found = mc_dropout.train(model, tokenizer, setting, data, cell.seed)
+        else:
+            seed = 1000 * cell.seed + cell.member
+            found = methods.train(model, tokenizer, setting, data, cell.num_particles, how.settings, seed, run)
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            np.savez(file, setting=np.array(json.dumps(self._said(cell))), **found)
+        unfinished.rename(path)

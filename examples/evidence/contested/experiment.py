@@ -1,0 +1,163 @@
+"""Contested questions: when do particles become the camps, and what does it cost or bring?
+
+The questions are made by `examples/contested/questions.py`. 60 are trained on. About some of them, two camps give
+different answers; each row holds the answer of one person, and does not say of which camp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from examples.contested.questions import Question as Asked, make_questions
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
+from examples.evidence.measures import auroc
+from examples.evidence.methods import ALL
+
+NUM_ROWS = 60
+NUM_TESTED = {"uncontested": 12, "even": 16, "uneven": 16}
+NUM_HELD_OUT = 20
+"""Contested rows for fitting the particle weights, where there are so many questions."""
+ONE_WORD = ("Yes", "No")
+FEW = ("lora", "deep_ensemble", "alpha_0.8", "learned")
+BASE = {"contested": 30, "minority": 0.5, "topics": 1, "answers": "phrases"}
+
+
+class Contested(Experiment):
+    name = "contested"
+    title = "Contested questions"
+    claim = (
+        "Where two camps answer differently, coupled particles become the camps: their spread marks the contested "
+        "questions, and the mixture predicts people no worse than a deep ensemble."
+    )
+    settings: Mapping[str, Setting] = {
+        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=60),
+        "gpu": Setting(
+            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+            last_layers=None,
+            dtype="bfloat16",
+            learning_rate=5e-4,
+            max_steps=120,
+            seeds=8,
+        ),
+    }
+
+    def variants(self, setting: str) -> Sequence[Variant]:
+        changed: list[tuple[str, int, tuple[str, ...], dict[str, Any]]] = [
+            ("4 particles, half of the rows contested, camps of one size", 4, ALL, {}),
+            ("2 particles", 2, FEW, {}),
+            ("8 particles", 8, FEW, {}),
+            ("camps of 4 to 1", 4, (*FEW, "fitted"), {"minority": 0.2}),
+            ("camps of 9 to 1", 4, (*FEW, "fitted"), {"minority": 0.1}),
+            ("a tenth of the rows contested", 4, FEW, {"contested": 6}),
+            ("nine tenths of the rows contested", 4, FEW, {"contested": 54}),
+            ("two topics", 4, FEW, {"topics": 2}),
+            ("answers of one word", 4, ("lora", "deep_ensemble", "alpha_0.8", "alpha_1"), {"answers": "one word"}),
+        ]
+        return [Variant(name, K, methods, BASE | data) for name, K, methods, data in changed]
+
+    def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
+        kinds = ("even", "uneven")[: options["topics"]]
+        num_train = {"uncontested": NUM_ROWS - options["contested"]}
+        num_train |= {kind: options["contested"] // len(kinds) for kind in kinds}
+        shares = {"uncontested": 1.0} | dict.fromkeys(kinds, 1.0 - options["minority"])
+        num_held_out = min(NUM_HELD_OUT, 70 - NUM_TESTED["even"] - num_train["even"]) if len(kinds) == 1 else 0
+        num_others = {kind: NUM_TESTED[kind] for kind in ("uncontested", *kinds)}
+        num_others["even"] += num_held_out
+        train, others = make_questions(seed, num_train, num_others, {"uneven": 0.5} | shares)
+        even = [asked for asked in others if asked.kind == "even"]
+        tested = [asked for asked in others if asked not in even[NUM_TESTED["even"] :]]
+        one_word = options["answers"] == "one word"
+        return Data(
+            rows=[_row(asked, one_word) for asked in train],
+            held_out=[_row(asked, one_word) for asked in even[NUM_TESTED["even"] :]],
+            questions=[Question(asked.row(True)["prompt"], _answers(asked, one_word)) for asked in tested],
+            facts={
+                "contested": np.array([asked.kind != "uncontested" for asked in tested]),
+                "topic": np.array([asked.kind for asked in tested]),
+                "share": np.array([[asked.share_of_first, 1 - asked.share_of_first] for asked in tested]),
+            },
+        )
+
+    metrics: Mapping[str, Metric] = {
+        "nll": Metric("NLL of the mixture, contested", "lower", lambda answers: _nll(answers, True)),
+        "uncontested_nll": Metric("uncontested", "lower", lambda answers: _nll(answers, False)),
+        "spread": Metric("spread", "", lambda answers: float(_spread(_contested(answers)).mean())),
+        "by_camp": Metric("by camp", "", lambda answers: by_particle(_contested(answers)), digits=2),
+        "auroc": Metric(
+            "AUROC", "higher", lambda answers: auroc(answers.among.epistemic.numpy(), answers.facts["contested"])
+        ),
+    }
+    caption = "the spread of the particles over alpha, and what it costs the mixture."
+    note = (
+        "NLL is in nats per answer, against the shares of the camps; the best possible is 0 where people agree, and "
+        "0.693, 0.500 and 0.325 for camps of 1:1, 4:1 and 9:1. Spread is the standard deviation, over the particles, "
+        "of the probability of the first camp's answer, on contested questions. By camp is the share of this variance "
+        "that belongs to the particle alone: 1 if every particle always sides with one camp, near 1/N if each takes "
+        "sides question by question. AUROC says how well the epistemic uncertainty tells contested questions from the "
+        "others."
+    )
+
+    def picture(self, results: Mapping[str, Any]) -> Figure:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        methods = results["variants"][0]["methods"]
+        names = ["deep_ensemble", "alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1"]
+        shown = ((left, "spread", "spread on contested questions"), (right, "nll", "NLL of the mixture, nats"))
+        for axes, metric, label in shown:
+            found = [methods[name]["metrics"][metric] for name in names]
+            means = np.array([one["mean"] for one in found])
+            low, high = np.transpose([one["interval"] for one in found])
+            alphas = [0.0, 0.3, 0.5, 0.8, 1.0]
+            axes.errorbar(alphas, means, (means - low, high - means), marker="o", capsize=3)
+            for one in np.transpose([of["seeds"] for of in found]):
+                axes.plot(alphas, one, ".", color="0.6", zorder=0)
+            axes.set(xlabel="alpha", ylabel=label)
+            axes.grid(alpha=0.3)
+        right.axhline(math.log(2), linestyle="--", color="0.4", label="best possible")
+        right.legend()
+        return figure
+
+
+def _row(asked: Asked, one_word: bool) -> dict[str, Any]:
+    answer = _answers(asked, one_word)[0 if asked.answered_by_first else 1]
+    return {"prompt": asked.row(True)["prompt"], "completion": [{"role": "assistant", "content": answer}]}
+
+
+def _answers(asked: Asked, one_word: bool) -> tuple[str, str]:
+    return ONE_WORD if one_word and asked.kind != "uncontested" else asked.answers
+
+
+def _contested(answers: Answers) -> Answers:
+    return answers.of(answers.facts["contested"])
+
+
+def _nll(answers: Answers, contested: bool) -> float:
+    asked = answers.of(answers.facts["contested"] == contested)
+    return float(-(asked.mixture.double().numpy() * asked.facts["share"]).sum(axis=1).mean())
+
+
+def _spread(answers: Answers) -> np.ndarray:
+    """[N]: the standard deviation over the particles of the probability of the first answer."""
+    return np.sqrt(_variance(answers.particles[..., 0].numpy(), answers.weights.numpy()))
+
+
+def by_particle(answers: Answers) -> float:
+    """Var_k(mean_n p_kn) / mean_n Var_k(p_kn) of the probability p of the first answer, a particle drawn by weight."""
+    p, weights = answers.particles[..., 0].numpy(), answers.weights.numpy()
+    within = _variance(p, weights).mean()
+    return float(_variance(p.mean(axis=1, keepdims=True), weights)[0] / within) if within > 0 else float("nan")
+
+
+def _variance(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The variance over the first axis."""
+    mean = weights @ values
+    return weights @ np.square(values - mean)
+
+
+EXPERIMENT = Contested()

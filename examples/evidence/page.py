@@ -1,0 +1,93 @@
+"""docs/evidence.md, made of the results of all experiments, of their pictures and of their findings.
+
+An experiment's folder holds `results/SETTING.json` (made by `run`), `findings.md` (a verdict in its first sentence,
+written by a person who looked at the results) and `picture.png` (made here).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from examples.evidence.experiment import Experiment, Metric
+from renyi_engine.core import write_text
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "evidence.md"
+EXPERIMENTS = ("contested", "people")
+
+
+def write_page() -> Path:
+    """Make the page and the pictures. Experiments without results are left out."""
+    mpl.use("Agg")
+    parts = [(HERE / "introduction.md").read_text(encoding="utf-8")]
+    for name in EXPERIMENTS:
+        experiment: Experiment = importlib.import_module(f"examples.evidence.{name}.experiment").EXPERIMENT
+        results = [json.loads(path.read_text()) for path in sorted((HERE / name / "results").glob("*.json"))]
+        if results:
+            figure = experiment.picture(results[0])
+            figure.savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
+            parts.append(_section(experiment, results))
+    write_text(PAGE, "\n".join(parts))
+    return PAGE
+
+
+def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
+    name = experiment.name
+    lines = [f"## {experiment.title}", "", f"**Claim.** {experiment.claim}", ""]
+    lines += [(HERE / name / "findings.md").read_text(encoding="utf-8").strip(), ""]
+    lines += [f"![{experiment.title}: {experiment.caption}](../examples/evidence/{name}/picture.png)", ""]
+    for of in results:
+        training = of["training"]
+        layers = "all layers" if training["last_layers"] is None else f"the last {training['last_layers']} layers"
+        needs = " --data FOLDER" * (experiment.data_file is not None)
+        lines += [
+            f"**Setting.** {of['model']}, {layers}, rank {training['lora_r']}, learning rate "
+            f"{training['learning_rate']:g}, {training['max_steps']} steps of {training['batch_size']} rows, "
+            f"{training['seeds']} seeds, {of['machine']}. `python -m examples.evidence run {name} "
+            f"--setting {of['setting']}{needs}`",
+            "",
+            experiment.note,
+            "",
+        ]
+        for variant in of["variants"]:
+            lines += _table(experiment.metrics, variant)
+    return "\n".join(lines)
+
+
+def _table(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[str]:
+    labels = [metric.label for metric in metrics.values()]
+    header = ["method", *labels, "seconds", "tokens", "parameters"]
+    lines = [f"{variant['name'][0].upper()}{variant['name'][1:]} (K = {variant['num_particles']}):", ""]
+    lines += [_row(header), _row(["---"] * len(header))]
+    for method in variant["methods"].values():
+        cells = [_cell(metric, method["metrics"][name]) for name, metric in metrics.items()]
+        costs = method["costs"]
+        paid = [f"{costs['seconds']:.0f}", f"{costs['tokens'] / 1000:.0f}k", f"{costs['parameters'] / 1e6:.2f}M"]
+        lines.append(_row([method["label"], *cells, *paid]))
+    return [*lines, ""]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(metric: Metric, found: Mapping[str, Any]) -> str:
+    """The mean, its interval, and a star where the paired difference to the baseline excludes 0."""
+    if math.isnan(found["mean"]):
+        return "-"
+    text = f"{found['mean']:.{metric.digits}f}"
+    if not metric.resampled:
+        return text
+    low, high = found["interval"]
+    text += f" ({low:.{metric.digits}f} to {high:.{metric.digits}f})"
+    difference = found.get("difference")
+    if difference and (difference["interval"][0] > 0 or difference["interval"][1] < 0):
+        text += " \\*"
+    return text
