@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from renyi_kernels import reference
 from renyi_kernels.backend import refuse_tangents, resolve
@@ -140,13 +139,13 @@ def check_weights_for(logp: Tensor, weights: Tensor | None) -> Tensor | None:
         raise ValueError(f"weights: expected a tensor on {logp.device} or on the CPU; got one on {weights.device}")
     if weights.requires_grad:
         raise ValueError("weights: the loss has no derivative in them; pass weights.detach()")
-    # a GPU would have to be waited for, and traced code has no values
-    has_values = type(weights) in (Tensor, Parameter) and not torch.compiler.is_compiling()
-    if has_values and weights.device.type == "cpu" and relative_weights(weights).isnan().any():
-        raise ValueError(
-            f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
-            f"{weights.sum().item():g}; divide them by their sum"
-        )
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        improper = relative_weights(weights).isnan().any()
+        if type(improper) is Tensor and improper:  # a fake tensor has no value
+            raise ValueError(
+                f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
+                f"{weights.sum().item():g}; divide them by their sum"
+            )
     return weights.to(logp.device, torch.float64, non_blocking=True)
 
 

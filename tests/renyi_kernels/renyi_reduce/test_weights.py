@@ -255,13 +255,15 @@ def test_weights_that_are_no_distribution_make_the_whole_loss_nan_where_nobody_m
 @fp64_paths
 @every_alpha
 def test_fake_tensors_which_have_no_values_are_enough(backend, alpha):
-    with FakeTensorMode():
-        tokens = torch.zeros(3, 4, 5, requires_grad=True)
-        mask = torch.ones(4, 5, dtype=torch.bool)
-        out = renyi_reduce(tokens, alpha, mask=mask, weights=torch.full((3,), 1 / 3), backend=backend)
-        out.loss.sum().backward()
-        assert [x.shape for x in out] == [(4,), (3, 4), (4,), (3, 4)]
-        assert tokens.grad.shape == tokens.shape
+    held = torch.full((3,), 1 / 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for weights in (torch.full((3,), 1 / 3), held):
+            tokens = torch.zeros(3, 4, 5, requires_grad=True)
+            mask = torch.ones(4, 5, dtype=torch.bool)
+            out = renyi_reduce(tokens, alpha, mask=mask, weights=weights, backend=backend)
+            out.loss.sum().backward()
+            assert [x.shape for x in out] == [(4,), (3, 4), (4,), (3, 4)]
+            assert tokens.grad.shape == tokens.shape
 
 
 @fast_paths
