@@ -139,14 +139,26 @@ def check_weights_for(logp: Tensor, weights: Tensor | None) -> Tensor | None:
         raise ValueError(f"weights: expected a tensor on {logp.device} or on the CPU; got one on {weights.device}")
     if weights.requires_grad:
         raise ValueError("weights: the loss has no derivative in them; pass weights.detach()")
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-        improper = relative_weights(weights).isnan().any()
-        if type(improper) is Tensor and improper:  # a fake tensor has no value
-            raise ValueError(
-                f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
-                f"{weights.sum().item():g}; divide them by their sum"
-            )
+    _check_values(weights)
     return weights.to(logp.device, torch.float64, non_blocking=True)
+
+
+# an operator, because torch.compile and fake tensors, which have no values, do not look into it
+
+
+@torch.library.custom_op("renyi_kernels::check_weights", mutates_args=())
+def _check_values(weights: Tensor) -> None:
+    # on a GPU this check would wait for the device; there the loss is NaN
+    if weights.device.type == "cpu" and relative_weights(weights).isnan().any():
+        raise ValueError(
+            f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
+            f"{weights.sum().item():g}; divide them by their sum"
+        )
+
+
+@_check_values.register_fake
+def _(weights: Tensor) -> None:
+    return None
 
 
 def _in_range(alpha: float | Tensor, device: torch.device) -> Tensor:
