@@ -63,7 +63,8 @@ def renyi_reduce(
         weights: ``[K]``, floating, on the device of logp or on the CPU: how probable each particle is in the mixture.
             None: 1/K each. Each weight is at least 0. Their sum may differ from 1 by 1e-6, and they are divided by it.
             A particle of weight 0 does not count, whatever its logp is. Weights on the CPU are checked, except in
-            compiled code. Otherwise nothing asks for their values: if they are no distribution, the whole loss is NaN.
+            compiled code. Nothing asks a GPU for their values: if they are no distribution, the whole loss is NaN, and
+            a captured graph can be replayed with others in the same tensor.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
