@@ -353,6 +353,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path
 # ---------------------------------------------------------------------- what is made of it
 
 
+EVEN = (0.5, 0.5)
+
+
 def fabricated(refusal_counts, n, labels=None, other=()):
     """(prompts, responses): speaker s refuses refusal_counts[s][i] of n times; `other` overrides verdicts by key."""
     K = len(refusal_counts) - 1
@@ -372,7 +375,7 @@ def fabricated(refusal_counts, n, labels=None, other=()):
 
 def test_results_are_the_formulas_on_the_counts_of_each_split():
     prompts, responses = fabricated([[0, 4, 2, 1], [4, 4, 1, 1], [0, 1, 0, 3]], n=4, labels=["a", "b", "b", "a"])
-    results = summarise(prompts, responses, 2, 4, "side")
+    results = summarise(prompts, responses, EVEN, 4, "side")
     even = results.summary["splits"]["even"]
     assert [row["refusal_rate"] for row in even["particles"]] == [0.25, 0.625]
     assert even["ensemble"]["refusal_rate"] == 0.4375
@@ -398,7 +401,7 @@ def test_results_are_the_formulas_on_the_counts_of_each_split():
 def test_unparsed_and_failed_verdicts_are_counted_and_left_out_of_every_rate():
     other = [((0, 0, 0), UNPARSED), ((0, 0, 1), FAILED), ((2, BASE, 3), UNPARSED)]
     prompts, responses = fabricated([[3, 0, 2], [1, 1, 1], [2, 2, 2]], n=4, other=other)
-    results = summarise(prompts, responses, 2, 4)
+    results = summarise(prompts, responses, EVEN, 4)
     row = results.summary["splits"]["even"]["particles"][0]
     assert row["refusal_rate"] == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert (row["num_unparsed"], row["num_failed"], row["num_direct_answer"]) == (1, 1, 3)
@@ -410,7 +413,7 @@ def test_unparsed_and_failed_verdicts_are_counted_and_left_out_of_every_rate():
 
 def test_with_one_sample_the_variance_is_reported_as_noisy_and_nothing_is_taken_off():
     prompts, responses = fabricated([[0, 1], [1, 1], [0, 0]], n=1)
-    results = summarise(prompts, responses, 2, 1)
+    results = summarise(prompts, responses, EVEN, 1)
     assert "noise included" in results.summary["disagreement_measure"]
     assert [row["disagreement"] for row in results.prompts] == [0.5, 0.0]
 
@@ -430,7 +433,7 @@ def test_the_table_and_the_page_show_everybody_on_every_split_and_escape_what_da
     counts = [[0, 4, 2, 0], [2, 4, 1, 4], [0, 1, 0, 3]]
     prompts, responses = fabricated(counts, n=4, labels=["a", "b"] * 2)
     prompts = [dataclasses.replace(p, split=f"{p.split}\x1b[2J{HOSTILE}", category=HOSTILE) for p in prompts]
-    results = summarise(prompts, responses, 2, 4, "side")
+    results = summarise(prompts, responses, EVEN, 4, "side")
     facts = {"judge": HOSTILE, "settings": {"x": HOSTILE}, "versions": {"torch": "2"}}
     table = write_refusal_report(tmp_path / "report.html", results, facts)
     for split in ("even", "odd"):
@@ -464,13 +467,13 @@ def test_it_reads_csv_as_people_publish_it_and_the_real_phrase_list_runs(config,
 def test_a_page_without_a_prompt_to_show_or_a_rate_to_draw_says_why(tmp_path):
     facts = {"judge": "j", "settings": {"model_name_or_path": "org/tiny"}, "versions": {}}
     prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2)
-    write_refusal_report(tmp_path / "alike" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    write_refusal_report(tmp_path / "alike" / "report.html", summarise(prompts, responses, EVEN, 2), facts)
     page = (tmp_path / "alike" / "report.html").read_text()
     assert "<title>alike: eval refusal of tiny</title>" in page
     assert "There is none: on no prompt do the particles differ by more than chance alone would make them." in page
     other = [(key, FAILED) for key in responses]
     prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2, other=other)
-    write_refusal_report(tmp_path / "failed" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    write_refusal_report(tmp_path / "failed" / "report.html", summarise(prompts, responses, EVEN, 2), facts)
     page = (tmp_path / "failed" / "report.html").read_text()
     assert "There is none: on no prompt has the judge labelled a response of every particle." in page
     assert "There is no picture: on no split has everybody a rate." in page
