@@ -3,6 +3,7 @@ from .adapted_maps import Rows as Rows
 from .borrowed_model import require_bare as require_bare
 from .captured import records as records, with_gradients as with_gradients
 from .config import AdapterConfig as AdapterConfig, EnsembleConfig as EnsembleConfig, ModelConfig as ModelConfig
+from .ensemble_file import is_distribution as is_distribution
 from .fingerprint import Fingerprint as Fingerprint, difference as difference, is_fingerprint as is_fingerprint
 from .lora_ensemble import LoraEnsemble as LoraEnsemble, sum_tokens as sum_tokens
 from .model_limits import (

@@ -43,6 +43,7 @@ class SavedAdapters:
     Attributes:
         config: keyword arguments of EnsembleConfig. adapters: (A [K, R, I], B [K, O, R]) by path.
         alpha: the alpha of the training; None if the folder does not say it. origins: the bases of the training.
+        weights: one for each particle; None if the folder does not say them.
     """
 
     directory: Path
@@ -50,6 +51,7 @@ class SavedAdapters:
     adapters: dict[str, tuple[Tensor, Tensor]]
     alpha: float | None
     origins: list[Origin]
+    weights: list[float] | None
 
 
 def write(
@@ -61,6 +63,7 @@ def write(
     base_model: str | None,
     base: Fingerprint | None,
     alpha: float | None,
+    weights: Sequence[float],
 ) -> None:
     """Write one PEFT folder for each particle, then ensemble.json. Once the new particles are on the disk, they replace
     those of an ensemble that was saved here before.
@@ -69,7 +72,7 @@ def write(
         model: the base; its weights may be on the meta device.
         adapters: (A [K, R, I], B [K, O, R]) by path.
         base_model: the name of the base, as others load it. base: its fingerprint.
-        alpha: the alpha that the adapters were trained with.
+        alpha: the alpha that the adapters were trained with. weights: one for each particle.
 
     Raises:
         ValueError: `directory` holds a particle folder that this program did not write. Then nothing was changed.
@@ -89,6 +92,7 @@ def write(
         content = {
             "particles": names,
             "alpha": alpha,
+            "particle_weights": list(weights),
             "seed": config.seed,
             "init": config.init,
             "base_model_name_or_path": base_model,
@@ -112,11 +116,12 @@ def read(directory: Path) -> SavedAdapters:
                 f"{directory}: the adapter of this folder itself is loaded, alone; those in {some(others)} are not",
                 stacklevel=3,
             )
-    seeds, alpha = {}, None
+    seeds, alpha, weights = {}, None, None
     if ensemble is not None:
         origins = [base_check.of_ensemble(directory / ENSEMBLE_FILE, ensemble)]
         ensemble_file.verify(directory, ensemble["sha256"])
         seeds, alpha = {"seed": ensemble["seed"], "init": ensemble["init"]}, ensemble.get("alpha")
+        weights = ensemble.get("particle_weights")
     configs = [peft_adapter.read_settings(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         different = [key for key in configs[0] if config[key] != configs[0][key]]
@@ -146,7 +151,7 @@ def read(directory: Path) -> SavedAdapters:
         _check_places(directory, folders)
         origins = [base_check.of_particle(folder / CONFIG_FILE, folder / TENSORS_FILE) for folder in folders]
     config = {"num_particles": len(folders), **configs[0], **seeds}
-    return SavedAdapters(directory, config, stacked, alpha, origins)
+    return SavedAdapters(directory, config, stacked, alpha, origins, weights)
 
 
 def num_particles(directory: Path) -> int:

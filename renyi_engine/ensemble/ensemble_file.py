@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from renyi_engine.core import files
 from renyi_engine.ensemble.peft_adapter import CONFIG_FILE, TENSORS_FILE, is_number
+from renyi_kernels.reference import SUM_TOLERANCE
 
 ENSEMBLE_FILE = "ensemble.json"
 _FORMAT = 2
@@ -30,7 +32,8 @@ def read(path: Path) -> dict[str, Any]:
     """The content of ensemble.json.
 
     Raises:
-        ValueError: it has another form or digest, or does not have one checksum for each file of each particle.
+        ValueError: it has another form or digest, its particle_weights are no distribution, or it does not have one
+            checksum for each file of each particle.
     """
     ensemble = files.read_json(path)
     kinds = {"format": int, "particles": list, "sha256": dict, "seed": int, "init": str}
@@ -54,6 +57,12 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: alpha: expected a finite number of at least 0, or null; got {alpha!r}")
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise ValueError(f"{path}: particles: expected distinct folder names; got {names}")
+    weights = ensemble.get("particle_weights")
+    if weights is not None and not is_distribution(weights, len(names)):
+        raise ValueError(
+            f"{path}: particle_weights: expected {len(names)} finite numbers of at least 0 with the sum 1, or null; "
+            f"got {weights!r}"
+        )
     for name in names:
         files.inside(path.parent, name)
     listed = {f"{name}/{file}" for name in names for file in (TENSORS_FILE, CONFIG_FILE)}
@@ -63,6 +72,16 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: sha256: expected one checksum for each file of each particle; missing or unexpected: {different}"
         )
     return ensemble
+
+
+def is_distribution(weights: Any, num_particles: int) -> bool:
+    """Whether these are the weights of so many particles: a list of finite numbers of at least 0, whose sum is 1."""
+    return (
+        isinstance(weights, list)
+        and len(weights) == num_particles
+        and all(is_number(weight) and weight >= 0 for weight in weights)
+        and abs(math.fsum(weights) - 1) <= SUM_TOLERANCE
+    )
 
 
 def verify(directory: Path, sha256: Mapping[str, str]) -> None:

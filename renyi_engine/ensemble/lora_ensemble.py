@@ -9,7 +9,7 @@ particle-major: [K, B, ...] flattened to [K*B, ...].
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from renyi_engine.core import Pool, is_out_of_memory
-from renyi_engine.ensemble import adapter_folder, architecture, base_check, captured, generation, packing_trial, targets
+from renyi_engine.ensemble import (
+    adapter_folder,
+    architecture,
+    base_check,
+    captured,
+    ensemble_file,
+    generation,
+    packing_trial,
+    targets,
+)
 from renyi_engine.ensemble.adapted_maps import Rows, by_input
 from renyi_engine.ensemble.architecture import Architecture
 from renyi_engine.ensemble.borrowed_model import Loan, claimed
@@ -53,6 +62,8 @@ class LoraEnsemble(nn.Module):
     >>> renyi_reduce(logp, alpha=0.8).loss.mean().backward()
     """
 
+    _weights: Tensor
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -78,6 +89,9 @@ class LoraEnsemble(nn.Module):
         inputs = {path: found.inputs[path] if path in found.once else found.inputs[path].clone() for path in maps}
         self.particles = ParticleMatrix(by_input(maps, inputs), adapters, _device(maps))
         """All parameters of all particles, in one matrix."""
+        K, device = config.num_particles, self.particles.values.device
+        uniform = torch.full((K,), 1 / K, dtype=torch.float64, device=device)
+        self.register_buffer("_weights", uniform, persistent=False)
         self.adapters = nn.ModuleDict()
         for path, stack in self.particles.stacks.items():
             self.adapters[path.replace(".", "/")] = stack  # torch allows no dot in a key of a ModuleDict
@@ -132,21 +146,29 @@ class LoraEnsemble(nn.Module):
                 base_check.check(saved.origins, model)
             ensemble = cls(model, config, {path: saved.adapters[path] for path in maps}, found)
             ensemble.alpha = saved.alpha
+            if saved.weights is not None:
+                ensemble.particle_weights = saved.weights
             ensemble._install()
         return ensemble
 
     def save_pretrained(self, directory: str | Path, *, alpha: float | None = None) -> None:
         """Write `directory`/p000, p001, ..., which PEFT and vLLM load, and then ensemble.json.
 
-        `alpha` is the alpha that the ensemble was trained with. If it is given, ensemble.json records it.
+        ensemble.json records `particle_weights` and, if it is given, `alpha`, with which the ensemble was trained.
 
         Raises:
             ValueError: `directory` holds a particle folder that `save_pretrained` did not write; alpha is negative or
                 not finite.
         """
-        name, base = self.model.config._name_or_path or None, self.base_fingerprint
         adapter_folder.write(
-            Path(directory), self.model, self.config, self.stacked(), base_model=name, base=base, alpha=alpha
+            Path(directory),
+            self.model,
+            self.config,
+            self.stacked(),
+            base_model=self.model.config._name_or_path or None,
+            base=self.base_fingerprint,
+            alpha=alpha,
+            weights=self._weights.tolist(),
         )
 
     def detach(self) -> PreTrainedModel:
@@ -164,6 +186,31 @@ class LoraEnsemble(nn.Module):
     @property
     def model(self) -> PreTrainedModel:
         return self._loan.model
+
+    @property
+    def particle_weights(self) -> Tensor:
+        """How much each particle counts in the mixture ``sum_k w_k p_k``: ``[K]``, fp64, on the particles' device. The
+        sum is 1. At first, and in folders that do not say them, they are 1/K each. While the adapters are off, it is
+        the weight of the base alone, ``[1]``.
+
+        It can be set to K numbers, or to a tensor ``[K]``. They are written into the same tensor, so graphs that were
+        recorded (see `captured`) go on with them.
+
+        Raises:
+            ValueError: what is set is no distribution over the K particles.
+        """
+        return torch.ones_like(self._weights[:1]) if self.rows is Rows.BASE else self._weights
+
+    @particle_weights.setter
+    def particle_weights(self, weights: Tensor | Sequence[float]) -> None:
+        given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+        K = self.config.num_particles
+        if not ensemble_file.is_distribution(given, K):
+            raise ValueError(
+                f"particle_weights: expected {K} finite numbers of at least 0 with the sum 1, one for each particle; "
+                f"got {given}; divide them by their sum"
+            )
+        self._weights.copy_(torch.tensor(given, dtype=torch.float64))
 
     @cached_property
     def base_fingerprint(self) -> Fingerprint:
@@ -429,8 +476,10 @@ class LoraEnsemble(nn.Module):
         return result
 
     def _apply(self, *args: Any, **kwargs: Any) -> LoraEnsemble:
+        weights = self._weights
         super()._apply(*args, **kwargs)
         self.particles.adopt()
+        self._weights = weights.to(self.particles.values.device)  # they stay in fp64
         return self
 
     # ------------------------------------------------------------------ hooks

@@ -16,6 +16,7 @@ from .scoring import (
     Evaluation as Evaluation,
     Scorer as Scorer,
     evaluate as evaluate,
+    mean_particle as mean_particle,
     means as means,
     sums as sums,
 )

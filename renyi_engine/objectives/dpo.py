@@ -50,7 +50,8 @@ MARGIN = Metric("rewards/margins", "nats", better="higher")
 CHOSEN_LOGP, REJECTED_LOGP = Metric("logps/chosen", "nats"), Metric("logps/rejected", "nats")
 ACCURACY = Metric("rewards/accuracies", "fraction of the pairs", better="higher")
 MIXTURE_ACCURACY = Metric("rewards/mixture_accuracies", "fraction of the pairs", better="higher")
-"""The accuracy of the mixture, which takes the particles' mean probability of the preference."""
+"""The accuracy of the mixture, which takes the mean of the particles' probabilities of the preference, by their
+weights."""
 
 FORMS = ("prompt + chosen + rejected", "chosen + rejected")
 
@@ -179,7 +180,7 @@ class DpoTask:
             MARGIN: margins,
             CHOSEN_LOGP: logp[..., 0],
             REJECTED_LOGP: logp[..., 1],
-            MIXTURE_ACCURACY: (s.exp().mean(dim=0) > 0.5).float(),
+            MIXTURE_ACCURACY: (ensemble.particle_weights @ s.exp().double() > 0.5).float(),
         }
         return Scores(s, {metric.name: details[metric].detach() for metric in self.details})
 

@@ -22,33 +22,35 @@ from renyi_kernels import renyi_reduce
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Log-likelihoods logp [K, N] in nats, on CPU, of examples with num_labels [N] labels, each one a `unit`; and what
-    else the task says of them, each [K, N], or [N] where it is the mixture's."""
+    """Log-likelihoods logp [K, N] in nats, on CPU, of examples with num_labels [N] labels, each one a `unit`; what else
+    the task says of them, each [K, N], or [N] where it is the mixture's; and the weights [K] that the particles had."""
 
     rows: list[int]
     unit: str
     num_labels: Tensor
     logp: Tensor
     details: dict[str, Tensor]
+    particle_weights: Tensor
 
     def summary(self, alpha: float) -> dict[str, Any]:
-        """Losses and spread under the names of `metrics`; a token's NLL is the corpus total over its tokens."""
-        coupled = renyi_reduce(self.logp, alpha)
+        """Losses and spread under the names of `metrics`; a token's NLL is the corpus total over its tokens. Means over
+        the particles are by their weights, so the mean particle's NLL is the loss at alpha = 0 (Lemma 1)."""
+        coupled = renyi_reduce(self.logp, alpha, weights=self.particle_weights)
         return {
             LOSS.name: coupled.loss.mean().item(),
             **self._nll(),
             ESS.name: coupled.ess.mean().item(),
             "num_examples": len(self.rows),
-            **means(sums(self.details), len(self.rows)),
+            **means(sums(self.details), len(self.rows), self.particle_weights.tolist()),
         }
 
     def _nll(self) -> dict[str, Any]:
         names, num_labels = nll_per(self.unit), int(self.num_labels.sum())
-        particles = -self.logp.sum(dim=1) / num_labels
+        particles, weights = (-self.logp.sum(dim=1) / num_labels).tolist(), self.particle_weights
         return {
-            names.mixture.name: renyi_reduce(self.logp, 1.0).loss.sum().item() / num_labels,
-            names.mean_particle.name: particles.mean().item(),
-            names.particles.name: particles.tolist(),
+            names.mixture.name: renyi_reduce(self.logp, 1.0, weights=weights).loss.sum().item() / num_labels,
+            names.mean_particle.name: mean_particle(particles, weights.tolist()),
+            names.particles.name: particles,
         }
 
 
@@ -57,16 +59,23 @@ def sums(details: Mapping[str, Tensor]) -> dict[str, float | list[float]]:
     return {name: values.sum(dim=-1).tolist() for name, values in details.items()}
 
 
-def means(totals: Mapping[str, float | list[float]], num_examples: int) -> dict[str, Any]:
-    """Means over examples, from `sums`: of what is [K, N], the mean over particles too, and then each particle's."""
+def means(totals: Mapping[str, float | list[float]], num_examples: int, weights: Sequence[float]) -> dict[str, Any]:
+    """Means over examples, from `sums`: of what is [K, N], the `mean_particle` too, and then each particle's."""
     found: dict[str, Any] = {}
     for name, total in totals.items():
         if isinstance(total, list):
-            found[name] = sum(total) / len(total) / num_examples
+            found[name] = mean_particle(total, weights) / num_examples
             found[of_particles(name)] = [value / num_examples for value in total]
         else:
             found[name] = total / num_examples
     return found
+
+
+def mean_particle(values: Sequence[float], weights: Sequence[float]) -> float:
+    """sum_k w_k v_k of one value for each particle. A particle of weight 0 does not count, whatever its value. Equal
+    weights give the plain mean, bit for bit."""
+    counted = [(weight / max(weights), value) for weight, value in zip(weights, values, strict=True) if weight > 0]
+    return sum(share * value for share, value in counted) / sum(share for share, _ in counted)
 
 
 class Scorer:
@@ -108,7 +117,8 @@ class Scorer:
         }
         num_labels = torch.tensor([example.num_labels for example in self.examples])
         rows = [example.row for example in self.examples]
-        return Evaluation(rows, self.task.unit, num_labels, scored.pop("logp"), scored)
+        weights = self.ensemble.particle_weights.cpu()
+        return Evaluation(rows, self.task.unit, num_labels, scored.pop("logp"), scored, weights.clone())
 
     def _batch(self, part: Sequence[int]) -> Mapping[str, Tensor]:
         return batch_of(self.task, self.ensemble, [self.examples[i] for i in part])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from renyi_engine import base_model
 from renyi_engine.core import CONFIG_FILE, changes, output_folder, parse, read_yaml
-from renyi_engine.ensemble import adapter_folder, is_fingerprint, is_number, targets
+from renyi_engine.ensemble import adapter_folder, is_distribution, is_fingerprint, is_number, targets
 from renyi_engine.training import checkpoint
 from renyi_engine.training.config import CONFIGS, TrainConfig
 from renyi_engine.training.records import kind_of
@@ -47,11 +47,14 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
     adapters, state = checkpoint.adapters(path), checkpoint.read_state(path)
     alpha: Any = state.get("alpha")
     base, trained = state.get("base"), state.get("ensemble", {})
+    # checkpoints of earlier versions have no weights
+    weights = state.get("particle_weights", [1 / config.num_particles] * config.num_particles)
     is_valid = is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base)) and isinstance(trained, dict)
-    if not is_valid:
+    if not (is_valid and is_distribution(weights, config.num_particles)):
         raise ValueError(
             f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, base, the fingerprint of a base, "
-            "and ensemble, the settings of an ensemble; restore the file"
+            "ensemble, the settings of an ensemble, and particle_weights, numbers of at least 0 with the sum 1, one "
+            "for each particle; restore the file"
         )
     try:
         skeleton = base_model.skeleton(config)
@@ -68,6 +71,7 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
             base_model=config.model_name_or_path,
             base=base,
             alpha=alpha,
+            weights=weights,
         )
     return output
 

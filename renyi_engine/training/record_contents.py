@@ -56,7 +56,7 @@ def step_record(
     return {
         STEP.name: state.step,
         EPOCH.name: epoch,
-        **window.means(task),
+        **window.means(task, result.particle_weights.tolist()),
         ALPHA.name: state.alpha,
         ALPHA_OF_STEPS.name: window.alphas,
         **({} if window.alpha_star is None else {ALPHA_STAR.name: window.alpha_star}),

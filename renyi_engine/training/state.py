@@ -5,10 +5,11 @@ Layout: K particles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from renyi_engine.objectives import ESS, LOSS, Task, means, sums
+from renyi_engine.objectives import ESS, LOSS, Task, mean_particle, means, sums
 from renyi_engine.training.train_step import StepResult
 
 
@@ -39,16 +40,17 @@ class Window:
                 total += before
             self.totals[name] = total
 
-    def means(self, task: Task) -> dict[str, Any]:
-        """What `metrics_of(task)` lists: means over the examples, and of negative log-likelihoods over the labels."""
+    def means(self, task: Task, weights: Sequence[float]) -> dict[str, Any]:
+        """What `metrics_of(task)` lists: means over the examples, and of negative log-likelihoods over the labels.
+        Means over the particles are by these `weights`."""
         particles = [nll / self.labels for nll in self.totals["particles"]]
         return {
             LOSS.name: self.totals["loss"] / self.examples,
             task.nll.mixture.name: self.totals["mixture"] / self.labels,
-            task.nll.mean_particle.name: sum(particles) / len(particles),
+            task.nll.mean_particle.name: mean_particle(particles, weights),
             task.nll.particles.name: particles,
             ESS.name: self.totals["ess"] / self.examples,
-            **means({metric.name: self.totals[metric.name] for metric in task.details}, self.examples),
+            **means({metric.name: self.totals[metric.name] for metric in task.details}, self.examples, weights),
         }
 
 

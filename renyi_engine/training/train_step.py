@@ -35,6 +35,7 @@ class StepResult:
         norms: [K], nats; the norm of each particle's own gradient (see `train_step`), before it was clipped.
         spike: a scalar; whether the mean mixture_nll of the examples was above the largest one that is allowed.
         updated: [K]; which particles were updated.
+        particle_weights: [K]; those of the particles after the step.
     """
 
     logp: Tensor
@@ -46,6 +47,7 @@ class StepResult:
     norms: Tensor
     spike: Tensor
     updated: Tensor
+    particle_weights: Tensor
 
 
 def micro_step(ensemble: LoraEnsemble, task: Task, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,6 +143,7 @@ def train_step(
         norms=norms,
         spike=spike,
         updated=updated,
+        particle_weights=ensemble.particle_weights,
     )
 
 
