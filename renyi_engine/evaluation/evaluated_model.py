@@ -27,6 +27,11 @@ class Subject:
     num_particles: int
     alpha: float | None
 
+    @property
+    def particle_weights(self) -> list[float]:
+        """[K]; empty if only the base is evaluated."""
+        return self.ensemble.particle_weights.tolist() if self.num_particles else []
+
     def require_alpha(self) -> float:
         """alpha. Raises ValueError if it is not known."""
         if self.alpha is None:
@@ -52,10 +57,10 @@ def load_subject(config: EvalConfig) -> Subject:
 
 
 def particle_weights(directory: Path) -> list[float]:
-    """The weights of the particles that `LoraEnsemble.from_pretrained` would find in `directory`; this reads no adapter.
+    """The weights of the particles that `LoraEnsemble.from_pretrained` would find in `directory`. No adapter is read.
 
     Raises:
-        ValueError: as there.
+        ValueError: `directory` holds no particles, or its ensemble.json is damaged.
     """
     num_particles = adapter_folder.num_particles(directory)  # and ensemble.json has been checked
     path = directory / adapter_folder.ENSEMBLE_FILE

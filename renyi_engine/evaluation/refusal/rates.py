@@ -99,10 +99,10 @@ def sampling_noise(p: Array, judged: NDArray[np.int64], weights: Array | None = 
 def disagreement(p: Array, judged: NDArray[np.int64], weights: Array | None = None) -> Array:
     """How much the particles disagree about refusing each prompt, [N]: var_k p[k, i] minus the noise of the draws.
 
-    Prompts are ranked by this number. Up to the factor 1 - sum_k w_k^2, it estimates the epistemic part of the law of
-    total variance, p (1 - p) = sum_k w_k (p_k - p)^2 + sum_k w_k p_k (1 - p_k). It has the scale of the paper's variance
-    and no bias, so means over prompts make sense; for a single prompt it may be below 0. The mutual information of
-    verdict and particle would say the same in nats. But estimated from n draws it is too large by about
+    Prompts are ranked by this number. Times 1 - sum_k w_k^2, it estimates the epistemic part of the law of total
+    variance, p (1 - p) = sum_k w_k (p_k - p)^2 + sum_k w_k p_k (1 - p_k). It has the scale of the paper's variance and
+    no bias, so means over prompts make sense; for a single prompt it may be below 0. The mutual information of verdict
+    and particle would say the same in nats. But estimated from n draws it is too large by about
     (1 - sum_k w_k^2) / (2 n), and this error matters most where the particles do not differ.
 
     NaN where a particle has fewer than two verdicts: then the noise cannot be estimated.

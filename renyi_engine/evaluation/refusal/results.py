@@ -29,7 +29,7 @@ CORRECTED = "variance within the prompt, less its sampling noise"
 class Results:
     """What results.json and the lines of prompts.jsonl hold. A number that is not defined is null.
 
-    summary: num_particles, particle_weights (null without particles), num_samples and disagreement_measure, and
+    summary: num_particles, particle_weights, num_samples and disagreement_measure, and
         splits: for each split num_prompts, and the numbers of base, ensemble (null without particles) and particles.
             Each of these holds refusal_rate and the counts of verdicts. The ensemble also holds
             variance_over_particles, variance_within_prompts and disagreement, the last without the noise of the draws.
@@ -88,7 +88,7 @@ def summarise(
         }
     summary = {
         "num_particles": num_particles,
-        "particle_weights": list(particle_weights) or None,
+        "particle_weights": list(particle_weights),
         "num_samples": num_samples,
         "disagreement_measure": CORRECTED if num_samples > 1 else NOISY,
         "splits": splits,

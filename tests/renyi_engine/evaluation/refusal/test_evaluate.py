@@ -411,6 +411,50 @@ def test_unparsed_and_failed_verdicts_are_counted_and_left_out_of_every_rate():
     assert [row["num_not_judged"] for row in results.prompts] == [2, 0, 1]
 
 
+def test_a_particle_of_weight_0_is_as_if_it_were_not_there(tmp_path):
+    counts = [[3, 0, 2, 4], [1, 1, 1, 0], [0, 4, 4, 3], [2, 2, 2, 1]]
+    silent = [((i, 1, s), FAILED) for i in range(4) for s in range(4)]  # particle 1 has no verdict at all
+    prompts, responses = fabricated(counts, 4, "abab", silent)
+    whole = summarise(prompts, responses, (0.75, 0.0, 0.25), 4, "side")
+    prompts, responses = fabricated([counts[0], *counts[2:]], 4, "abab")
+    without = summarise(prompts, responses, (0.75, 0.25), 4, "side")
+    assert whole.summary["auroc"] == without.summary["auroc"]
+    for split, of_whole in whole.summary["splits"].items():
+        of_without = without.summary["splits"][split]
+        assert of_whole["ensemble"] == of_without["ensemble"]
+        assert [of_whole["particles"][k] for k in (0, 2)] == of_without["particles"]
+    for row, expected in zip(whole.prompts, without.prompts, strict=True):
+        first, last = expected["particle_refusal_rates"]
+        assert row == expected | {"particle_refusal_rates": [first, None, last], "num_not_judged": 4}
+    # by hand: prompt 0, rates 3/4 and 0
+    assert whole.prompts[0]["ensemble_refusal_rate"] == pytest.approx(0.75 * 3 / 4)
+    assert whole.prompts[0]["variance_within_prompt"] == pytest.approx((3 / 4) ** 2 / 2)
+    facts = {"judge": "j", "settings": {}, "versions": {}}
+    write_refusal_report(tmp_path / "report.html", whole, facts)
+    page = (tmp_path / "report.html").read_text()
+    assert "unequal weights, from 0 (particle 1) to 0.75 (particle 0)." in page
+    assert "0.75 (0)" in page  # the particle that refuses most
+
+
+def test_when_weights_change_the_stored_responses_are_counted_by_the_new_ones(config, judge, save_particles, tmp_path):
+    again = config(ensemble=str(tmp_path / "particles"))
+    ensemble = save_particles(tmp_path / "particles", lora_alpha=400)
+    evaluate_refusal(again)
+    run = tmp_path / "run"
+    before = {name: (run / name).read_text() for name in ("responses.jsonl", "results.json")}
+    ensemble.particle_weights = [0.25, 0.75, 0.0]
+    ensemble.save_pretrained(tmp_path / "particles", alpha=0.8)
+    evaluate_refusal(again)
+    assert (run / "responses.jsonl").read_text() == before["responses.jsonl"]
+    old, new = json.loads(before["results.json"]), json.loads((run / "results.json").read_text())
+    assert (old["particle_weights"], new["particle_weights"]) == ([1 / 3] * 3, [0.25, 0.75, 0.0])
+    for split in ("safe", "unsafe"):
+        of_old, of_new = old["splits"][split], new["splits"][split]
+        assert of_new["particles"] == of_old["particles"]
+        first, second, _ = (row["refusal_rate"] for row in of_new["particles"])
+        assert of_new["ensemble"]["refusal_rate"] == pytest.approx(first / 4 + 3 * second / 4)
+
+
 def test_with_one_sample_the_variance_is_reported_as_noisy_and_nothing_is_taken_off():
     prompts, responses = fabricated([[0, 1], [1, 1], [0, 0]], n=1)
     results = summarise(prompts, responses, EVEN, 1)
