@@ -5,7 +5,7 @@ Layout: K particles, P numbers of one particle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Trainable(Protocol):
     def model(self) -> PreTrainedModel: ...
     @property
     def rows(self) -> Rows: ...
+    def buffers(self) -> Iterator[Tensor]: ...
 
 
 APART = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -100,7 +101,8 @@ def captured(ensemble: Trainable, function: Function, *, compared: Sequence[str]
         return [particles.gradients] if torch.is_grad_enabled() else []
 
     def read() -> list[Tensor]:
-        return [particles.values, *([] if particles.copy is None else [particles.copy]), *base]
+        copy = [] if particles.copy is None else [particles.copy]
+        return [particles.values, *copy, *ensemble.buffers(), *base]
 
     def mode() -> tuple[object, ...]:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)

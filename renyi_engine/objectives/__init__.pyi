@@ -11,6 +11,11 @@ from .alpha import (
 from .dpo import ACCURACY as ACCURACY, MARGIN as MARGIN, DpoTask as DpoTask
 from .loss import data_term as data_term
 from .metrics import ESS as ESS, EVAL as EVAL, LOSS as LOSS, Metric as Metric, Nll as Nll, nll_per as nll_per
+from .particle_weights import (
+    AVERAGING_RATE as AVERAGING_RATE,
+    averaged as averaged,
+    fit_particle_weights as fit_particle_weights,
+)
 from .prior import PriorName as PriorName, potential_curvature as potential_curvature, prior_term as prior_term
 from .scoring import (
     Evaluation as Evaluation,

@@ -76,6 +76,7 @@ class EssController(Coupling):
 
     After each step alpha moves to the value at which the examples of the last `POOL_STEPS` steps have this mean. It
     rises by a factor of at most `MAX_RISE`, falls by at most `MAX_FALL`, and stays from `MIN_ALPHA` to `alpha_max`.
+    The particles have equal weights: with others the ESS is below K even at alpha = 0, and may rise with alpha.
 
     Raises:
         ValueError: K particles cannot have this `target`, or `alpha` is not from `MIN_ALPHA` to `alpha_max`.

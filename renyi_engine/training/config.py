@@ -68,6 +68,18 @@ class TrainConfig(AdapterConfig):
         group="advanced",
     )
 
+    particle_weights: Literal["uniform", "learned"] = flag(
+        "uniform",
+        "How much each particle counts in the mixture. 'uniform': 1 / num_particles each. 'learned': as much as the "
+        "share of the examples that it is responsible for, averaged over the last steps.",
+        group="ensemble",
+    )
+    particle_weight_floor: float = flag(
+        0.1,
+        "The smallest weight that a particle may learn, times num_particles. 0 lets particles lose all their weight.",
+        group="advanced",
+    )
+
     alpha_schedule: ScheduleName = flag(
         "constant",
         "'linear' and 'cosine' raise alpha from alpha_0 to alpha in its warm-up.",
@@ -250,6 +262,8 @@ class TrainConfig(AdapterConfig):
         )  # fmt: skip
         require(self, not_negative, "a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
         require(self, ("adam_beta1", "adam_beta2"), "a number from 0 to 1, 1 excluded", lambda v: 0 <= v < 1)
+        require(self, ("particle_weight_floor",), "a number from 0 to 1, 1 excluded", lambda v: 0 <= v < 1)
+        self._check_learned_weights()
         self.coupling(total_steps=1, estimate=float)  # alpha_controller, and what goes with it
 
     def coupling(self, total_steps: int, estimate: Callable[[int], float]) -> Coupling:
@@ -275,6 +289,22 @@ class TrainConfig(AdapterConfig):
         if name == "ess":
             return EssController(value, self.num_particles, self.alpha, self.alpha_max)
         return AlphaStarController(value, self.alpha_max, self.alpha_star_steps, estimate)
+
+    def _check_learned_weights(self) -> None:
+        """Raise ValueError if weights are to be learned, but the coupling does not allow it."""
+        if self.particle_weights == "uniform":
+            return
+        from_0 = self.alpha_schedule == "constant" or self.alpha_0 == 0
+        if self.alpha == 0 and from_0 and self.alpha_controller is None:
+            raise ValueError(
+                "particle_weights: at alpha 0 the responsibilities are the weights, so nothing can be learned; give an "
+                "alpha above 0, or leave particle_weights at uniform"
+            )
+        if self.alpha_controller is not None and parse_controller(self.alpha_controller)[0] == "ess":
+            raise ValueError(
+                f"particle_weights: learned weights change the effective sample size by themselves, so "
+                f"alpha_controller {self.alpha_controller!r} cannot steer it; leave out one of the two"
+            )
 
     @classmethod
     def in_todays_words(cls, saved: Mapping[str, Any]) -> dict[str, Any]:

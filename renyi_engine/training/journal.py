@@ -71,7 +71,8 @@ class Journal:
         state, config = self.state, self.config
         if not state.window.examples or last is None:
             return
-        record = record_contents.step_record(state, self.task, last, learning_rate, epoch, self.clock)
+        learns_weights = config.particle_weights == "learned"
+        record = record_contents.step_record(state, self.task, last, learning_rate, learns_weights, epoch, self.clock)
         self.run.records.log(record)
         at_alpha = f"  alpha {state.alpha:.3g}" if config.alpha_varies else ""
         self.progress.show(record, self.task.headline(record) + at_alpha)

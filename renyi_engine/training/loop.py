@@ -240,6 +240,7 @@ class Loop:
             return True
         self.state.recent_nlls = self.steps.recent_nlls.known()
         state = self.state.saved()
+        state["particle_weights"] = self.ensemble.particle_weights.tolist()
         state |= {"coupling": self.coupling.state(), "base": self.ensemble.base_fingerprint}
         state |= {"data_sha256": self.dataset.sha256, "ensemble": asdict(self.ensemble.config)}
         if callbacks := self.callbacks.saved_states():
@@ -279,6 +280,8 @@ class Loop:
         del saved["data_sha256"]  # compared before the model was loaded
         saved.pop("ensemble", None)  # for `export`; the settings of the run were compared
         require_same_base(path, saved.pop("base", None), self.ensemble.base_fingerprint)
+        if "particle_weights" in saved:  # checkpoints of earlier versions have none
+            self.ensemble.particle_weights = saved.pop("particle_weights")
         self.coupling.restore(saved.pop("coupling"))
         self.callbacks.restore(saved.pop("callbacks", []))
         try:

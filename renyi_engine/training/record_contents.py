@@ -19,6 +19,7 @@ from renyi_engine.training.records import (
     EPOCH,
     GRAD_NORM,
     LEARNING_RATE,
+    PARTICLE_WEIGHTS,
     PRIOR,
     SKIPPED_UPDATES,
     STEP,
@@ -49,7 +50,13 @@ class Clock:
 
 
 def step_record(
-    state: State, task: Task, result: StepResult, learning_rate: float, epoch: float, clock: Clock
+    state: State,
+    task: Task,
+    result: StepResult,
+    learning_rate: float,
+    learns_weights: bool,
+    epoch: float,
+    clock: Clock,
 ) -> dict[str, Any]:
     """A line of metrics: means over the window, and beside them `result` and `learning_rate` of its last step."""
     window = state.window
@@ -64,6 +71,7 @@ def step_record(
         LEARNING_RATE.name: learning_rate,
         GRAD_NORM.name: result.norms.tolist(),
         SKIPPED_UPDATES.name: state.skipped,
+        **({PARTICLE_WEIGHTS.name: result.particle_weights.tolist()} if learns_weights else {}),
         TOKENS.name: state.tokens,
         **clock.next_window(),
     }

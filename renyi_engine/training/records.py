@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from renyi_engine.core import CONFIG_FILE, files, read_json, read_yaml, reason
+from renyi_engine.ensemble import is_distribution
 from renyi_engine.objectives import (
     EVAL,
     DpoTask,
@@ -48,6 +49,7 @@ STEP, EPOCH = Metric("step", "steps"), Metric("epoch", "passes over the data")
 ALPHA, ALPHA_OF_STEPS, ALPHA_STAR = Metric("alpha", ""), Metric("alpha_of_steps", ""), Metric("alpha_star", "")
 PRIOR, LEARNING_RATE = Metric("prior_nats", "nats"), Metric("learning_rate", "")
 GRAD_NORM = Metric("grad_norm", "nats", per_particle=True)
+PARTICLE_WEIGHTS = Metric("particle_weights", "", per_particle=True)
 SKIPPED_UPDATES = Metric("skipped_updates", "updates", per_particle=True)
 TOKENS, TOKENS_PER_S = Metric("tokens", "tokens"), Metric("tokens_per_s", "tokens a second")
 ELAPSED = Metric("elapsed_s", "seconds")
@@ -82,6 +84,7 @@ class Records:
             "example_ids": evaluation.rows,
             "texts": texts,
             "num_labels": evaluation.num_labels.tolist(),
+            "particle_weights": evaluation.particle_weights.tolist(),
             "logp_nats": evaluation.logp.tolist(),
         }
         files.write_json(self.run / EVALUATION_FILE, files.finite(found))
@@ -141,6 +144,11 @@ class Run(NamedTuple):
         return self.rule != f"{self.alpha:g}"
 
     @property
+    def learns_weights(self) -> bool:
+        """Whether the particles' weights were learned, and not 1/K all the time."""
+        return self.config.get("particle_weights") == "learned"
+
+    @property
     def task(self) -> type[Task]:
         return TASKS[self.kind]
 
@@ -171,7 +179,7 @@ def is_evaluation(record: Record) -> bool:
 
 def numbers(record: Record, task: type[Task]) -> dict[str, float]:
     """The finite numbers of a line of metrics.jsonl; those of particles as NAME/p000, NAME/p001, ..."""
-    declared = [*metrics_of(task), GRAD_NORM, SKIPPED_UPDATES]
+    declared = [*metrics_of(task), GRAD_NORM, SKIPPED_UPDATES, PARTICLE_WEIGHTS]
     per_particle = {prefix + metric.name for metric in declared if metric.per_particle for prefix in ("", EVAL)}
     found: dict[str, float] = {}
     for name, value in record.items():
@@ -227,7 +235,8 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
 
 
 def _read_evaluation(path: Path, K: int) -> Record | None:
-    """evaluation.json: logp as an array [K, N], a name and a text for each example; None if there is no such file."""
+    """evaluation.json: logp as an array [K, N], the particles' weights [K], a name and a text for each example; None if
+    there is no such file."""
     if not path.is_file():
         return None
     found = read_json(path)
@@ -239,8 +248,11 @@ def _read_evaluation(path: Path, K: int) -> Record | None:
         texts = [str(text) for text in found.get("texts", [""] * len(names))]
         if not len(names) == len(texts) == logp.shape[1]:
             raise ValueError(f"{len(names)} example_ids and {len(texts)} texts for {logp.shape[1]} examples")
+        weights = found.get("particle_weights", [1 / K] * K)  # files of earlier versions have none
+        if not is_distribution(weights, K):
+            raise ValueError(f"particle_weights are not {K} numbers of at least 0 with the sum 1")
         facts = {"step": int(found["step"]), "split": str(found["split"]), "alpha": float(found["alpha"])}
-        return {"logp": logp, "names": names, "texts": texts, **facts}
+        return {"logp": logp, "weights": np.array(weights), "names": names, "texts": texts, **facts}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); evaluate again or remove the file") from None
 

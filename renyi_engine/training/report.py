@@ -13,7 +13,7 @@ from pathlib import Path
 from renyi_engine.objectives import ACCURACY, ESS, EVAL, MARGIN
 from renyi_engine.reports import Table, page
 from renyi_engine.training import report_pictures
-from renyi_engine.training.records import Run, number, read_run
+from renyi_engine.training.records import PARTICLE_WEIGHTS, Run, number, read_run
 
 
 def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None, tables: Sequence[Table] = ()) -> Path:
@@ -73,9 +73,15 @@ def _found(run: Run) -> str:
         return f"{begin}nothing was recorded."
     if run.K == 1:
         return f"{begin}its one particle has an NLL of {mean:.3g} nats a {run.unit}."
+    weights = run.train[-1].get(PARTICLE_WEIGHTS.name)
+    of_weights = ""
+    if run.learns_weights and isinstance(weights, list):
+        listed = ", ".join(f"{number(weight):.3f}" for weight in weights)
+        of_weights = f" In the end the particles count in the mixture with the weights {listed}."
     return (
         f"{begin}the particles together (the mixture) have an NLL of {mixture:.3g} nats a {run.unit}, a particle by "
         f"itself {mean:.3g}. An example is divided among {ess:.1f} of the {run.K} particles."
+        f"{of_weights}"
     )
 
 

@@ -30,6 +30,7 @@ from renyi_engine.training.records import (
     ALPHA_OF_STEPS,
     ALPHA_STAR,
     GRAD_NORM,
+    PARTICLE_WEIGHTS,
     SKIPPED_UPDATES,
     STEP,
     Record,
@@ -41,9 +42,11 @@ MAX_POINTS = 400  # of a line
 CONFIDENT = 0.9  # responsibility from which one particle is said to hold an example
 
 
-def responsibilities(logp_nats: Array, alpha: float) -> Array:
-    """Responsibilities [K, N], exactly as training takes them: softmax over particles of alpha * logp (8)."""
-    return data_term(torch.from_numpy(logp_nats), alpha, logp_nats.shape[1])[1].responsibilities.numpy()
+def responsibilities(logp_nats: Array, alpha: float, weights: Array | None = None) -> Array:
+    """Responsibilities [K, N], exactly as training takes them: w_k exp(alpha logp) in proportion (8).
+    weights: [K]; None: 1/K each."""
+    s, w = torch.from_numpy(logp_nats), None if weights is None else torch.from_numpy(weights)
+    return data_term(s, alpha, logp_nats.shape[1], w)[1].responsibilities.numpy()
 
 
 @pictures.style()
@@ -56,6 +59,7 @@ def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
         "margin": _line_plots(runs, "margin", MARGIN.unit, _draw_margin),
         "ess": _line_plots(runs, "ess", ESS.unit, _draw_ess),
         "alpha": _line_plots(runs, "alpha", "alpha", _draw_alpha),
+        "weights": _line_plots(runs, "weights", "weight", _draw_weights),
         "trained": [_heat_map(run, f"trained{i}", at_one=False) for i, run in enumerate(runs)],
         "at-one": [_heat_map(run, f"at-one{i}", at_one=True) for i, run in enumerate(runs)],
         "grad": _line_plots(runs, "grad", "norm", _draw_grad),
@@ -64,6 +68,8 @@ def draw(runs: Sequence[Run]) -> dict[str, list[Picture]]:
         del sections["accuracy"], sections["margin"]
     if not any(run.alpha_varied for run in runs):
         del sections["alpha"]
+    if not any(run.learns_weights for run in runs):
+        del sections["weights"]
     # at alpha 0 the first heat map is one flat colour, at 1 it is the second one
     if all(run.evaluation is None or run.evaluation["alpha"] in (0.0, 1.0) for run in runs):
         del sections["trained"]
@@ -177,6 +183,16 @@ def _draw_alpha(run: Run, ax: Any) -> str:
     return f"Set by {run.rule}; circles are the estimates of the critical alpha, at the next logged step."
 
 
+def _draw_weights(run: Run, ax: Any) -> str:
+    if not run.learns_weights:
+        return f"No picture: the weights of this run were not learned, but 1/{run.K} all the time."
+    _trace(run, ax, PARTICLE_WEIGHTS, particle_colours(run.K), bare=True, linewidth=1.4)
+    if np.isfinite(ax.dataLim.get_points()).all():
+        _mark_limit(ax, 1 / run.K, "1/K", 3, "bottom")
+        ax.set_ylim(bottom=0)
+    return ""
+
+
 def _draw_grad(run: Run, ax: Any) -> str:
     if not (_values(run.train, GRAD_NORM, run.K) > 0).any():
         return ""
@@ -220,17 +236,17 @@ def _heat_map(run: Run, name: str, *, at_one: bool) -> Picture:
     measured = np.isfinite(found["logp"]).any(axis=0)
     if not measured.any():
         return Picture("", "No heat map: the evaluation has no finite log-likelihood.")
-    logp = found["logp"][:, measured]
-    alpha, posterior = 1.0 if at_one else found["alpha"], responsibilities(logp, 1.0)
+    logp, weights = found["logp"][:, measured], found["weights"]
+    alpha, posterior = 1.0 if at_one else found["alpha"], responsibilities(logp, 1.0, weights)
     order, N = order_examples(posterior), posterior.shape[1]
-    shown = responsibilities(logp, alpha)[:, order]
+    shown = responsibilities(logp, alpha, weights)[:, order]
     figure, ax = pictures.responsibility_map(shown, xlabel="examples, grouped by leading particle")
     led = np.bincount(posterior.argmax(axis=0), minlength=K)
     if alpha > 0:
         pictures.mark_leads(ax, led.tolist())
     note = f"{N:,} {found['split']} examples after step {found['step']:,}, at alpha = {alpha:.4g}. "
     if alpha == 0:
-        note += "At alpha = 0 every particle has 1/K of every example by definition."
+        note += "At alpha = 0 every particle has its weight as its responsibility for every example, by definition."
     else:
         ess, held = (1 / (shown**2).sum(axis=0)).mean(), (shown.max(axis=0) > CONFIDENT).mean()
         note += (

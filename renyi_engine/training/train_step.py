@@ -18,7 +18,7 @@ from torch import Tensor
 
 from renyi_engine.core import must_fit
 from renyi_engine.ensemble import LoraEnsemble, with_gradients
-from renyi_engine.objectives import Task, data_term, prior_term
+from renyi_engine.objectives import AVERAGING_RATE, Task, averaged, data_term, prior_term
 from renyi_engine.training.config import TrainConfig
 from renyi_engine.training.particle_optim import clip_grad_norms_, step_healthy
 from renyi_kernels import renyi_reduce
@@ -51,15 +51,17 @@ class StepResult:
 
 
 def micro_step(ensemble: LoraEnsemble, task: Task, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The loss of one micro-batch, and what is measured of it. `inputs`: the batch, and beside it ``alpha`` and
-    ``num_examples``, the number of examples in all micro-batches together.
+    """The loss of one micro-batch, and what is measured of it. `inputs`: the batch, and beside it ``alpha``,
+    ``num_examples``, the number of examples in all micro-batches together, and ``particle_weights`` [K].
 
     Returns:
         loss: a scalar, to be differentiated; see `train_step`. losses, ess: [examples]. logp: [K, examples], nats.
         And the task's details.
     """
-    scores = task.score(ensemble, inputs)
-    loss, reduction = data_term(scores.logp, inputs["alpha"], inputs["num_examples"])
+    scores, weights = task.score(ensemble, inputs), inputs["particle_weights"]
+    if scores.logp.requires_grad:
+        scores.logp.register_hook(partial(_divided_by_weights, weights))
+    loss, reduction = data_term(scores.logp, inputs["alpha"], inputs["num_examples"], weights)
     figures = {"losses": reduction.loss, "ess": reduction.ess, "logp": reduction.logp}
     return {"loss": ensemble.config.num_particles * loss, **figures, **scores.details}
 
@@ -79,10 +81,20 @@ def train_step(
 ) -> StepResult:
     """One optimizer step of all K particles: eq. (19), its gradient (21), and an update of each particle by itself.
 
-    The gradients are K times those of (19) with its prior. Both are means over the particles, so without the factor a
-    particle would get, at alpha = 0, only 1/K of the gradient that it has when it is trained alone. With the factor, a
-    particle's norm, its clipping and the epsilon of AdamW mean the same as for one adapter that is trained alone, and
-    at alpha = 0 the step is exactly K steps of single adapters.
+    The gradients are those of (19) with its prior, each particle's divided by its weight. Both terms are means over the
+    particles, by the weights, so without the division a particle would get, at alpha = 0, only its weight times the
+    gradient that it has when it is trained alone. With it, a particle's norm, its clipping and the epsilon of AdamW
+    mean the same as for one adapter that is trained alone, and at alpha = 0 the step is exactly K steps of single
+    adapters, whatever the weights are. At alpha > 0, a particle whose weight is its mean responsibility, ``w_k =
+    mean_i r_ki``, gets an average of its gradients of the examples. A particle of weight 0 gets no gradient of the
+    data.
+
+    The priors are those of equal weights. For the potential, that is no choice: divided by the weights, the gradient of
+    ``sum_k w_k ||phi_k||^2`` is the same for all weights.
+
+    If ``config.particle_weights`` is "learned", the step then moves `ensemble.particle_weights` towards the mean
+    responsibilities of its examples, with which they were trained: see `averaged`. A particle that is not updated keeps
+    its weight, and the others share the rest.
 
     `num_examples` is the number of examples in all micro-batches together. It, `alpha` and `largest_nll` may be scalars
     on the device. `optimizer` has one parameter, the matrix of all particles.
@@ -106,6 +118,7 @@ def train_step(
         name: value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
         for name, value in (("alpha", alpha), ("num_examples", num_examples))
     }
+    numbers["particle_weights"] = weights = ensemble.particle_weights
     particles.zero_gradients()
     found = []
     for number, batch in enumerate(micro_batches, start=1):
@@ -127,12 +140,20 @@ def train_step(
     clip_grad_norms_(particles.gradients, norms, config.max_grad_norm)
     figures = {name: torch.cat([part[name] for part in found], dim=-1) for name in found[0] if name != "loss"}
     logp, healthy = figures.pop("logp"), norms.isfinite()
-    mixture_nll = _mixture_nll(logp, healthy)
+    logp_of_healthy, weights_of_healthy = logp.where(healthy[:, None], -torch.inf), _among(healthy, weights)
+    mixture_nll = renyi_reduce(logp_of_healthy, 1.0, weights=weights_of_healthy).loss
     spike = healthy.any() & (mixture_nll.mean() > largest_nll)
     updated = healthy & ~spike
     tell("on_pre_optimizer_step")
     step_healthy(optimizer, updated)
     tell("on_optimizer_step")
+    if config.particle_weights == "learned":
+        reduction = renyi_reduce(logp_of_healthy.double(), numbers["alpha"], weights=weights_of_healthy)
+        responsibilities = reduction.responsibilities * (weights * healthy).sum()
+        responsibilities = responsibilities.where(healthy[:, None], weights[:, None])
+        moved = averaged(weights, responsibilities, AVERAGING_RATE, config.particle_weight_floor / num_particles)
+        weights = moved.where(updated.any(), weights)
+        ensemble.particle_weights.copy_(weights)
     return StepResult(
         logp=logp,
         loss=figures.pop("losses"),
@@ -143,11 +164,21 @@ def train_step(
         norms=norms,
         spike=spike,
         updated=updated,
-        particle_weights=ensemble.particle_weights,
+        particle_weights=weights,
     )
 
 
-def _mixture_nll(logp: Tensor, healthy: Tensor) -> Tensor:
-    """-log of the mean probability (alpha = 1, Lemma 1) over the particles that are `healthy` [K]: [examples]."""
-    of_all = renyi_reduce(logp.where(healthy[:, None], -torch.inf), 1.0).loss
-    return of_all + (healthy.sum().clamp(min=1) / len(healthy)).log()
+def _divided_by_weights(weights: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient [K, examples] times 1 / (K w_k): exactly the same for equal weights. 0 where w_k is 0 or next to
+    nothing."""
+    K = len(weights)
+    factors = torch.where(weights > 1e-30, 1 / K / weights, 0.0)
+    return gradient * factors.to(gradient.dtype)[:, None]
+
+
+def _among(healthy: Tensor, weights: Tensor) -> Tensor:
+    """The weights of the particles that are `healthy` [K], brought to the sum 1, and 0 for the others. If none of them
+    has a weight, all weights as they are."""
+    of_healthy = weights * healthy
+    total = of_healthy.sum()
+    return torch.where(total > 0.0, of_healthy / total, weights)
