@@ -47,8 +47,15 @@ class Answers:
 
     mixture_nll: float
     mean_particle_nll: float
-    spread: Tensor
-    """[questions]: the standard deviation, over the particles, of the probability of the first of the two answers."""
+    p_first: Tensor
+    """[K, questions]: the probability that each particle gives to the first of the two answers."""
+    weights: Tensor
+    """[K]: how much each particle counts in the mixture."""
+
+    @property
+    def spread(self) -> Tensor:
+        """[questions]: the standard deviation of this probability over the particles."""
+        return (self.weights @ (self.p_first - self.weights @ self.p_first).square()).sqrt()
 
 
 def main() -> None:
@@ -115,15 +122,15 @@ def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answe
         rows = [question.row(by_first) for question in asked for by_first in (True, False)]
         examples = [task.example(number, row) for number, row in enumerate(rows)]
         scored = evaluate(ensemble, task, examples, batch_size=32)
-        weights = scored.particle_weights  # [K]: how much each particle counts in the mixture
+        weights = scored.particle_weights  # [K]
         s = scored.logp.view(len(scored.logp), len(asked), 2)  # [K, questions, camps]
         given = torch.tensor([[question.share_of_first, 1.0 - question.share_of_first] for question in asked])
         mixture, mean_particle = (renyi_reduce(s.flatten(1), alpha, weights=weights).loss for alpha in (1.0, 0.0))
-        p_first = torch.sigmoid(s[..., 0] - s[..., 1]).double()
         answers[kind] = Answers(
             mixture_nll=(mixture.view_as(given) * given).sum(dim=1).mean().item(),
             mean_particle_nll=(mean_particle.view_as(given) * given).sum(dim=1).mean().item(),
-            spread=(weights @ (p_first - weights @ p_first).square()).sqrt(),
+            p_first=torch.sigmoid(s[..., 0] - s[..., 1]).double(),
+            weights=weights,
         )
     ensemble.detach()
     return answers
