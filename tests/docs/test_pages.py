@@ -21,7 +21,7 @@ import trl
 
 from renyi_engine import DpoConfig, DpoTask, SftConfig, SftTask
 from renyi_engine.critical_alpha import AlphaStarConfig
-from renyi_engine.evaluation import GenerateConfig, MmluConfig, NllConfig, RefusalConfig
+from renyi_engine.evaluation import FitWeightsConfig, GenerateConfig, MmluConfig, NllConfig, RefusalConfig
 
 ROOT = Path(__file__).parents[2]
 READER = runpy.run_path(str(Path(__file__).with_name("reader.py")), run_name="reader")
@@ -187,6 +187,7 @@ SETTINGS = {
     "sft": SftConfig,
     "dpo": DpoConfig,
     "generate": GenerateConfig,
+    "fit-weights": FitWeightsConfig,
     "alpha-star": AlphaStarConfig,
     "eval mmlu": MmluConfig,
     "eval nll": NllConfig,
