@@ -146,7 +146,11 @@ def test_the_trackers_hold_the_run_and_a_callback_stops_one(read, scratch):
 
 
 REPORTS = {
-    "The report of a run": ["getting_started.md/clone/runs/toy", "training.md/clone/runs/preferences"],
+    "The report of a run": [
+        "getting_started.md/clone/runs/toy",
+        "training.md/clone/runs/preferences",
+        "alpha.md/clone/runs/weights",
+    ],
     "The report of `eval nll`": ["evaluation.md/clone/runs/nll"],
     "The report of `eval mmlu`": ["evaluation.md/clone/runs/mmlu"],
     "The report of `eval refusal`": ["evaluation.md/clone/runs/refusal"],

@@ -19,7 +19,7 @@ from renyi_engine.training.export import export_particles
 from renyi_engine.training.records import numbers, read_run
 from renyi_kernels import renyi_reduce
 
-from .runs import loaded, metrics, poison, skips
+from .runs import fingerprint, loaded, metrics, poison, skips
 
 WEIGHTS = [0.6, 0.3, 0.1]
 UNIFORM = [1 / 3] * 3
@@ -87,6 +87,19 @@ def test_a_particle_without_weight_gets_no_gradient_of_the_data_and_the_prior_as
     with_prior, result, *_ = step(0.8, weights=[0.5, 0.5, 0.0], prior="potential", prior_lambda=8.0, prior_std=2.0)
     start = with_prior.particles.values.detach()
     assert result.norms[2].item() == pytest.approx(start[2].norm().item() * 8.0 / 4 / 2.0**2, rel=1e-2)
+
+
+@pytest.mark.parametrize("settings", [{"prior": "smoothed_kl"}, {"alpha": 0.0, "num_particles": 7}], ids=str)
+def test_with_equal_weights_a_run_is_bit_for_bit_the_one_without_weights(sft_config, tmp_path, monkeypatch, settings):
+    runs = [sft_config(output_dir=str(tmp_path / name), init="spread", **settings) for name in ("equal", "none")]
+    train(runs[0])
+    data_term, reduce = train_step.data_term, train_step.renyi_reduce
+    monkeypatch.setattr(train_step, "data_term", lambda logp, alpha, n, weights: data_term(logp, alpha, n))
+    monkeypatch.setattr(train_step, "renyi_reduce", lambda logp, alpha, weights: reduce(logp, alpha))
+    monkeypatch.setattr(train_step, "_divided_by_weights", lambda weights, gradient: gradient)
+    train(runs[1])
+    assert fingerprint(tmp_path / "equal", 6) == fingerprint(tmp_path / "none", 6)
+    assert metrics(tmp_path / "equal") == metrics(tmp_path / "none")
 
 
 # ---------------------------------------------------------------------- the update
