@@ -23,18 +23,29 @@ PAGE = HERE.parents[1] / "docs" / "evidence.md"
 EXPERIMENTS = ("contested", "people", "poison", "out_of_distribution")
 
 
+def load(name: str) -> Experiment:
+    """The experiment of a folder."""
+    return importlib.import_module(f"examples.evidence.{name}.experiment").EXPERIMENT
+
+
+def shown() -> dict[str, list[dict[str, Any]]]:
+    """The results of every experiment that has some, one for each setting."""
+    paths = {name: sorted((HERE / name / "results").glob("*.json")) for name in EXPERIMENTS}
+    return {name: [json.loads(path.read_text()) for path in of] for name, of in paths.items() if of}
+
+
+def page_text() -> str:
+    """The page in Markdown."""
+    introduction = (HERE / "introduction.md").read_text(encoding="utf-8")
+    return "\n".join([introduction, *(_section(load(name), results) for name, results in shown().items())])
+
+
 def write_page() -> Path:
     """Make the page and the pictures. Experiments without results are left out."""
     mpl.use("Agg")
-    parts = [(HERE / "introduction.md").read_text(encoding="utf-8")]
-    for name in EXPERIMENTS:
-        experiment: Experiment = importlib.import_module(f"examples.evidence.{name}.experiment").EXPERIMENT
-        results = [json.loads(path.read_text()) for path in sorted((HERE / name / "results").glob("*.json"))]
-        if results:
-            figure = experiment.picture(results[0])
-            figure.savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
-            parts.append(_section(experiment, results))
-    write_text(PAGE, "\n".join(parts))
+    for name, results in shown().items():
+        load(name).picture(results[0]).savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
+    write_text(PAGE, page_text())
     return PAGE
 
 

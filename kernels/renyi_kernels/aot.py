@@ -233,15 +233,17 @@ def linear_logprob_gemm_modes(ops: Any) -> Iterator[tuple]:
 
 
 def renyi_reduce_modes(ops: Any) -> Iterator[tuple]:
-    """Few particles and many, sequences and tokens, with and without a mask."""
+    """Few particles and many, sequences and tokens, with and without a mask, with and without weights."""
     alpha = torch.empty((), dtype=torch.float64, device="meta")
     for K in (1, 8, 64):
+        weights = alpha.expand(K)
         for T in (1, 2048):
             tokens, pairs = torch.empty((K, 4, T), device="meta"), torch.empty((K, 4), device="meta")
             for mask in (None, torch.empty((4, T), dtype=torch.bool, device="meta")):
                 mode = f"K={K} T={T}{'' if mask is None else ' mask'}"
                 yield mode, ops.forward, (tokens, mask, alpha)
                 yield mode, ops.backward, (pairs[0], pairs, pairs, mask, T, torch.float32)
+            yield f"{mode} weights", ops.forward, (tokens, mask, alpha, weights)
 
 
 def compile_for(target: str) -> list[Compiled]:

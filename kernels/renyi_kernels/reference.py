@@ -15,9 +15,6 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-SUM_TOLERANCE = 1e-6
-"""How far from 1 the sum of the particles' weights may be."""
-
 
 def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
     """base_out + scaling * (x A_k^T) B_k^T for every particle k."""
@@ -74,34 +71,33 @@ def renyi_reduce(logp: Tensor, alpha: float | Tensor, weights: Tensor | None = N
     computed, and `where` takes one.
 
     weights [K] are divided by their largest one, so equal weights become exactly 1, and the result is that of
-    weights=None (1/K each), bit for bit. Weights that are no distribution make everything NaN.
+    weights=None (1/K each), bit for bit. Weights that are no distribution make everything NaN. The loss is
+    differentiable in weights above 0 too.
     """
     s = logp.double()
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), alpha, dtype=s.dtype, device=s.device)
-    relative = (
-        torch.ones(len(s), 1, dtype=s.dtype, device=s.device) if weights is None else relative_weights(weights)[:, None]
-    )
+    relative = s.new_ones(len(s), 1) if weights is None else relative_weights(weights)[:, None]
     total, counts = relative.sum(), relative != 0.0
-    independent = alpha == 0.0
     s = torch.where(counts, s, -torch.inf)
+    independent = alpha == 0.0
     impossible = torch.isneginf(s).all(dim=0)  # no particle that counts gives the example any mass
     m = s.detach().amax(dim=0)
-    # where the formula is not used, its input is 0, so that neither 0 * inf nor NaN comes out of its derivative
-    scores = alpha * torch.where(independent | impossible | ~counts, 0.0, s - m)
-    excess = (relative * torch.expm1(scores)).sum(dim=0) / total
-    faint = excess < 1.0 / (2 * len(s)) - 1.0  # equal weights never are
+    # where a formula is not used, its input is 0, so that neither 0 * inf nor NaN comes out of its derivative
+    scores = alpha * torch.where(independent | impossible, 0.0, s - m)
     log_shares = scores + relative.log()
+    excess = (relative * torch.expm1(scores)).sum(dim=0) / total
+    faint = 1.0 + excess < 0.5 / len(s)  # never for equal weights
     log_mean = torch.where(
         faint,
-        torch.logsumexp(torch.where(faint, log_shares, 0.0), dim=0) - total.log(),
+        torch.logsumexp(log_shares, dim=0) - total.log(),
         torch.log1p(torch.where(faint, 0.0, excess)),
     )
     loss = -m - log_mean / torch.where(independent, 1.0, alpha)
     mean = (relative * torch.where(counts, s, 0.0)).sum(dim=0) / total
     loss = torch.where(independent, -mean, loss)
-    # a constant, because the gradient of an impossible example is zero; NaN if alpha is NaN
-    loss = torch.where(impossible, alpha + total.log() + torch.inf, loss)
+    # a constant, because the gradient of an impossible example is zero; NaN if alpha or the weights are
+    loss = torch.where(impossible, alpha + total.detach() + torch.inf, loss)
     responsibilities = torch.softmax(log_shares.detach(), dim=0)
     ess = 1.0 / responsibilities.square().sum(dim=0)
     dtype = at_least_fp32(logp.dtype)
@@ -109,9 +105,9 @@ def renyi_reduce(logp: Tensor, alpha: float | Tensor, weights: Tensor | None = N
 
 
 def relative_weights(weights: Tensor) -> Tensor:
-    """weights [K] divided by the largest, in fp64; NaN unless they are a distribution: none below 0, sum 1."""
+    """weights [K] divided by the largest, in fp64; NaN unless none is below 0 and their sum is within 1e-6 of 1."""
     weights = weights.double()
-    proper = (weights >= 0.0).all() & ((weights.sum() - 1.0).abs() <= SUM_TOLERANCE)
+    proper = (weights >= 0.0).all() & ((weights.sum() - 1.0).abs() <= 1e-6)
     return weights / weights.amax().where(proper, torch.nan)
 
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from renyi_kernels import reference
 from renyi_kernels.backend import refuse_tangents, resolve
-from renyi_kernels.reference import at_least_fp32
+from renyi_kernels.reference import at_least_fp32, relative_weights
 
 # below this alpha, and above its inverse, the loss does not change any more. But the gradient has the factor 1/alpha,
 # which would overflow or vanish
@@ -61,9 +62,9 @@ def renyi_reduce(
             whole loss is NaN.
         mask: ``[B, T]`` of any dtype, nonzero where a token counts, for log-likelihoods of tokens. None: all count.
         weights: ``[K]``, floating, on the device of logp or on the CPU: how probable each particle is in the mixture.
-            None is below 0; their sum may differ from 1 by 1e-6, and they are divided by it. A particle of weight 0
-            does not count, whatever its logp. None: 1/K each. Weights on the CPU are checked. Of others nothing asks
-            for the values: if they are no distribution, the whole loss is NaN.
+            None: 1/K each. Each weight is at least 0. Their sum may differ from 1 by 1e-6, and they are divided by it.
+            A particle of weight 0 does not count, whatever its logp is. Weights on the CPU are checked, except in
+            compiled code. Otherwise nothing asks for their values: if they are no distribution, the whole loss is NaN.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
@@ -85,14 +86,14 @@ def renyi_reduce(
         raise ValueError(
             f"mask: expected [B, T] beside logp [K, B, T]; got {list(mask.shape)} beside {list(logp.shape)}"
         )
-    if weights is not None:
-        weights = _checked_weights(logp, weights)
+    weights = check_weights_for(logp, weights)
     path = resolve("renyi_reduce", logp, backend)
     in_range = _in_range(alpha, logp.device)
     if path == "triton":
         refuse_tangents("renyi_reduce", logp)
         tokens = logp if logp.dim() == 3 else logp.unsqueeze(-1)
-        loss, responsibilities, ess, logp = _forward(tokens, mask, in_range)
+        relative = None if weights is None else relative_weights(weights)
+        loss, responsibilities, ess, logp = _forward(tokens, mask, in_range, relative)
         return RenyiOutput(loss, responsibilities.detach(), ess.detach(), logp.detach())
     if logp.dim() == 3:
         logp = _sum_tokens(logp, mask)
@@ -127,22 +128,26 @@ def check_alpha_for(logp: Tensor, alpha: float | Tensor) -> float | Tensor:
     return alpha
 
 
-def _checked_weights(logp: Tensor, weights: Tensor) -> Tensor:
-    """weights on logp's device. The errors are those of `renyi_reduce`."""
-    if not (isinstance(weights, Tensor) and weights.is_floating_point()):
-        raise TypeError(f"weights: expected a floating tensor [K]; got {getattr(weights, 'dtype', type(weights))}")
+def check_weights_for(logp: Tensor, weights: Tensor | None) -> Tensor | None:
+    """weights in fp64, on the device of logp. The errors are those of `renyi_reduce`."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"weights: expected a floating tensor; got {getattr(weights, 'dtype', type(weights).__name__)}")
     if weights.shape != logp.shape[:1]:
-        raise ValueError(f"weights: expected [K] = [{len(logp)}] beside logp; got {list(weights.shape)}")
+        raise ValueError(f"weights: expected [K] = {list(logp.shape[:1])}, one a particle; got {list(weights.shape)}")
     if weights.device not in (logp.device, torch.device("cpu")):
         raise ValueError(f"weights: expected a tensor on {logp.device} or on the CPU; got one on {weights.device}")
     if weights.requires_grad:
         raise ValueError("weights: the loss has no derivative in them; pass weights.detach()")
-    if weights.device.type == "cpu" and reference.relative_weights(weights).isnan().any():
+    # a GPU would have to be waited for, and traced code has no values
+    has_values = type(weights) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    if has_values and weights.device.type == "cpu" and relative_weights(weights).isnan().any():
         raise ValueError(
             f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
             f"{weights.sum().item():g}; divide them by their sum"
         )
-    return weights.to(logp.device, non_blocking=True)
+    return weights.to(logp.device, torch.float64, non_blocking=True)
 
 
 def _in_range(alpha: float | Tensor, device: torch.device) -> Tensor:
@@ -164,18 +169,22 @@ def _sum_tokens(logp: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # the kernels as one operator, for autograd and torch.compile; log-likelihoods of tokens, [K, B, T]; alpha as
-# `_in_range` gives it
+# `_in_range` gives it; weights as `relative_weights` gives them
 
 
 @torch.library.custom_op("renyi_kernels::renyi_reduce", mutates_args=())
-def _forward(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, relative: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from renyi_kernels.triton_ops import renyi_reduce  # needs triton
 
-    return renyi_reduce.forward(token_logp, mask, alpha)
+    return renyi_reduce.forward(token_logp, mask, alpha, relative)
 
 
 @_forward.register_fake
-def _(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, relative: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K, B, _ = token_logp.shape
     dtype = at_least_fp32(token_logp.dtype)
     per_example, per_pair = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty((K, B), dtype=dtype)
@@ -199,7 +208,7 @@ def _(
 
 
 def _keep(ctx, inputs, output):
-    token_logp, mask, _ = inputs
+    token_logp, mask, *_ = inputs
     _, responsibilities, _, logp = output
     ctx.num_tokens, ctx.dtype = token_logp.shape[2], token_logp.dtype
     ctx.save_for_backward(responsibilities, logp, mask)
@@ -208,7 +217,7 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, upstream, *_):
     refuse_tangents("renyi_reduce", upstream)
     responsibilities, logp, mask = ctx.saved_tensors
-    return _backward(upstream, responsibilities, logp, mask, ctx.num_tokens, ctx.dtype), None, None
+    return _backward(upstream, responsibilities, logp, mask, ctx.num_tokens, ctx.dtype), None, None, None
 
 
 def _refuse_second_derivative(ctx, *_):

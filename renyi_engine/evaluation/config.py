@@ -128,7 +128,7 @@ class NllConfig(EvalConfig):
         require(self, ("min_disagreement",), "a difference above 0, at most 1", lambda v: 0 < v <= 1)
         require(self, ("calibration_share",), "a share above 0, below 1", lambda v: 0 < v < 1)
         if self.alpha == 0:
-            raise ValueError("alpha: at 0 all responsibilities are the same; expected a number above 0")
+            raise ValueError("alpha: at 0 all examples have the same responsibilities; expected a number above 0")
 
 
 @dataclass

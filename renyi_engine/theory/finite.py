@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi_kernels import RenyiOutput, renyi_reduce
+from renyi_kernels import RenyiOutput, reference, renyi_reduce
 from renyi_kernels.renyi_reduce import check_alpha
 
 
@@ -39,7 +39,9 @@ class Posterior:
 def mixture_loss(logp: Tensor, q: Tensor, alpha: float) -> RenyiOutput:
     """loss_i = -(1/alpha) log sum_m q_m exp(alpha s_mi), eq. (6) for any distribution q; -sum_m q_m s_mi at alpha = 0.
 
-    >>> mixture_loss(logp, torch.full((M,), 1 / M), alpha).loss == renyi_reduce(logp, alpha).loss
+    This is `renyi_reduce` with the weights q, but also differentiable in q.
+
+    >>> mixture_loss(logp, q, alpha).loss == renyi_reduce(logp.double(), alpha, weights=q).loss
 
     Args:
         logp: [M, N] nats, s. -inf: the parameter gives the example probability 0.
@@ -48,14 +50,15 @@ def mixture_loss(logp: Tensor, q: Tensor, alpha: float) -> RenyiOutput:
 
     Returns:
         RenyiOutput(loss [N] nats, responsibilities [M, N], ess [N], logp [M, N]), fp64. The responsibilities are
-        q_m exp(alpha s_mi) / E_q[exp(alpha s_i)]. An example to which q gives probability 0 has loss
-        +inf. The loss is differentiable in logp, and in q if all of q is above 0.
+        q_m exp(alpha s_mi) / E_q[exp(alpha s_i)]. An example to which q gives probability 0 has loss +inf. The loss is
+        differentiable in logp, and in q if all of q is above 0.
 
     Raises:
         ValueError: a shape is wrong, logp holds NaN or +inf, q is not a distribution, or alpha is out of range.
     """
     s = _table("logp", logp, "M")
-    return _mixture_loss(s, _distribution("q", q, s).log(), check_alpha(alpha))
+    loss, responsibilities, ess = reference.renyi_reduce(s, check_alpha(alpha), _distribution("q", q, s))
+    return RenyiOutput(loss, responsibilities, ess, s.detach())
 
 
 def objective(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: float) -> Tensor:
@@ -69,7 +72,7 @@ def objective(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: floa
     """
     s = _table("logp", logp, "M")
     q, prior = _distribution("q", q, s), _distribution("prior", prior, s)
-    loss = _mixture_loss(s, q.log(), check_alpha(alpha)).loss
+    loss = mixture_loss(s, q, alpha).loss
     # the logarithms are taken apart, so that a parameter with q = prior = 0 adds 0 and not NaN
     divergence = torch.special.xlogy(q, q) - torch.special.xlogy(q, prior)
     return loss.sum() + _weight(weight) * divergence.sum()
@@ -93,11 +96,11 @@ def reweighted(logp: Tensor, q: Tensor, prior: Tensor, alpha: float, weight: flo
     alpha, weight = check_alpha(alpha), _weight(weight)
     if alpha == 0.0:
         return _gibbs(s, prior.log(), weight).exp()
-    loss = _mixture_loss(s, q.log(), alpha).loss
+    loss, excess = _loss_and_excess(s, q, alpha)
     if loss.isinf().any():
         raise ValueError(f"q: expected a parameter with q > 0 that allows {_first(loss.isinf())}; widen its support")
     support = prior > 0
-    excess = torch.expm1(alpha * (s[support] + loss))
+    excess = excess[support]
     if excess.isinf().any():
         raise ValueError(
             "q: a parameter with almost no mass explains some example so much better that their ratio overflows; give "
@@ -225,8 +228,8 @@ class _Point(NamedTuple):
 
     @staticmethod
     def at(s: Tensor, log_prior: Tensor, log_q: Tensor, alpha: float, weight: float) -> _Point:
-        loss, q = _mixture_loss(s, log_q, alpha).loss, log_q.exp()
-        excess = torch.expm1(alpha * (s + loss))
+        q = log_q.exp()
+        loss, excess = _loss_and_excess(s, q, alpha)
         log_image = _image(excess, log_prior, alpha, weight)
         image, divergence = log_image.exp(), weight * (q * (log_q - log_prior)).sum()
         return _Point(
@@ -241,18 +244,13 @@ class _Point(NamedTuple):
         )
 
 
-def _mixture_loss(s: Tensor, log_q: Tensor, alpha: float) -> RenyiOutput:
-    M, q = len(s), log_q.exp()
-    if alpha == 0.0:
-        # q_m = 0 makes its term 0, even where s is -inf
-        out = renyi_reduce(torch.where(q[:, None] > 0, M * q[:, None] * s, 0.0), alpha)
-        responsibilities = q.detach()[:, None].expand_as(s)
-        return RenyiOutput(out.loss, responsibilities, 1.0 / responsibilities.square().sum(dim=0), s.detach())
-    # (1/M) sum_m exp(alpha (s + log(M q)/alpha)) = sum_m q_m exp(alpha s): the weights q become a shift of s
-    out = renyi_reduce(s + ((log_q + math.log(M)) / alpha)[:, None], alpha)
-    # the shift loses as many digits as log(q)/alpha has; E_q[exp(alpha (s + loss))] = 1 restores them
-    drift = torch.log1p(q @ torch.expm1(alpha * (s + out.loss))) / alpha
-    return out._replace(loss=out.loss - drift.detach().nan_to_num(0.0, 0.0, 0.0), logp=s.detach())
+def _loss_and_excess(s: Tensor, q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """(loss [N], p^alpha / E_q[p^alpha] - 1 [M, N])"""
+    loss = mixture_loss(s, q, alpha).loss
+    # the mean of the excess under q is 0. (10) divides by lambda alpha what rounding makes of it, so that is taken off
+    drift = torch.log1p(q @ torch.expm1(alpha * (s + loss))) / alpha
+    loss = loss - drift.nan_to_num(0.0, 0.0, 0.0)
+    return loss, torch.expm1(alpha * (s + loss))
 
 
 def _image(excess: Tensor, log_prior: Tensor, alpha: float, weight: float) -> Tensor:

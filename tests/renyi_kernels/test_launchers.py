@@ -112,12 +112,13 @@ def launch(kernel, passes, tensors, sizes, add):
 @settings(fuzz, max_examples=12)
 @given(
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    layouts=st.tuples(*[ANY] * 5),
+    layouts=st.tuples(*[ANY] * 6),
     shape=st.sampled_from([(1, 1, 1), (3, 2, 5), (2, 4, 1)]),
     alpha=st.sampled_from([0.0, 0.8]),
+    weighted=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_the_reduction_and_its_gradient_take_any_layout(draw, mask_dtype, dtype, layouts, shape, alpha, seed):
+def test_the_reduction_and_its_gradient_take_any_layout(draw, mask_dtype, dtype, layouts, shape, alpha, weighted, seed):
     normal, mask = draw(seed, dtype), None
     tokens, counts = -normal(*shape).abs(), torch.ones(shape[1:], dtype=torch.bool)
     if mask_dtype is not None:
@@ -126,11 +127,13 @@ def test_the_reduction_and_its_gradient_take_any_layout(draw, mask_dtype, dtype,
         mask = lie((~counts).to(tokens.device, mask_dtype), layouts[1], 1).copy_(counts) if seed % 2 else mask
     upstream = draw(seed + 2, torch.float32)(shape[1])
     s = (tokens.cpu().double() * counts).sum(dim=-1).requires_grad_()
-    gold = reference.renyi_reduce(s, alpha)
+    weights = torch.softmax(draw(seed + 3, torch.float32)(shape[0]).double(), dim=0) if weighted else None
+    gold = reference.renyi_reduce(s, alpha, None if weights is None else weights.cpu())
     (gradient,) = torch.autograd.grad(gold[0], s, upstream.cpu().double())
 
     given_alpha = torch.tensor(alpha, dtype=torch.float64, device=tokens.device)
-    ours = reduce_passes.forward(lie(tokens, layouts[0]), mask, given_alpha)
+    relative = None if weights is None else lie(reference.relative_weights(weights), layouts[5])
+    ours = reduce_passes.forward(lie(tokens, layouts[0]), mask, given_alpha, relative)
     for x, truth in zip(ours, (*gold, s), strict=True):
         assert_close(x.cpu(), truth.detach(), torch.float32)
     pairs = [lie(x, layout) for x, layout in ((ours[1], layouts[2]), (ours[3], layouts[3]))]

@@ -385,9 +385,10 @@ def registered(lora, two_maps, head, tokens):
         cases.append(("linear_logprob_backward", (torch.ones(6, device=hidden.device), hidden, labels)))
         logp, mask = tokens(3, 4, 9)
         alpha = torch.tensor(ALPHA, dtype=torch.float64, device=logp.device)
-        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, alpha)
-        for some_mask in (mask, None):
-            cases.append(("renyi_reduce", (*trained(logp), some_mask, alpha)))
+        relative = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64, device=logp.device)
+        loss, r, _, s = torch.ops.renyi_kernels.renyi_reduce(logp, mask, alpha, None)
+        for some_mask, weights in ((mask, None), (None, relative)):
+            cases.append(("renyi_reduce", (*trained(logp), some_mask, alpha, weights)))
             cases.append(("renyi_reduce_backward", (torch.ones_like(loss), r, s, some_mask, 9, logp.dtype)))
         return cases
 
@@ -431,6 +432,9 @@ def calls(lora, two_maps, head, tokens):
             labels = head((2, 4), 5, 7)[2]
             return lambda hidden, **k: renyi_loss(hidden, weight, labels, ALPHA, bias=bias, **k).loss, trained(hidden)
         logp, mask = tokens(3, 4, 9)
+        if name == "renyi_reduce weights":
+            weights = torch.tensor([0.3, 0.0, 0.7], device=logp.device)
+            return lambda s, **k: renyi_reduce(s, ALPHA, mask=mask, weights=weights, **k).loss, trained(logp)
         if name == "renyi_reduce pairs":
             return lambda s, **k: renyi_reduce(s, ALPHA, **k).loss, trained(logp[..., 0])
         return lambda s, **k: renyi_reduce(s, ALPHA, mask=mask, **k).loss, trained(logp)
@@ -447,6 +451,7 @@ CALLS = [
     "linear_logprob",
     "renyi_loss",
     "renyi_reduce",
+    "renyi_reduce weights",
     "renyi_reduce pairs",
 ]
 

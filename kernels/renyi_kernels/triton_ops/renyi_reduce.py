@@ -42,6 +42,7 @@ def renyi_reduce_forward_kernel(
     ess_ptr,
     logp_ptr,
     alpha_ptr,
+    relative_ptr,
     K,
     B,
     T,
@@ -51,14 +52,18 @@ def renyi_reduce_forward_kernel(
     mask_stride_b,
     mask_stride_t,
     HAS_MASK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """For one sequence i: s_k = sum_t token_logp[k, i, t], in fp32; then, in fp64, with m = max_k s_k,
+    """For one sequence i: s_k = sum_t token_logp[k, i, t], in fp32; then, in fp64, over the particles with w_k > 0,
+    with m = max_k s_k and w_k = 1/K if there are no weights,
 
-    loss = -m - (1/alpha) log1p( (1/K) sum_k expm1(alpha (s_k - m)) ),  r = softmax_k(alpha s),  ess = 1 / sum_k r_k^2
+    loss = -m - (1/alpha) log1p( sum_k w_k expm1(alpha (s_k - m)) ),  r = softmax_k(log w + alpha s)
+    ess = 1 / sum_k r_k^2
 
-    and for alpha = 0 the mean of -s_k. alpha is read from memory, in fp64
+    and for alpha = 0 the mean of -s_k. Where log1p would lose digits, the loss is made from the logarithm of the sum of
+    w_k exp(alpha s_k), as in `reference`. alpha and the weights, divided by the largest, are read from memory, in fp64
     """
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -79,20 +84,34 @@ def renyi_reduce_forward_kernel(
     k_b = k.to(tl.int64) * B + b
     tl.store(logp_ptr + k_b, logp, mask=in_k)
 
-    s = logp.to(tl.float64)
-    peak = tl.max(tl.where(in_k, s, float("-inf")), axis=0)
-    impossible = tl.sum(tl.where(in_k & (s != float("-inf")), 1, 0), axis=0) == 0
-    m = tl.where(impossible, 0.0, peak)
     alpha = tl.load(alpha_ptr)
     independent = alpha == 0.0
+    relative = tl.where(in_k, 1.0, 0.0).to(tl.float64)
+    if HAS_WEIGHTS:
+        relative = tl.load(relative_ptr + k, mask=in_k, other=0.0)
+    total = tl.sum(relative, axis=0)
+    counts = relative != 0.0
+
+    s = tl.where(counts, logp.to(tl.float64), float("-inf"))
+    impossible = tl.sum(tl.where(s != float("-inf"), 1, 0), axis=0) == 0
+    m = tl.where(impossible, 0.0, tl.max(s, axis=0))
     # no product of zero and infinity
-    scores = alpha * tl.where(independent | impossible, 0.0, tl.where(in_k, s, m) - m)
-    excess = tl.sum(tl.where(in_k, _expm1(scores), 0.0), axis=0) / K
-    loss = -m - _log1p(excess) / tl.where(independent, 1.0, alpha)
-    loss = tl.where(independent, -tl.sum(tl.where(in_k, s, 0.0), axis=0) / K, loss)
-    loss = tl.where(impossible, alpha + float("inf"), loss)
-    mass = tl.where(in_k, tl.exp(scores), 0.0)
-    r = mass / tl.sum(mass, axis=0)
+    scores = alpha * tl.where(independent | impossible, 0.0, tl.where(counts, s, m) - m)
+    shares = tl.where(counts, tl.exp(scores), 0.0)
+    excess = tl.sum(relative * _expm1(scores), axis=0) / total
+    if HAS_WEIGHTS:
+        log_shares = tl.where(counts, scores + tl.log(tl.where(counts, relative, 1.0)), float("-inf"))
+        top = tl.max(log_shares, axis=0)
+        shares = tl.exp(log_shares - top)
+        faint = 1.0 + excess < 0.5 / K
+        log_mean = top + tl.log(tl.sum(shares, axis=0) / total)
+        log_mean = tl.where(faint, log_mean, _log1p(tl.where(faint, 0.0, excess)))
+    else:
+        log_mean = _log1p(excess)
+    loss = -m - log_mean / tl.where(independent, 1.0, alpha)
+    loss = tl.where(independent, -tl.sum(relative * tl.where(counts, s, 0.0), axis=0) / total, loss)
+    loss = tl.where(impossible, alpha + total + float("inf"), loss)
+    r = shares / tl.sum(shares, axis=0)
     tl.store(loss_ptr + b, loss.to(loss_ptr.dtype.element_ty))
     tl.store(responsibilities_ptr + k_b, r.to(responsibilities_ptr.dtype.element_ty), mask=in_k)
     tl.store(ess_ptr + b, (1.0 / tl.sum(r * r, axis=0)).to(ess_ptr.dtype.element_ty))
@@ -115,7 +134,9 @@ def renyi_reduce_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """gradient[k, i, t] = -upstream[i] r[k, i] where token t counts, (21); zero if no particle gives i any mass"""
+    """gradient[k, i, t] = -upstream[i] r[k, i] where token t counts, (21); zero if no particle that counts gives i any
+    mass, because then r is the weights. If one does, it has a responsibility above 0
+    """
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -123,8 +144,8 @@ def renyi_reduce_backward_kernel(
     in_t = t < T
     k_b = k.to(tl.int64) * B + b
     s = tl.load(logp_ptr + k_b, mask=in_k, other=float("-inf"))
-    possible = tl.sum(tl.where(s != float("-inf"), 1, 0), axis=0) > 0
     r = tl.load(responsibilities_ptr + k_b, mask=in_k, other=0.0)
+    possible = tl.sum(tl.where((s != float("-inf")) & (r != 0.0), 1, 0), axis=0) > 0
     slope = tl.where(possible, -tl.load(upstream_ptr + b * upstream_stride) * r, 0.0)
     counts = in_t
     if HAS_MASK:
@@ -135,8 +156,11 @@ def renyi_reduce_backward_kernel(
 
 
 @on_its_device
-def forward(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T], mask [B, T], alpha in fp64."""
+def forward(
+    token_logp: Tensor, mask: Tensor | None, alpha: Tensor, relative: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], responsibilities [K, B], ess [B], logp [K, B]) of token_logp [K, B, T], mask [B, T], alpha in fp64,
+    and the weights [K] divided by the largest, in fp64."""
     K, B, T = token_logp.shape
     dtype = at_least_fp32(token_logp.dtype)
     loss, ess = token_logp.new_empty(B, dtype=dtype), token_logp.new_empty(B, dtype=dtype)
@@ -144,8 +168,10 @@ def forward(token_logp: Tensor, mask: Tensor | None, alpha: Tensor) -> tuple[Ten
     if B:
         mask, mask_strides = _mask(mask, token_logp)
         outputs = (loss, responsibilities, ess, logp)
+        mixture = (alpha, alpha if relative is None else relative.contiguous())
         sizes = (K, B, T, *token_logp.stride(), *mask_strides)
-        renyi_reduce_forward_kernel[(B,)](token_logp, mask, *outputs, alpha, *sizes, **_options(K, T, mask, token_logp))
+        options = _options(K, T, mask, token_logp) | {"HAS_WEIGHTS": relative is not None}
+        renyi_reduce_forward_kernel[(B,)](token_logp, mask, *outputs, *mixture, *sizes, **options)
     return loss, responsibilities, ess, logp
 
 

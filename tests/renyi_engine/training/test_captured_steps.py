@@ -69,7 +69,7 @@ def both_ways(config, **settings):
         {},
         {"alpha_controller": "ess:0.6", "prior": "smoothed_kl"},
         {"gradient_checkpointing": True, "max_grad_norm": 0.5, "alpha_schedule": "linear", "prior": "none"},
-        {"packed_row_tokens": 40},
+        {"packed_row_tokens": 40, "particle_weights": "learned"},
     ],
     ids=str,
 )
@@ -132,7 +132,7 @@ def test_a_graph_that_repeats_another_batch_is_not_used(graphs, sft_config, monk
     assert_same(ours, theirs)
 
 
-def test_steps_ask_for_nothing_once_their_graphs_are_made(graphs, sft_config, monkeypatch):
+def test_steps_ask_for_nothing_once_their_graphs_are_made(graphs, weights_unchecked, sft_config, monkeypatch):
     make, found = steps.Steps.make, []
 
     def counted(self, *args):

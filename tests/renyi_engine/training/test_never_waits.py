@@ -32,6 +32,8 @@ from ..questions import Reads
 
 K = 3
 
+pytestmark = pytest.mark.usefixtures("weights_unchecked")
+
 
 def sft(tokenizer):
     task = SftTask(tokenizer, 64)
@@ -55,6 +57,7 @@ each_kind_of_step = pytest.mark.parametrize(
         ("sft", {"prior": "smoothed_kl", "kernel_bandwidth": 0.7, "max_grad_norm": 0.0}),
         ("sft", {"gradient_checkpointing": True}),
         ("sft", {"dtype": "bfloat16"}),
+        ("sft", {"particle_weights": "learned"}),
         ("dpo", {}),
         ("dpo", {"prior": "smoothed_kl", "dtype": "bfloat16"}),
         ("dpo", {"prior": "none"}),

@@ -10,11 +10,12 @@ from renyi_kernels import RenyiOutput, renyi_reduce
 
 @pytest.fixture(scope="session")
 def reduce(device_of):
-    """reduce(s, alpha, backend, mask=None): the op run where that path runs, its results on the CPU."""
+    """reduce(s, alpha, backend, mask=None, weights=None): the op run where that path runs, its results on the CPU."""
 
-    def run(s, alpha, backend, mask=None):
+    def run(s, alpha, backend, mask=None, weights=None):
         on = device_of(backend)
-        out = renyi_reduce(s.to(on), alpha, mask=None if mask is None else mask.to(on), backend=backend)
+        mask = None if mask is None else mask.to(on)
+        out = renyi_reduce(s.to(on), alpha, mask=mask, weights=weights, backend=backend)
         return RenyiOutput(*(x.cpu() for x in out))
 
     return run
@@ -22,11 +23,11 @@ def reduce(device_of):
 
 @pytest.fixture(scope="session")
 def gradient(reduce):
-    """gradient(s, alpha, upstream, backend="torch", mask=None): of the loss, for an upstream gradient [B]."""
+    """gradient(s, alpha, upstream, backend="torch", mask=None, weights=None): of the loss, for an upstream [B]."""
 
-    def run(s, alpha, upstream, backend="torch", mask=None):
+    def run(s, alpha, upstream, backend="torch", mask=None, weights=None):
         s = s.detach().requires_grad_()
-        loss = reduce(s, alpha, backend, mask).loss
+        loss = reduce(s, alpha, backend, mask, weights).loss
         return torch.autograd.grad(loss, s, upstream.to(loss.dtype))[0]
 
     return run

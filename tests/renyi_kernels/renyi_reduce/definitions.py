@@ -37,17 +37,34 @@ def log_likelihoods(draw, min_particles=1, spreads=SPREADS):
     return -(offset + draw(st.sampled_from(spreads)) * torch.tensor(units, dtype=torch.float64).view(K, B))
 
 
-def oracle(s, alpha):
+@st.composite
+def mixtures(draw, min_particles=1, spreads=SPREADS):
+    """(s [K, B] as `log_likelihoods`, weights [K]) in fp64. The best particle of an example may have almost none."""
+    s = draw(log_likelihoods(min_particles, spreads))
+    K, B = s.shape
+    part = st.floats(0.01, 1.0) | st.sampled_from([0.0, 1e-30, 1.0])
+    parts = torch.tensor(draw(st.lists(part, min_size=K, max_size=K)), dtype=torch.float64)
+    if B and draw(st.booleans()):
+        parts[s[:, 0].argmax()] = 1e-30
+    if not parts.any():
+        parts[-1] = 1.0
+    return s, parts / parts.sum()
+
+
+def oracle(s, alpha, weights=None):
     """(loss [B], responsibilities [K, B]) straight from the definitions, in 60 digits."""
     losses, columns = [], []
     with mpmath.workdps(60):
+        w = [mpmath.mpf(x) for x in ([1.0] * len(s) if weights is None else weights.double().tolist())]
+        whole = mpmath.fsum(w)
         for column in s.double().T.tolist():
-            masses = [mpmath.exp(mpmath.mpf(alpha) * mpmath.mpf(x)) for x in column]
+            x = [mpmath.mpf(value) for value in column]
+            masses = [w * mpmath.exp(mpmath.mpf(alpha) * x) for w, x in zip(w, x, strict=True)]
             total = mpmath.fsum(masses)
             if alpha == 0.0:
-                losses.append(float(-mpmath.fsum(map(mpmath.mpf, column)) / len(column)))
+                losses.append(float(-mpmath.fdot(w, x) / whole))
             else:
-                losses.append(float(-mpmath.log(total / len(column)) / mpmath.mpf(alpha)))
+                losses.append(float(-mpmath.log(total / whole) / mpmath.mpf(alpha)))
             columns.append([float(mass / total) for mass in masses])
     K, B = s.shape
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(columns, dtype=torch.float64).view(B, K).T
@@ -58,5 +75,7 @@ def scale(s):
     return s.abs().amax(dim=0).clamp(min=1.0)
 
 
-def variance(x):
-    return (x - x.mean(dim=0)).square().mean(dim=0)
+def variance(x, weights=None):
+    if weights is None:
+        weights = x.new_full((len(x),), 1 / len(x))
+    return weights @ (x - weights @ x).square()
