@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+SUM_TOLERANCE = 1e-6
+"""How far from 1 the sum of the particles' weights may be."""
 
 
 def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
