@@ -106,6 +106,7 @@ class Work:
             weights = fit_particle_weights(torch.from_numpy(kept[0]["held_out_logp"]))
         elif how.kind == methods.TOGETHER:
             weights = torch.from_numpy(kept[0]["weights"])
+        facts = {**facts, **self.experiment.derived(Answers(logp, weights, facts))}
         return Answers(logp, weights, facts), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
 
     def data(self, of: Variant | Cell, seed: int) -> Data:

@@ -164,6 +164,11 @@ class Experiment(ABC):
         """The setting in which data of these options are trained on."""
         return self.settings[setting]
 
+    def derived(self, answers: Answers) -> Mapping[str, np.ndarray]:
+        """More facts, which follow for each question from its answers. They are computed once, before the bootstrap
+        draws questions."""
+        return {}
+
     @abstractmethod
     def picture(self, results: Mapping[str, Any]) -> Figure:
         """A picture of what `summary` made."""
