@@ -106,7 +106,9 @@ class Work:
             weights = fit_particle_weights(torch.from_numpy(kept[0]["held_out_logp"]))
         elif how.kind == methods.TOGETHER:
             weights = torch.from_numpy(kept[0]["weights"])
-        return Answers(logp, weights, facts), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
+        names = [name.removeprefix(methods.MORE) for name in kept[0] if name.startswith(methods.MORE)]
+        more = {name: np.concatenate([one[methods.MORE + name] for one in kept]) for name in names}
+        return Answers(logp, weights, facts, more), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
 
     def data(self, of: Variant | Cell, seed: int) -> Data:
         return self.experiment.data(dict(of.data), seed, self.source)
@@ -122,7 +124,7 @@ class Work:
         return [Cell(data, how.fits or method, K, seed)]
 
     def _path(self, cell: Cell) -> Path:
-        return self.folder / self.experiment.name / self.setting_name / f"{cell.name}.npz"
+        return self.folder / self.experiment.home(dict(cell.data)) / self.setting_name / f"{cell.name}.npz"
 
     def _read(self, cell: Cell) -> dict[str, np.ndarray]:
         with np.load(self._path(cell), allow_pickle=False) as kept:
@@ -159,7 +161,10 @@ class Work:
             found = mc_dropout.train(model, tokenizer, setting, data, cell.seed)
         else:
             seed = 1000 * cell.seed + cell.member
-            found = methods.train(model, tokenizer, setting, data, cell.num_particles, how.settings, seed, run)
+            ask_more = self.experiment.ask_more
+            found = methods.train(
+                model, tokenizer, setting, data, cell.num_particles, how.settings, seed, run, ask_more
+            )
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
             np.savez(file, setting=np.array(json.dumps(self._said(cell))), **found)

@@ -20,7 +20,7 @@ from renyi_engine.core import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
-EXPERIMENTS = ("contested", "people")
+EXPERIMENTS = ("contested", "people", "refusal", "mmlu", "alpha_star")
 
 
 def load(name: str) -> Experiment:
@@ -69,6 +69,7 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
         ]
         for variant in of["variants"]:
             lines += _table(experiment.metrics, variant)
+        lines += experiment.further_lines(of)
     return "\n".join(lines)
 
 
