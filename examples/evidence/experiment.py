@@ -131,13 +131,15 @@ class Answers:
 @dataclass(frozen=True)
 class Metric:
     """A number that is computed from answers. `better`: "lower", "higher" or "" where neither is better.
-    `resampled`: whether it has an interval; some take too long for that."""
+    `resampled`: whether it has an interval; some take too long for that. `table`: metrics with the same name here share
+    a table."""
 
     label: str
     better: str
     of: Callable[[Answers], float]
     digits: int = 3
     resampled: bool = True
+    table: str = ""
 
 
 class Experiment(ABC):
@@ -146,6 +148,7 @@ class Experiment(ABC):
     Attributes:
         name: of its folder. claim: what is tested. note: what the columns of the tables mean. caption: of the picture.
         settings: by name, "cpu" and "gpu". metrics: the columns. data_file: what the folder of --data has to hold.
+        curves: for the picture, lists of numbers that are computed from the answers of one seed.
     """
 
     name: str
@@ -156,6 +159,7 @@ class Experiment(ABC):
     settings: Mapping[str, Setting]
     metrics: Mapping[str, Metric]
     data_file: str | None = None
+    curves: Mapping[str, Callable[[Answers], Sequence[float]]] = {}
 
     @abstractmethod
     def variants(self, setting: str) -> Sequence[Variant]:

@@ -20,7 +20,7 @@ from renyi_engine.core import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
-EXPERIMENTS = ("contested", "people", "refusal", "mmlu", "alpha_star")
+EXPERIMENTS = ("contested", "people", "poison", "refusal", "mmlu", "out_of_distribution", "alpha_star")
 
 
 def load(name: str) -> Experiment:
@@ -68,22 +68,35 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
             "",
         ]
         for variant in of["variants"]:
+<<<<<<< HEAD
             lines += _table(experiment.metrics, variant)
         lines += experiment.further_lines(of)
+=======
+            lines += _tables(experiment.metrics, variant)
+>>>>>>> main
     return "\n".join(lines)
 
 
-def _table(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[str]:
-    labels = [metric.label for metric in metrics.values()]
-    header = ["method", *labels, "seconds", "tokens", "parameters"]
-    lines = [f"{variant['name'][0].upper()}{variant['name'][1:]} (K = {variant['num_particles']}):", ""]
-    lines += [_row(header), _row(["---"] * len(header))]
+def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[str]:
+    """A table for each name in `Metric.table`. The first one has the costs, too."""
+    lines = []
+    for name in dict.fromkeys(metric.table for metric in metrics.values()):
+        shown = {key: metric for key, metric in metrics.items() if metric.table == name}
+        about = f"{variant['name'][0].upper()}{variant['name'][1:]} (K = {variant['num_particles']})"
+        lines += [f"{about}, {name}:" if name else f"{about}:", "", *_table(shown, variant, not lines), ""]
+    return lines
+
+
+def _table(metrics: Mapping[str, Metric], variant: Mapping[str, Any], with_costs: bool) -> list[str]:
+    header = ["method", *(metric.label for metric in metrics.values())]
+    header += ["seconds", "tokens", "parameters"] * with_costs
+    lines = [_row(header), _row(["---"] * len(header))]
     for method in variant["methods"].values():
         cells = [_cell(metric, method["metrics"][name]) for name, metric in metrics.items()]
         costs = method["costs"]
         paid = [f"{costs['seconds']:.0f}", f"{costs['tokens'] / 1000:.0f}k", f"{costs['parameters'] / 1e6:.2f}M"]
-        lines.append(_row([method["label"], *cells, *paid]))
-    return [*lines, ""]
+        lines.append(_row([method["label"], *cells, *paid * with_costs]))
+    return lines
 
 
 def _row(cells: list[str]) -> str:

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+SUM_TOLERANCE = 1e-6
+"""How far from 1 the sum of the particles' weights may be."""
+
+SUM_TOLERANCE = 1e-6
+"""How far from 1 the sum of the particles' weights may be."""
 
 
 def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
@@ -105,9 +110,9 @@ def renyi_reduce(logp: Tensor, alpha: float | Tensor, weights: Tensor | None = N
 
 
 def relative_weights(weights: Tensor) -> Tensor:
-    """weights [K] divided by the largest, in fp64; NaN unless none is below 0 and their sum is within 1e-6 of 1."""
+    """weights [K] divided by the largest, in fp64; NaN unless they are a distribution: none below 0, sum 1."""
     weights = weights.double()
-    proper = (weights >= 0.0).all() & ((weights.sum() - 1.0).abs() <= 1e-6)
+    proper = (weights >= 0.0).all() & ((weights.sum() - 1.0).abs() <= SUM_TOLERANCE)
     return weights / weights.amax().where(proper, torch.nan)
 
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from renyi_kernels import reference
 from renyi_kernels.backend import refuse_tangents, resolve
@@ -64,7 +63,8 @@ def renyi_reduce(
         weights: ``[K]``, floating, on the device of logp or on the CPU: how probable each particle is in the mixture.
             None: 1/K each. Each weight is at least 0. Their sum may differ from 1 by 1e-6, and they are divided by it.
             A particle of weight 0 does not count, whatever its logp is. Weights on the CPU are checked, except in
-            compiled code. Otherwise nothing asks for their values: if they are no distribution, the whole loss is NaN.
+            compiled code. Nothing asks a GPU for their values: if they are no distribution, the whole loss is NaN, and
+            a captured graph can be replayed with others in the same tensor.
         backend: "auto", "triton", "torch" or "reference"; None takes that of `use_backend`.
 
     Returns:
@@ -140,14 +140,26 @@ def check_weights_for(logp: Tensor, weights: Tensor | None) -> Tensor | None:
         raise ValueError(f"weights: expected a tensor on {logp.device} or on the CPU; got one on {weights.device}")
     if weights.requires_grad:
         raise ValueError("weights: the loss has no derivative in them; pass weights.detach()")
-    # a GPU would have to be waited for, and traced code has no values
-    has_values = type(weights) in (Tensor, Parameter) and not torch.compiler.is_compiling()
-    if has_values and weights.device.type == "cpu" and relative_weights(weights).isnan().any():
+    _check_values(weights)
+    return weights.to(logp.device, torch.float64, non_blocking=True)
+
+
+# an operator, because torch.compile and fake tensors, which have no values, do not look into it
+
+
+@torch.library.custom_op("renyi_kernels::check_weights", mutates_args=())
+def _check_values(weights: Tensor) -> None:
+    # on a GPU this check would wait for the device; there the loss is NaN
+    if weights.device.type == "cpu" and relative_weights(weights).isnan().any():
         raise ValueError(
             f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
             f"{weights.sum().item():g}; divide them by their sum"
         )
-    return weights.to(logp.device, torch.float64, non_blocking=True)
+
+
+@_check_values.register_fake
+def _(weights: Tensor) -> None:
+    return None
 
 
 def _in_range(alpha: float | Tensor, device: torch.device) -> Tensor:

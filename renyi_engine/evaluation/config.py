@@ -132,6 +132,37 @@ class NllConfig(EvalConfig):
 
 
 @dataclass
+class FitWeightsConfig(ModelConfig):
+    """Fit the weights of an ensemble's particles to held-out rows, and write them into its ensemble.json. The rows have
+    the columns that supervised fine-tuning reads, or chosen and rejected."""
+
+    kind: ClassVar[str] = "fit-weights"
+
+    ensemble: str = required("Folder of particles, as training writes it (RUN/particles). Its weights are replaced.")
+    dataset_name: str = required(
+        "Rows that training did not see: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id."
+    )
+    dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
+    dataset_split: str = flag("test", "The split that the weights are fitted to.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. A longer one loses its end.", group="data")
+    beta: float = flag(0.1, "For rows with chosen and rejected: the beta of the training.", group="data")
+    alpha: float = flag(
+        1.0,
+        "The alpha of the loss that the weights make small. At 1, the likelihood of the mixture is maximised.",
+        group="fitting",
+    )
+    per_device_eval_batch_size: int = flag(8, "Examples in a batch. Every particle sees each of them.", group="fitting")
+
+    def __post_init__(self) -> None:
+        require_given(self)
+        require_kinds(self)
+        positive = ("alpha", "beta")
+        require(self, positive, "a finite number above 0", lambda v: math.isfinite(v) and v > 0)
+        require(self, ("max_length",), "a whole number of at least 2", lambda v: v >= 2)
+        require(self, ("per_device_eval_batch_size",), "a whole number of at least 1", lambda v: v >= 1)
+
+
+@dataclass
 class MmluConfig(EvalConfig):
     """Evaluate an ensemble, or a base model alone, on MMLU. Prompts, order and weights are those of lm-eval."""
 
