@@ -68,12 +68,8 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
             "",
         ]
         for variant in of["variants"]:
-<<<<<<< HEAD
-            lines += _table(experiment.metrics, variant)
-        lines += experiment.further_lines(of)
-=======
             lines += _tables(experiment.metrics, variant)
->>>>>>> main
+        lines += experiment.further_lines(of)
     return "\n".join(lines)
 
 
