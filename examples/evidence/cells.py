@@ -110,6 +110,20 @@ class Work:
         more = {name: np.concatenate([one[methods.MORE + name] for one in kept]) for name in names}
         return Answers(logp, weights, facts, more), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
 
+    def run_folder(self, variant: Variant, method: str, seed: int) -> Path:
+        """The run of a method, or of the first of its single adapters."""
+        return self._path(self._trainings(variant, method, seed)[0]).with_suffix("")
+
+    @property
+    def model_path(self) -> str:
+        """The folder or the hub id of the model. SmolLM2 is fetched if it is not there."""
+        name = self.model or self.setting.model
+        if name != "SmolLM2-135M-Instruct":
+            return name
+        from examples.contested import smollm2
+
+        return str(smollm2.obtain())
+
     def data(self, of: Variant | Cell, seed: int) -> Data:
         return self.experiment.data(dict(of.data), seed, self.source)
 
@@ -145,12 +159,7 @@ class Work:
         return json.loads(json.dumps([settings, cell.num_particles, METHODS[cell.method].settings]))
 
     def _load(self) -> tuple:
-        name = self.model or self.setting.model
-        if name == "SmolLM2-135M-Instruct":
-            from examples.contested import smollm2
-
-            name = str(smollm2.obtain())
-        config = ModelConfig(model_name_or_path=name, dtype=self.setting.dtype)
+        config = ModelConfig(model_name_or_path=self.model_path, dtype=self.setting.dtype)
         return load_model(config), load_tokenizer(config)
 
     def _train(self, cell: Cell, path: Path, model, tokenizer) -> None:

@@ -61,6 +61,7 @@ METHODS = {
 ALL = tuple(METHODS)
 # only for finding the alpha at which particles part
 METHODS |= {
+    "alpha_0": Method("alpha = 0, in one run", TOGETHER, {"alpha": 0.0}),
     "alpha_0.1": Method("alpha = 0.1", TOGETHER, {"alpha": 0.1}),
     "alpha_0.2": Method("alpha = 0.2", TOGETHER, {"alpha": 0.2}),
 }

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from examples.evidence.cells import Work
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
 from examples.evidence.methods import ask
 from renyi_engine import LoraEnsemble
@@ -44,7 +43,7 @@ class Mmlu(Experiment):
         "Trained on questions of many subjects, coupled particles specialise: which particle explains the right answer "
         "depends on the subject, among all questions and among those that the base gets wrong."
     )
-    caption = "the mean responsibilities of the particles for each subject, seed 0."
+    caption = "the mean responsibilities of the particles for each subject, at alpha = 0.8, seed 0."
     data_file = "test.jsonl.gz"
     settings: Mapping[str, Setting] = {
         "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=100),
@@ -91,6 +90,9 @@ class Mmlu(Experiment):
         with ensemble.disable_adapters():
             return {"base": ask(ensemble, task, data.questions).numpy()}
 
+    curves: Mapping[str, Callable[[Answers], Sequence[float]]] = {
+        "by_subject": lambda answers: by_subject(answers).ravel().tolist()
+    }
     metrics: Mapping[str, Metric] = {
         "accuracy": Metric(
             "accuracy", "higher", lambda answers: calibration.accuracy(answers.among.mixture.exp(), _right(answers))
@@ -119,25 +121,17 @@ class Mmlu(Experiment):
         "questions instead. z and p are means over the seeds."
     )
 
-    def further(self, work: Work) -> dict[str, Any]:
-        """The mean responsibilities [S, K] of each subject, for the picture."""
-        variant = work.experiment.variants(work.setting_name)[0]
-        if not work.is_done(variant):
-            return {}
-        answers = {method: work.answers(variant, method, 0)[0] for method in SHOWN}
-        means = {method: by_subject(one).tolist() for method, one in answers.items()}
-        return {"subjects": np.unique(answers[SHOWN[0]].facts["subject"]).tolist(), "responsibilities": means}
-
     def picture(self, results: Mapping[str, Any]) -> Figure:
-        methods, further = results["variants"][0]["methods"], results["further"]
+        methods, K = results["variants"][0]["methods"], results["variants"][0]["num_particles"]
         figure, axes = plt.subplots(len(SHOWN), figsize=(10, 4.6), layout="constrained", sharex=True, sharey=True)
-        means = {method: np.array(further["responsibilities"][method]) for method in SHOWN}
+        means = {method: np.reshape(methods[method]["curves"]["by_subject"][0], (-1, K)) for method in SHOWN}
         highest = max(of.max() for of in means.values())
         for axis, method in zip(axes, SHOWN, strict=True):
-            order = np.lexsort((-means[method].max(axis=1), means[method].argmax(axis=1)))
+            leader = means[method].argmax(axis=1)
+            order = np.lexsort((-means[method].max(axis=1), leader))
             drawn = axis.imshow(means[method][order].T, aspect="auto", vmin=0, vmax=highest)
             z = methods[method]["metrics"]["z"]["seeds"][0]
-            axis.set(ylabel="particle", title=f"{methods[method]['label']}: z = {z:.1f}", yticks=range(len(drawn.get_array())))
+            axis.set(ylabel="particle", yticks=range(K), title=f"{methods[method]['label']}: z = {z:.1f}")
         axes[-1].set(xlabel="subjects, by the particle that is most responsible")
         figure.colorbar(drawn, ax=axes, label="mean responsibility")
         return figure
