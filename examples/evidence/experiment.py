@@ -13,15 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from renyi_engine import LoraEnsemble
 from renyi_engine.evaluation import Predictive, predictive
+from renyi_engine.objectives import SftTask
 from renyi_kernels import renyi_reduce
+
+if TYPE_CHECKING:
+    from examples.evidence.cells import Work
 
 Messages = list[dict[str, str]]
 
@@ -62,10 +67,12 @@ class Question:
     """A prompt, and the C answers whose probability is asked for.
 
     The prompt is messages, and then an answer is a whole reply; or it is a text, and then an answer is how it goes on.
+    With `openings`, the prompt is what a user says, and an answer is how the reply begins.
     """
 
     prompt: Messages | str
     answers: tuple[str, ...]
+    openings: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,19 @@ class Answers:
 
     Attributes:
         logp: [K, N, C] nats, the log-likelihood of each answer. weights: [K], how much each member counts.
-        facts: what is known of these questions.
+        facts: what is known of these questions. more: what `Experiment.ask_more` found, each [K, N, ...].
     """
 
     logp: Tensor
     weights: Tensor
     facts: Mapping[str, np.ndarray]
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, chosen: np.ndarray) -> Answers:
         """The answers to some of the questions; `chosen` are their numbers, or a mask."""
         facts = {name: values[chosen] for name, values in self.facts.items()}
-        return Answers(self.logp[:, torch.as_tensor(chosen)], self.weights, facts)
+        more = {name: values[:, chosen] for name, values in self.more.items()}
+        return Answers(self.logp[:, torch.as_tensor(chosen)], self.weights, facts, more)
 
     @property
     def mixture(self) -> Tensor:
@@ -168,6 +177,22 @@ class Experiment(ABC):
         """More facts, which follow for each question from its answers. They are computed once, before the bootstrap
         draws questions."""
         return {}
+
+    def ask_more(self, ensemble: LoraEnsemble, task: SftTask, data: Data) -> Mapping[str, np.ndarray]:
+        """What else is found out about the questions after a training, each [members, N, ...]: see `Answers.more`."""
+        return {}
+
+    def home(self, options: Mapping[str, Any]) -> str:
+        """The experiment in whose folder a training on data of these options is kept: another one may share it."""
+        return self.name
+
+    def further(self, work: Work) -> dict[str, Any]:
+        """Results beside the tables, as JSON."""
+        return {}
+
+    def further_lines(self, results: Mapping[str, Any]) -> list[str]:
+        """The lines of the page that show them, in Markdown."""
+        return []
 
     @abstractmethod
     def picture(self, results: Mapping[str, Any]) -> Figure:

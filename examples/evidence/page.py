@@ -20,7 +20,7 @@ from renyi_engine.core import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
-EXPERIMENTS = ("contested", "people", "poison", "out_of_distribution")
+EXPERIMENTS = ("contested", "people", "poison", "refusal", "mmlu", "out_of_distribution", "alpha_star")
 
 
 def load(name: str) -> Experiment:
@@ -69,6 +69,7 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
         ]
         for variant in of["variants"]:
             lines += _tables(experiment.metrics, variant)
+        lines += experiment.further_lines(of)
     return "\n".join(lines)
 
 

@@ -38,6 +38,7 @@ def summarise(work: Work, machine: str) -> dict[str, Any]:
             for variant in experiment.variants(work.setting_name)
             if work.is_done(variant)
         ],
+        "further": experiment.further(work),
     }
 
 
