@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from renyi_engine import LoraEnsemble
-from renyi_engine.ensemble.adapter_folder import CONFIG_FILE, TENSORS_FILE, num_particles
+from renyi_engine.ensemble.adapter_folder import CONFIG_FILE, TENSORS_FILE, particle_weights
 
 from .folders import Q0_A, K, edit_json, edit_tensors, refused, write_peft
 
