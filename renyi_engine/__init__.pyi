@@ -7,7 +7,7 @@ from .evaluation import (
     decide as decide,
     predictive as predictive,
 )
-from .objectives import DpoTask as DpoTask, SftTask as SftTask
+from .objectives import DpoTask as DpoTask, SftTask as SftTask, fit_particle_weights as fit_particle_weights
 from .training import (
     DpoConfig as DpoConfig,
     SftConfig as SftConfig,

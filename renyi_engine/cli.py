@@ -18,7 +18,7 @@ from typing import Any
 import renyi_engine
 from renyi_engine.core import DoesNotFit, Parser, exit_at_once, is_out_of_memory, only_text, parse, reason, to_yaml
 from renyi_engine.critical_alpha import AlphaStarConfig
-from renyi_engine.evaluation import EvalConfig, GenerateConfig, MmluConfig, NllConfig, RefusalConfig
+from renyi_engine.evaluation import EvalConfig, FitWeightsConfig, GenerateConfig, MmluConfig, NllConfig, RefusalConfig
 from renyi_engine.training import DpoConfig, SftConfig, TrainConfig
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOTHING_SAVED = 1, 2, 75, 130
@@ -124,6 +124,11 @@ def _alpha_star(argv: Sequence[str]) -> None:
     _print_result(AlphaStarConfig, argv, "renyi-engine alpha-star", "critical_alpha", "find_alpha_star")
 
 
+def _fit_weights(argv: Sequence[str]) -> None:
+    """fit the weights of an ensemble's particles to held-out rows"""
+    _print_result(FitWeightsConfig, argv, "renyi-engine fit-weights", "evaluation", "fit_weights")
+
+
 def _generate(argv: Sequence[str]) -> None:
     """show what every particle answers to a few prompts"""
     _print_result(GenerateConfig, argv, "renyi-engine generate", "evaluation", "answer")
@@ -184,6 +189,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "dpo": _dpo,
     "eval": _eval,
     "generate": _generate,
+    "fit-weights": _fit_weights,
     "alpha-star": _alpha_star,
     "export": _export,
     "report": _report,

@@ -49,11 +49,13 @@ class Answers:
     mean_particle_nll: float
     p_first: Tensor
     """[K, questions]: the probability that each particle gives to the first of the two answers."""
+    weights: Tensor
+    """[K]: how much each particle counts in the mixture."""
 
     @property
     def spread(self) -> Tensor:
         """[questions]: the standard deviation of this probability over the particles."""
-        return self.p_first.std(dim=0, correction=0)
+        return (self.weights @ (self.p_first - self.weights @ self.p_first).square()).sqrt()
 
 
 def main() -> None:
@@ -120,13 +122,15 @@ def ask(result: TrainResult, questions: Sequence[q.Question]) -> dict[str, Answe
         rows = [question.row(by_first) for question in asked for by_first in (True, False)]
         examples = [task.example(number, row) for number, row in enumerate(rows)]
         scored = evaluate(ensemble, task, examples, batch_size=32)
+        weights = scored.particle_weights  # [K]
         s = scored.logp.view(len(scored.logp), len(asked), 2)  # [K, questions, camps]
         given = torch.tensor([[question.share_of_first, 1.0 - question.share_of_first] for question in asked])
-        mixture = renyi_reduce(s.flatten(1), 1.0).loss.view_as(given)
+        mixture, mean_particle = (renyi_reduce(s.flatten(1), alpha, weights=weights).loss for alpha in (1.0, 0.0))
         answers[kind] = Answers(
-            mixture_nll=(mixture * given).sum(dim=1).mean().item(),
-            mean_particle_nll=(-s.mean(dim=0) * given).sum(dim=1).mean().item(),
-            p_first=torch.sigmoid(s[..., 0] - s[..., 1]),
+            mixture_nll=(mixture.view_as(given) * given).sum(dim=1).mean().item(),
+            mean_particle_nll=(mean_particle.view_as(given) * given).sum(dim=1).mean().item(),
+            p_first=torch.sigmoid(s[..., 0] - s[..., 1]).double(),
+            weights=weights,
         )
     ensemble.detach()
     return answers

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from examples.evidence.cells import Work
-from examples.evidence.page import EXPERIMENTS, write_page
+from examples.evidence.page import EXPERIMENTS, load, write_page
 from examples.evidence.summary import summarise, write
 
 HERE = Path(__file__).parent
@@ -41,7 +40,7 @@ def main() -> None:
         return
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    experiment = importlib.import_module(f"examples.evidence.{options.experiment}.experiment").EXPERIMENT
+    experiment = load(options.experiment)
     if experiment.data_file and not (options.data and (options.data / experiment.data_file).is_file()):
         run.error(f"--data: expected a folder that holds {experiment.data_file} (see README.md); got {options.data}")
     work = Work(experiment, options.setting, options.output_dir, options.data, options.model)

@@ -106,7 +106,24 @@ class Work:
             weights = fit_particle_weights(torch.from_numpy(kept[0]["held_out_logp"]))
         elif how.kind == methods.TOGETHER:
             weights = torch.from_numpy(kept[0]["weights"])
-        return Answers(logp, weights, facts), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
+        names = [name.removeprefix(methods.MORE) for name in kept[0] if name.startswith(methods.MORE)]
+        more = {name: np.concatenate([one[methods.MORE + name] for one in kept]) for name in names}
+        facts = {**facts, **self.experiment.derived(Answers(logp, weights, facts, more))}
+        return Answers(logp, weights, facts, more), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
+
+    def run_folder(self, variant: Variant, method: str, seed: int) -> Path:
+        """The run of a method, or of the first of its single adapters."""
+        return self._path(self._trainings(variant, method, seed)[0]).with_suffix("")
+
+    @property
+    def model_path(self) -> str:
+        """The folder or the hub id of the model. SmolLM2 is fetched if it is not there."""
+        name = self.model or self.setting.model
+        if name != "SmolLM2-135M-Instruct":
+            return name
+        from examples.contested import smollm2
+
+        return str(smollm2.obtain())
 
     def data(self, of: Variant | Cell, seed: int) -> Data:
         return self.experiment.data(dict(of.data), seed, self.source)
@@ -122,7 +139,7 @@ class Work:
         return [Cell(data, how.fits or method, K, seed)]
 
     def _path(self, cell: Cell) -> Path:
-        return self.folder / self.experiment.name / self.setting_name / f"{cell.name}.npz"
+        return self.folder / self.experiment.home(dict(cell.data)) / self.setting_name / f"{cell.name}.npz"
 
     def _read(self, cell: Cell) -> dict[str, np.ndarray]:
         with np.load(self._path(cell), allow_pickle=False) as kept:
@@ -143,12 +160,7 @@ class Work:
         return json.loads(json.dumps([settings, cell.num_particles, METHODS[cell.method].settings]))
 
     def _load(self) -> tuple:
-        name = self.model or self.setting.model
-        if name == "SmolLM2-135M-Instruct":
-            from examples.contested import smollm2
-
-            name = str(smollm2.obtain())
-        config = ModelConfig(model_name_or_path=name, dtype=self.setting.dtype)
+        config = ModelConfig(model_name_or_path=self.model_path, dtype=self.setting.dtype)
         return load_model(config), load_tokenizer(config)
 
     def _train(self, cell: Cell, path: Path, model, tokenizer) -> None:
@@ -159,7 +171,10 @@ class Work:
             found = mc_dropout.train(model, tokenizer, setting, data, cell.seed)
         else:
             seed = 1000 * cell.seed + cell.member
-            found = methods.train(model, tokenizer, setting, data, cell.num_particles, how.settings, seed, run)
+            ask_more = self.experiment.ask_more
+            found = methods.train(
+                model, tokenizer, setting, data, cell.num_particles, how.settings, seed, run, ask_more
+            )
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
             np.savez(file, setting=np.array(json.dumps(self._said(cell))), **found)

@@ -13,15 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from renyi_engine import LoraEnsemble
 from renyi_engine.evaluation import Predictive, predictive
+from renyi_engine.objectives import SftTask
 from renyi_kernels import renyi_reduce
+
+if TYPE_CHECKING:
+    from examples.evidence.cells import Work
 
 Messages = list[dict[str, str]]
 
@@ -62,10 +67,12 @@ class Question:
     """A prompt, and the C answers whose probability is asked for.
 
     The prompt is messages, and then an answer is a whole reply; or it is a text, and then an answer is how it goes on.
+    With `openings`, the prompt is what a user says, and an answer is how the reply begins.
     """
 
     prompt: Messages | str
     answers: tuple[str, ...]
+    openings: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,19 @@ class Answers:
 
     Attributes:
         logp: [K, N, C] nats, the log-likelihood of each answer. weights: [K], how much each member counts.
-        facts: what is known of these questions.
+        facts: what is known of these questions. more: what `Experiment.ask_more` found, each [K, N, ...].
     """
 
     logp: Tensor
     weights: Tensor
     facts: Mapping[str, np.ndarray]
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, chosen: np.ndarray) -> Answers:
         """The answers to some of the questions; `chosen` are their numbers, or a mask."""
         facts = {name: values[chosen] for name, values in self.facts.items()}
-        return Answers(self.logp[:, torch.as_tensor(chosen)], self.weights, facts)
+        more = {name: values[:, chosen] for name, values in self.more.items()}
+        return Answers(self.logp[:, torch.as_tensor(chosen)], self.weights, facts, more)
 
     @property
     def mixture(self) -> Tensor:
@@ -122,13 +131,15 @@ class Answers:
 @dataclass(frozen=True)
 class Metric:
     """A number that is computed from answers. `better`: "lower", "higher" or "" where neither is better.
-    `resampled`: whether it has an interval; some take too long for that."""
+    `resampled`: whether it has an interval; some take too long for that. `table`: metrics with the same name here share
+    a table."""
 
     label: str
     better: str
     of: Callable[[Answers], float]
     digits: int = 3
     resampled: bool = True
+    table: str = ""
 
 
 class Experiment(ABC):
@@ -137,6 +148,7 @@ class Experiment(ABC):
     Attributes:
         name: of its folder. claim: what is tested. note: what the columns of the tables mean. caption: of the picture.
         settings: by name, "cpu" and "gpu". metrics: the columns. data_file: what the folder of --data has to hold.
+        curves: for the picture, lists of numbers that are computed from the answers of one seed.
     """
 
     name: str
@@ -147,6 +159,7 @@ class Experiment(ABC):
     settings: Mapping[str, Setting]
     metrics: Mapping[str, Metric]
     data_file: str | None = None
+    curves: Mapping[str, Callable[[Answers], Sequence[float]]] = {}
 
     @abstractmethod
     def variants(self, setting: str) -> Sequence[Variant]:
@@ -159,6 +172,27 @@ class Experiment(ABC):
     def setting_of(self, setting: str, options: Mapping[str, Any]) -> Setting:
         """The setting in which data of these options are trained on."""
         return self.settings[setting]
+
+    def derived(self, answers: Answers) -> Mapping[str, np.ndarray]:
+        """More facts, which follow for each question from its answers. They are computed once, before the bootstrap
+        draws questions."""
+        return {}
+
+    def ask_more(self, ensemble: LoraEnsemble, task: SftTask, data: Data) -> Mapping[str, np.ndarray]:
+        """What else is found out about the questions after a training, each [members, N, ...]: see `Answers.more`."""
+        return {}
+
+    def home(self, options: Mapping[str, Any]) -> str:
+        """The experiment in whose folder a training on data of these options is kept: another one may share it."""
+        return self.name
+
+    def further(self, work: Work) -> dict[str, Any]:
+        """Results beside the tables, as JSON."""
+        return {}
+
+    def further_lines(self, results: Mapping[str, Any]) -> list[str]:
+        """The lines of the page that show them, in Markdown."""
+        return []
 
     @abstractmethod
     def picture(self, results: Mapping[str, Any]) -> Figure:

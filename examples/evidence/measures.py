@@ -19,3 +19,28 @@ def auroc(score: np.ndarray, positive: np.ndarray) -> float:
         return float("nan")
     rank_sum = rankdata(score)[positive].sum()
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_others))
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray) -> float:
+    """The mean, over the positive questions, of the precision when all that score at least as high are taken.
+
+    NaN if none is positive. The share of positive ones if all scores are equal.
+    """
+    taken, found = _ranked(score, positive)
+    return float((np.diff(found, prepend=0) * found / taken).sum() / found[-1]) if found[-1] else float("nan")
+
+
+def precision_at_number(score: np.ndarray, positive: np.ndarray) -> float:
+    """The precision of as many questions as are positive, taken by falling score; it is their recall as well.
+
+    Of questions that tie for the last places, it is the mean over all choices. NaN if none is positive.
+    """
+    taken, found = _ranked(score, positive)
+    number = found[-1]
+    return float(np.interp(number, [0, *taken], [0, *found]) / number) if number else float("nan")
+
+
+def _ranked(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many questions, and how many positive ones, score at least as high as each value, by falling value."""
+    _, value = np.unique(-score, return_inverse=True)
+    return np.bincount(value).cumsum(), np.bincount(value, weights=positive).cumsum()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.evidence.experiment import Data, Question, Setting
-from renyi_engine import LoraEnsemble, SftConfig, Trainer
+from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, Trainer
+from renyi_engine.data import encode_prompts
 from renyi_engine.evaluation.choices import Choices, encode_choices, score_choices
-from renyi_engine.objectives import SftTask
+from renyi_engine.objectives import DpoTask, SftTask
 
 SINGLE, DROPOUT, TOGETHER, ENSEMBLE, FITTED = "single", "dropout", "together", "ensemble", "fitted"
 
@@ -58,8 +59,17 @@ METHODS = {
     "smoothed_kl": Method("alpha = 0.8, smoothed KL", TOGETHER, {"alpha": 0.8} | SMOOTHED),
 }
 ALL = tuple(METHODS)
+# only for finding the alpha at which particles part
+METHODS |= {
+    "alpha_0": Method("alpha = 0, in one run", TOGETHER, {"alpha": 0.0}),
+    "alpha_0.1": Method("alpha = 0.1", TOGETHER, {"alpha": 0.1}),
+    "alpha_0.2": Method("alpha = 0.2", TOGETHER, {"alpha": 0.2}),
+}
 BASELINE = "deep_ensemble"
 """The method that every other is compared with."""
+MORE = "more_"
+"""What `Experiment.ask_more` found is kept under names that begin with this."""
+AskMore = Callable[[LoraEnsemble, SftTask, Data], Mapping[str, np.ndarray]]
 
 
 def train(
@@ -71,17 +81,19 @@ def train(
     settings: Mapping[str, Any],
     seed: int,
     folder: Path,
+    ask_more: AskMore,
 ) -> dict[str, np.ndarray]:
-    """Train particles, and let them answer. The run stays in `folder`.
+    """Train particles, on pairs by DPO, and let them answer. The run stays in `folder`.
 
     Returns:
         logp: [K, N, C] nats. weights: [K]. held_out_logp: [K, rows] nats. seconds, tokens and parameters of the
-        training: tokens are counted once for every particle that read them.
+        training: tokens are counted once for every particle that read them. And what `ask_more` found.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was cut off
     num_layers = model.config.num_hidden_layers
     layers = None if setting.last_layers is None else list(range(num_layers - setting.last_layers, num_layers))
-    config = SftConfig(
+    of_pairs = "chosen" in data.rows[0]
+    config = (DpoConfig if of_pairs else SftConfig)(
         output_dir=str(folder),
         num_particles=num_particles,
         layers_to_transform=layers,
@@ -99,8 +111,10 @@ def train(
     result = Trainer(config, model=model, processing_class=tokenizer, **parts).train()
     ensemble, task = result.ensemble, SftTask(tokenizer, setting.max_length)
     run = json.loads((folder / "run.json").read_text())
-    examples = [task.example(number, row) for number, row in enumerate(data.rows)]
-    per_step = setting.batch_size * sum(len(example.input_ids) for example in examples) / len(examples)
+    trained = DpoTask(tokenizer, setting.max_length, config.beta) if isinstance(config, DpoConfig) else task
+    examples = [trained.example(number, row) for number, row in enumerate(data.rows)]
+    num_tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
+    per_step = setting.batch_size * num_tokens / len(examples)
     try:
         found = {
             "logp": ask(ensemble, task, data.questions).numpy(),
@@ -109,6 +123,7 @@ def train(
             "tokens": np.array(per_step * setting.max_steps * num_particles),
             "parameters": np.array(run["num_parameters_per_particle"] * num_particles),
         }
+        found |= {MORE + name: values for name, values in ask_more(ensemble, task, data).items()}
         if data.held_out:
             found["held_out_logp"] = result.evaluation.logp.numpy()
     finally:
@@ -125,6 +140,9 @@ def ask(ensemble: LoraEnsemble, task: SftTask, questions: Sequence[Question]) ->
 def choices_of(task: SftTask, question: Question) -> Choices:
     """The tokens of a question, which are those of a training row with the same prompt and answer. A row of messages
     has an end; of a text, the probability is that the answer comes next, whatever follows."""
+    if question.openings:
+        openings = [task.tokenizer(answer, add_special_tokens=False).input_ids for answer in question.answers]
+        return Choices(encode_prompts(task.tokenizer, [str(question.prompt)])[0], openings)
     if isinstance(question.prompt, str):
         return encode_choices(task.tokenizer, question.prompt, question.answers)
     examples = [

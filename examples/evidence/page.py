@@ -20,21 +20,32 @@ from renyi_engine.core import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
-EXPERIMENTS = ("contested", "people")
+EXPERIMENTS = ("contested", "people", "poison", "refusal", "mmlu", "out_of_distribution", "alpha_star")
+
+
+def load(name: str) -> Experiment:
+    """The experiment of a folder."""
+    return importlib.import_module(f"examples.evidence.{name}.experiment").EXPERIMENT
+
+
+def shown() -> dict[str, list[dict[str, Any]]]:
+    """The results of every experiment that has some, one for each setting."""
+    paths = {name: sorted((HERE / name / "results").glob("*.json")) for name in EXPERIMENTS}
+    return {name: [json.loads(path.read_text()) for path in of] for name, of in paths.items() if of}
+
+
+def page_text() -> str:
+    """The page in Markdown."""
+    introduction = (HERE / "introduction.md").read_text(encoding="utf-8")
+    return "\n".join([introduction, *(_section(load(name), results) for name, results in shown().items())])
 
 
 def write_page() -> Path:
     """Make the page and the pictures. Experiments without results are left out."""
     mpl.use("Agg")
-    parts = [(HERE / "introduction.md").read_text(encoding="utf-8")]
-    for name in EXPERIMENTS:
-        experiment: Experiment = importlib.import_module(f"examples.evidence.{name}.experiment").EXPERIMENT
-        results = [json.loads(path.read_text()) for path in sorted((HERE / name / "results").glob("*.json"))]
-        if results:
-            figure = experiment.picture(results[0])
-            figure.savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
-            parts.append(_section(experiment, results))
-    write_text(PAGE, "\n".join(parts))
+    for name, results in shown().items():
+        load(name).picture(results[0]).savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
+    write_text(PAGE, page_text())
     return PAGE
 
 
@@ -57,21 +68,31 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
             "",
         ]
         for variant in of["variants"]:
-            lines += _table(experiment.metrics, variant)
+            lines += _tables(experiment.metrics, variant)
+        lines += experiment.further_lines(of)
     return "\n".join(lines)
 
 
-def _table(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[str]:
-    labels = [metric.label for metric in metrics.values()]
-    header = ["method", *labels, "seconds", "tokens", "parameters"]
-    lines = [f"{variant['name'][0].upper()}{variant['name'][1:]} (K = {variant['num_particles']}):", ""]
-    lines += [_row(header), _row(["---"] * len(header))]
+def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[str]:
+    """A table for each name in `Metric.table`. The first one has the costs, too."""
+    lines = []
+    for name in dict.fromkeys(metric.table for metric in metrics.values()):
+        shown = {key: metric for key, metric in metrics.items() if metric.table == name}
+        about = f"{variant['name'][0].upper()}{variant['name'][1:]} (K = {variant['num_particles']})"
+        lines += [f"{about}, {name}:" if name else f"{about}:", "", *_table(shown, variant, not lines), ""]
+    return lines
+
+
+def _table(metrics: Mapping[str, Metric], variant: Mapping[str, Any], with_costs: bool) -> list[str]:
+    header = ["method", *(metric.label for metric in metrics.values())]
+    header += ["seconds", "tokens", "parameters"] * with_costs
+    lines = [_row(header), _row(["---"] * len(header))]
     for method in variant["methods"].values():
         cells = [_cell(metric, method["metrics"][name]) for name, metric in metrics.items()]
         costs = method["costs"]
         paid = [f"{costs['seconds']:.0f}", f"{costs['tokens'] / 1000:.0f}k", f"{costs['parameters'] / 1e6:.2f}M"]
-        lines.append(_row([method["label"], *cells, *paid]))
-    return [*lines, ""]
+        lines.append(_row([method["label"], *cells, *paid * with_costs]))
+    return lines
 
 
 def _row(cells: list[str]) -> str:

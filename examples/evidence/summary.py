@@ -38,6 +38,7 @@ def summarise(work: Work, machine: str) -> dict[str, Any]:
             for variant in experiment.variants(work.setting_name)
             if work.is_done(variant)
         ],
+        "further": experiment.further(work),
     }
 
 
@@ -73,6 +74,9 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
         costs = {cost: float(np.mean([paid[cost] for _, paid in of])) for cost in COSTS}
         weights = [one.weights.tolist() for one in answers[method]]
         methods[method] = {"label": METHODS[method].label, "metrics": measured, "costs": costs, "weights": weights}
+        if curves := work.experiment.curves:
+            drawn_curves = {name: [list(of(one)) for one in answers[method]] for name, of in curves.items()}
+            methods[method]["curves"] = drawn_curves
     return {"methods": methods}
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-
 SUM_TOLERANCE = 1e-6
 """How far from 1 the sum of the particles' weights may be."""
 

@@ -106,6 +106,30 @@ def write(
         ensemble_file.write(directory, content)
 
 
+def require_ensemble_file(directory: Path, argument: str) -> None:
+    """Raise ValueError, which names `argument`, if the folder has no ensemble.json."""
+    if not (directory / ENSEMBLE_FILE).is_file():
+        raise ValueError(
+            f"{argument}: {directory} has no {ENSEMBLE_FILE}, which keeps the weights; load these adapters with "
+            "LoraEnsemble.from_pretrained, and save them with save_pretrained"
+        )
+
+
+def write_weights(directory: Path, weights: Sequence[float]) -> Path:
+    """Replace the particles' weights in ensemble.json, in one step, and nothing else. Returns its path.
+
+    Raises:
+        ValueError: there is no sound ensemble.json, or these are no weights of its particles.
+    """
+    path = files.inside(directory, ENSEMBLE_FILE)
+    ensemble, weights = ensemble_file.read(path), list(weights)
+    if not ensemble_file.is_distribution(weights, K := len(ensemble["particles"])):
+        raise ValueError(f"weights: expected {K} finite numbers of at least 0 with the sum 1; got {weights}")
+    del ensemble["format"]  # the file gets today's, with a digest
+    ensemble_file.write(directory, ensemble | {"particle_weights": weights})
+    return path
+
+
 def read(directory: Path) -> SavedAdapters:
     """Read the adapters of `directory` and stack them. `LoraEnsemble.from_pretrained` says what `directory` may be."""
     folders, ensemble = _list(directory)
@@ -154,9 +178,15 @@ def read(directory: Path) -> SavedAdapters:
     return SavedAdapters(directory, config, stacked, alpha, origins, weights)
 
 
-def num_particles(directory: Path) -> int:
-    """How many particles `read` would find in `directory`. This reads no adapter."""
-    return len(_list(directory)[0])
+def particle_weights(directory: Path) -> list[float]:
+    """The weights of the particles that `read` would find in `directory`, one for each. This reads no adapter.
+
+    Raises:
+        ValueError: `directory` holds no particles, or its ensemble.json is damaged.
+    """
+    folders, ensemble = _list(directory)
+    written = ensemble.get("particle_weights") if ensemble else None
+    return written or [1 / len(folders)] * len(folders)
 
 
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:

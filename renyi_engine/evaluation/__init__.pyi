@@ -1,11 +1,13 @@
 from .answer_policy import Policy as Policy, calibrate as calibrate, decide as decide
 from .config import (
     EvalConfig as EvalConfig,
+    FitWeightsConfig as FitWeightsConfig,
     GenerateConfig as GenerateConfig,
     MmluConfig as MmluConfig,
     NllConfig as NllConfig,
     RefusalConfig as RefusalConfig,
 )
+from .fit_weights import fit_weights as fit_weights
 from .generate import answer as answer
 from .mmlu.evaluate import evaluate_mmlu as evaluate_mmlu
 from .mmlu.questions import COMPLETIONS as COMPLETIONS, load_questions as load_questions, prompt as prompt

@@ -128,7 +128,38 @@ class NllConfig(EvalConfig):
         require(self, ("min_disagreement",), "a difference above 0, at most 1", lambda v: 0 < v <= 1)
         require(self, ("calibration_share",), "a share above 0, below 1", lambda v: 0 < v < 1)
         if self.alpha == 0:
-            raise ValueError("alpha: at 0 all responsibilities are the same; expected a number above 0")
+            raise ValueError("alpha: at 0 all examples have the same responsibilities; expected a number above 0")
+
+
+@dataclass
+class FitWeightsConfig(ModelConfig):
+    """Fit the weights of an ensemble's particles to held-out rows, and write them into its ensemble.json. The rows have
+    the columns that supervised fine-tuning reads, or chosen and rejected."""
+
+    kind: ClassVar[str] = "fit-weights"
+
+    ensemble: str = required("Folder of particles, as training writes it (RUN/particles). Its weights are replaced.")
+    dataset_name: str = required(
+        "Rows that training did not see: a .json, .jsonl, .csv or .parquet file, a folder of these, or a hub id."
+    )
+    dataset_config: str | None = flag(None, "Configuration of a hub data set.", group="data")
+    dataset_split: str = flag("test", "The split that the weights are fitted to.", group="data")
+    max_length: int = flag(1024, "Longest sequence in tokens. A longer one loses its end.", group="data")
+    beta: float = flag(0.1, "For rows with chosen and rejected: the beta of the training.", group="data")
+    alpha: float = flag(
+        1.0,
+        "The alpha of the loss that the weights make small. At 1, the likelihood of the mixture is maximised.",
+        group="fitting",
+    )
+    per_device_eval_batch_size: int = flag(8, "Examples in a batch. Every particle sees each of them.", group="fitting")
+
+    def __post_init__(self) -> None:
+        require_given(self)
+        require_kinds(self)
+        positive = ("alpha", "beta")
+        require(self, positive, "a finite number above 0", lambda v: math.isfinite(v) and v > 0)
+        require(self, ("max_length",), "a whole number of at least 2", lambda v: v >= 2)
+        require(self, ("per_device_eval_batch_size",), "a whole number of at least 1", lambda v: v >= 1)
 
 
 @dataclass

@@ -25,6 +25,11 @@ class Subject:
     num_particles: int
     alpha: float | None
 
+    @property
+    def particle_weights(self) -> list[float]:
+        """[K]; empty if only the base is evaluated."""
+        return self.ensemble.particle_weights.tolist() if self.num_particles else []
+
     def require_alpha(self) -> float:
         """alpha. Raises ValueError if it is not known."""
         if self.alpha is None:

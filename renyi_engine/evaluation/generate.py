@@ -8,10 +8,12 @@ from renyi_engine import base_model
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, pad_token_id, stop_tokens
 from renyi_engine.ensemble import LoraEnsemble, model_limits
 from renyi_engine.evaluation.config import GenerateConfig
+from renyi_engine.reports import glossary
 
 
 def answer(config: GenerateConfig) -> str:
-    """The answers as text: each prompt, and under it the answers of each particle and of the base.
+    """The answers as text: each prompt, and under it the answers of each particle and of the base. If the particles
+    have unequal weights, the last line says so.
 
     Raises:
         ValueError: the model or the ensemble cannot be used, or a prompt with its answer exceeds the model's context.
@@ -36,6 +38,8 @@ def answer(config: GenerateConfig) -> str:
         for name, tokens in speakers:
             texts = (decode_answer(tokenizer, encoded[number], said) for said in tokens[number].tolist())
             lines += [_beside(f"{name}: ", text.strip()) for text in texts]
+    if unequal := glossary.unequal(ensemble.particle_weights.tolist()):
+        lines.append(unequal)
     return "\n".join(lines)
 
 

@@ -1,12 +1,21 @@
 """Words that several pages use, each as (word, meaning): a reader of one page knows them on the others."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
 PARTICLE = (
     "Particle",
     "One small trainable adapter on the frozen language model. An ensemble has several of them, K in formulas. Each "
     "keeps its colour on the whole page.",
 )
 BASE = ("Base", "The frozen language model itself, without an adapter. Training never changes it.")
-MIXTURE = ("Mixture", "The particles as one model: it gives the average of their probabilities.")
+MIXTURE = (
+    "Mixture",
+    "The particles as one model: it gives the average of their probabilities. Each particle counts by its weight; the "
+    "weights are equal, unless the page says that they are not.",
+)
 NLL = (
     "NLL, in nats",
     "Negative log-likelihood: minus the natural logarithm of the probability that was given to what the data really "
@@ -27,3 +36,15 @@ ESS = (
     "ESS: among how many particles an example is divided. It is 1 when one particle takes it all, and K when all take "
     "the same.",
 )
+
+
+def unequal(particle_weights: Sequence[float]) -> str:
+    """A sentence that says so, if the particles have unequal weights; else nothing. Without particles, nothing."""
+    least, most = min(particle_weights, default=0.0), max(particle_weights, default=0.0)
+    if math.isclose(least, most):
+        return ""
+    of = particle_weights.index
+    return (
+        f"In the mixture the particles have unequal weights, from {least:.3g} (particle {of(least)}) to {most:.3g} "
+        f"(particle {of(most)})."
+    )

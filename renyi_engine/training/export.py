@@ -47,10 +47,10 @@ def export_particles(source: Path, output: Path, *, trust_remote_code: bool = Fa
     adapters, state = checkpoint.adapters(path), checkpoint.read_state(path)
     alpha: Any = state.get("alpha")
     base, trained = state.get("base"), state.get("ensemble", {})
-    # checkpoints of earlier versions have no weights
-    weights = state.get("particle_weights", [1 / config.num_particles] * config.num_particles)
+    K = len(next(iter(adapters.values()))[0])
+    weights = state.get("particle_weights", [1 / K] * K)  # checkpoints of earlier versions have none
     is_valid = is_number(alpha) and alpha >= 0 and (base is None or is_fingerprint(base)) and isinstance(trained, dict)
-    if not (is_valid and is_distribution(weights, config.num_particles)):
+    if not (is_valid and is_distribution(weights, K)):
         raise ValueError(
             f"{path / checkpoint.STATE_FILE}: expected alpha, a number of at least 0, base, the fingerprint of a base, "
             "ensemble, the settings of an ensemble, and particle_weights, numbers of at least 0 with the sum 1, one "

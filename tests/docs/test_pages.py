@@ -21,7 +21,7 @@ import trl
 
 from renyi_engine import DpoConfig, DpoTask, SftConfig, SftTask
 from renyi_engine.critical_alpha import AlphaStarConfig
-from renyi_engine.evaluation import GenerateConfig, MmluConfig, NllConfig, RefusalConfig
+from renyi_engine.evaluation import FitWeightsConfig, GenerateConfig, MmluConfig, NllConfig, RefusalConfig
 
 ROOT = Path(__file__).parents[2]
 READER = runpy.run_path(str(Path(__file__).with_name("reader.py")), run_name="reader")
@@ -146,7 +146,11 @@ def test_the_trackers_hold_the_run_and_a_callback_stops_one(read, scratch):
 
 
 REPORTS = {
-    "The report of a run": ["getting_started.md/clone/runs/toy", "training.md/clone/runs/preferences"],
+    "The report of a run": [
+        "getting_started.md/clone/runs/toy",
+        "training.md/clone/runs/preferences",
+        "alpha.md/clone/runs/weights",
+    ],
     "The report of `eval nll`": ["evaluation.md/clone/runs/nll"],
     "The report of `eval mmlu`": ["evaluation.md/clone/runs/mmlu"],
     "The report of `eval refusal`": ["evaluation.md/clone/runs/refusal"],
@@ -187,6 +191,7 @@ SETTINGS = {
     "sft": SftConfig,
     "dpo": DpoConfig,
     "generate": GenerateConfig,
+    "fit-weights": FitWeightsConfig,
     "alpha-star": AlphaStarConfig,
     "eval mmlu": MmluConfig,
     "eval nll": NllConfig,

@@ -61,7 +61,9 @@ def test_auroc_is_the_chance_that_a_contested_question_has_more_spread(contested
     run = contested("run")
 
     def answers(spreads):
-        return run.Answers(0.0, 0.0, torch.tensor([[0.5 + s for s in spreads], [0.5 - s for s in spreads]]))
+        return run.Answers(
+            0.0, 0.0, torch.tensor([[0.5 + s for s in spreads], [0.5 - s for s in spreads]]), torch.tensor([0.5, 0.5])
+        )
 
     of = {"even": answers([0.3]), "uneven": answers([0.1, 0.2]), "uncontested": answers([0.1, 0.15])}
     # 0.3 and 0.2 beat both, 0.1 ties with one and loses to the other

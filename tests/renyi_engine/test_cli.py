@@ -273,7 +273,7 @@ import contextlib, sys
 import renyi_engine
 from renyi_engine.cli import main
 kinds = [["sft"], ["dpo"], ["eval"], ["eval", "nll"], ["eval", "mmlu"], ["eval", "refusal"], ["generate"],
-         ["alpha-star"], ["export"], ["report"], ["env"]]
+         ["fit-weights"], ["alpha-star"], ["export"], ["report"], ["env"]]
 for argv in [["--help"], *([*kind, "--help"] for kind in kinds)]:
     with contextlib.suppress(SystemExit):
         main(argv)
@@ -303,7 +303,7 @@ def test_help_typos_and_settings_do_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", BEFORE_TORCH], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     errors = done.stderr.splitlines()
-    assert len(errors) == 13
+    assert len(errors) == 14
     assert all(line.startswith("renyi-engine") for line in errors)
 
 

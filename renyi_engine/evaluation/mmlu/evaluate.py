@@ -25,7 +25,7 @@ from renyi_engine.evaluation.evaluated_model import Subject, load_subject
 from renyi_engine.evaluation.mmlu import lm_eval, questions as mmlu_questions, report
 from renyi_engine.evaluation.mmlu.questions import COMPLETIONS, SUBJECTS, Question
 from renyi_engine.evaluation.uncertainty import predictive
-from renyi_engine.reports import as_text, page_title, write_page
+from renyi_engine.reports import as_text, glossary, page_title, write_page
 
 RESULTS, SAMPLES, MODELS, REPORT = "results.json", "samples", "models", "report.html"
 
@@ -49,15 +49,16 @@ def evaluate_mmlu(config: MmluConfig) -> str:
     with output_folder.claimed(Path(config.output_dir)) as output:
         subject = load_subject(config)
         alpha = subject.require_alpha() if subject.num_particles else 0.0
+        weights = subject.ensemble.particle_weights.cpu()
         base, particles, num_cut = _score(subject, prompts, config.per_device_eval_batch_size)
         # results.json and the samples are about the first of them
         answers = {"base": base}
         if particles is not None:
             members = {f"p{k:03d}": logp for k, logp in enumerate(particles)}
-            answers = {"mixture": predictive(particles).mixture, "base": base, **members}
+            answers = {"mixture": predictive(particles, weights).mixture, "base": base, **members}
         main, *others = answers
 
-        samples = _samples(questions, prompts, answers[main], base, particles, alpha)
+        samples = _samples(questions, prompts, answers[main], base, particles, alpha, weights)
         _write_samples(output / SAMPLES, samples)
         run = _run_facts(config, subject) | {
             "task_hashes": lm_eval.task_hashes(samples),
@@ -74,12 +75,12 @@ def evaluate_mmlu(config: MmluConfig) -> str:
         for member in others:
             (output / MODELS).mkdir(exist_ok=True)
             files.write_json(output / MODELS / f"{member}.json", results(member))
-        sections = report.sections(questions, base, particles, alpha)
+        sections = report.sections(questions, base, particles, alpha, weights)
         page = write_page(
             output / REPORT,
             title=page_title(output, "eval mmlu", config.model_name_or_path),
             lead=_lead(config, subject, questions, num_cut),
-            found=report.found(questions, base, particles),
+            found=report.found(questions, base, particles, weights),
             sections=sections,
             words=report.words_for(subject.num_particles),
             details={"settings": dataclasses.asdict(config), "versions": versions()},
@@ -138,7 +139,9 @@ def _lead(config: MmluConfig, subject: Subject, questions: Sequence[Question], n
         f"subjects of MMLU, an examination with four choices a question. {config.num_fewshot or 'No'} solved examples "
         "stood in front of each question."
     )
-    return lead + (f" {num_cut:,} prompts lost their beginning to fit the model's context." if num_cut else "")
+    if num_cut:
+        lead += f" {num_cut:,} prompts lost their beginning to fit the model's context."
+    return f"{lead} {glossary.unequal(subject.particle_weights)}".strip()
 
 
 def _write_samples(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
@@ -156,6 +159,7 @@ def _samples(
     base: Tensor,
     particles: Tensor | None,
     alpha: float,
+    weights: Tensor,
 ) -> list[dict[str, Any]]:
     samples = [
         lm_eval.sample(question, prompt, logp) | {"base_logp_nats": of_base}
@@ -164,10 +168,10 @@ def _samples(
     if particles is None:
         return samples
     labels = torch.tensor([question.answer for question in questions])
-    found = predictive(particles)
+    found = predictive(particles, weights)
     columns = {
         "particle_logp_nats": particles.transpose(0, 1),
-        "responsibilities": report.answer_responsibilities(particles, labels, alpha).T,
+        "responsibilities": report.answer_responsibilities(particles, labels, alpha, weights).T,
         "total_nats": found.total,
         "aleatoric_nats": found.aleatoric,
         "epistemic_nats": found.epistemic,
@@ -194,6 +198,7 @@ def _run_facts(config: MmluConfig, subject: Subject) -> dict[str, Any]:
         "chat_template": None,
         "alpha": subject.alpha,
         "num_particles": subject.num_particles,
+        "particle_weights": subject.particle_weights,
         "package_versions": versions(),
     }
 

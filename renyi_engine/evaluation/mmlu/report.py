@@ -15,6 +15,7 @@ from torch import Tensor
 from renyi_engine.evaluation import calibration
 from renyi_engine.evaluation.mmlu.questions import GROUPS, Question
 from renyi_engine.evaluation.uncertainty import Predictive, predictive
+from renyi_engine.objectives import mean_particle
 from renyi_engine.reports import Section, Table, charts, glossary
 from renyi_kernels import renyi_reduce
 
@@ -48,7 +49,10 @@ UNCERTAINTIES = (
     ("Total uncertainty", "Entropy of the mixture over the four choices, in nats: the sum of the next two."),
     ("Aleatoric uncertainty", "How unsure the particles are by themselves, on average."),
     ("Epistemic uncertainty", "How much the particles disagree: the mutual information of answer and particle."),
-    ("Variation ratio", "Which fraction of the particles does not vote for the most frequent answer."),
+    (
+        "Variation ratio",
+        "Which fraction of the particles, each counted by its weight, does not vote for the most frequent answer.",
+    ),
 )
 MAX_CHARACTERS = 120
 """How many characters of a question, and of its right answer, the list below a picture shows."""
@@ -71,14 +75,14 @@ def words_for(num_particles: int) -> list[tuple[str, str]]:
     ]
 
 
-def found(questions: Sequence[Question], base: Tensor, particles: Tensor | None) -> str:
-    """The answer in words."""
+def found(questions: Sequence[Question], base: Tensor, particles: Tensor | None, weights: Tensor) -> str:
+    """The answer in words; the arguments are those of `sections`."""
     labels = torch.tensor([question.answer for question in questions])
     percent = lambda answer: f"{100 * (answer == labels).double().mean().item():.1f} %"
     of_base = percent(base.argmax(dim=-1))
     if particles is None:
         return f"Found: the base answers {of_base} of the questions right."
-    told = predictive(particles)
+    told = predictive(particles, weights)
     auroc = calibration.auroc(told.total, told.answer != labels)
     knows = (
         ""
@@ -94,45 +98,52 @@ def found(questions: Sequence[Question], base: Tensor, particles: Tensor | None)
     )
 
 
-def answer_responsibilities(logp: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """``r[k, i] = softmax_k(alpha s[k, i])`` with s the log-likelihood of the right answer (paper, D.1): ``[K, N]``.
+def answer_responsibilities(logp: Tensor, labels: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    """r[k, i], proportional to ``w_k exp(alpha s[k, i])``, with s the log-likelihood of the right answer (paper, D.1):
+    ``[K, N]``.
 
     Args:
-        logp: ``[K, N, C]`` nats. labels: ``[N]`` the right choice.
+        logp: ``[K, N, C]`` nats. labels: ``[N]`` the right choice. weights: ``[K]``.
     """
     right = logp.gather(2, labels.expand(logp.shape[0], -1).unsqueeze(-1)).squeeze(-1)
-    return renyi_reduce(right, alpha).responsibilities
+    return renyi_reduce(right, alpha, weights=weights).responsibilities
 
 
-def sections(questions: Sequence[Question], base: Tensor, particles: Tensor | None, alpha: float) -> list[Section]:
+def sections(
+    questions: Sequence[Question], base: Tensor, particles: Tensor | None, alpha: float, weights: Tensor
+) -> list[Section]:
     """The report's sections; those on particles are left out where there are none.
 
     Args:
-        base: ``[N, C]`` log-likelihoods of the choices, nats. particles: ``[K, N, C]``, or None.
+        base: ``[N, C]`` log-likelihoods of the choices, nats. particles: ``[K, N, C]``, or None. weights: ``[K]``.
     """
     labels = torch.tensor([question.answer for question in questions])
     answers = {"base": base.double().log_softmax(dim=-1)}
     if particles is None:
         return [
-            _quality(questions, labels, answers, {}),
+            _quality(questions, labels, answers, {}, []),
             _knowing(labels, answers["base"], None),
-            _by_subject(questions, labels, answers, {}),
+            _by_subject(questions, labels, answers, {}, []),
         ]
-    found = predictive(particles)
+    found, w = predictive(particles, weights), weights.tolist()
     answers["mixture"] = found.mixture
     members = {f"particle {k}": logp for k, logp in enumerate(found.particles)}
-    parts = [_quality(questions, labels, answers, members), _knowing(labels, answers["base"], found)]
+    parts = [_quality(questions, labels, answers, members, w), _knowing(labels, answers["base"], found)]
     if len(particles) > 1:
         wrong_base = answers["base"].argmax(dim=-1) != labels
-        parts.append(_responsibilities(questions, answer_responsibilities(particles, labels, alpha), wrong_base, alpha))
-    return [*parts, _by_subject(questions, labels, answers, members)]
+        responsibilities = answer_responsibilities(particles, labels, alpha, weights)
+        parts.append(_responsibilities(questions, responsibilities, wrong_base, alpha))
+    return [*parts, _by_subject(questions, labels, answers, members, w)]
 
 
-def _quality(questions: Sequence[Question], labels: Tensor, answers: Named, members: Named) -> Section:
+def _quality(
+    questions: Sequence[Question], labels: Tensor, answers: Named, members: Named, weights: Sequence[float]
+) -> Section:
+    """weights: of the members."""
     rows = {name: _qualities(logp, labels) for name, logp in answers.items()}
     each = {name: _qualities(logp, labels) for name, logp in members.items()}
     if each:
-        rows["mean of particles"] = [sum(column) / len(each) for column in zip(*each.values(), strict=True)]
+        rows["mean of particles"] = [mean_particle(column, weights) for column in zip(*each.values(), strict=True)]
     cells = [
         [name, f"{100 * accuracy:.1f}", *(f"{value:.3f}" for value in others)]
         for name, (accuracy, *others) in (rows | each).items()
@@ -152,7 +163,7 @@ def _quality(questions: Sequence[Question], labels: Tensor, answers: Named, memb
     groups = [group_of[question.subject] for question in questions]
     tables = [
         Table("", ("who", "accuracy (%)", "NLL (nats)", "ECE", "Brier"), cells, note),
-        _accuracy_table("By group of subjects", "group", groups, labels, answers, members),
+        _accuracy_table("By group of subjects", "group", groups, labels, answers, members, weights),
     ]
     return Section("How good are the answers?", text, tables)
 
@@ -168,20 +179,29 @@ def _qualities(logp: Tensor, labels: Tensor) -> list[float]:
     ]
 
 
-def _by_subject(questions: Sequence[Question], labels: Tensor, answers: Named, members: Named) -> Section:
+def _by_subject(
+    questions: Sequence[Question], labels: Tensor, answers: Named, members: Named, weights: Sequence[float]
+) -> Section:
     text = "Accuracy in each subject. With 100 questions its standard error is up to 5 points."
     subjects = [_spoken(question) for question in questions]
-    return Section("Subject by subject", text, [_accuracy_table("", "subject", subjects, labels, answers, members)])
+    table = _accuracy_table("", "subject", subjects, labels, answers, members, weights)
+    return Section("Subject by subject", text, [table])
 
 
 def _accuracy_table(
-    title: str, kind: str, groups: Sequence[str], labels: Tensor, answers: Named, members: Named
+    title: str,
+    kind: str,
+    groups: Sequence[str],
+    labels: Tensor,
+    answers: Named,
+    members: Named,
+    weights: Sequence[float],
 ) -> Table:
     """Accuracy of each of `answers`, and of the mean particle, on each group; groups [N]: that of each question."""
     right = {name: (logp.argmax(dim=-1) == labels).double() for name, logp in answers.items()}
     if members:
         each = torch.stack([logp.argmax(dim=-1) == labels for logp in members.values()])
-        right["mean of particles"] = each.double().mean(dim=0)
+        right["mean of particles"] = torch.tensor(weights, dtype=torch.float64) @ each.double()
     rows = []
     for group, chosen in _by_group(groups).items():
         cells = [f"{100 * values[chosen].mean().item():.1f}" for values in right.values()]
@@ -246,12 +266,13 @@ def _responsibilities(
         )
     text = (
         "Which particle gives the right answer the highest probability. Good, if the particles are to be specialists: "
-        "different subjects have different leaders. If all tints are even, the particles know the same. These are "
-        f"responsibilities at alpha = {alpha:g}: softmax over particles of alpha times the log-likelihood of the right "
-        f"answer (paper, D.1). Effective sample size, of {len(responsibilities)} particles: {'; '.join(sizes)}."
+        "different subjects have different leaders. If all questions have the same tints, the particles know the same. "
+        f"These are responsibilities at alpha = {alpha:g}: a particle's weight times exp(alpha times its "
+        "log-likelihood of the right answer), divided by the sum of that over the particles (paper, D.1). Effective "
+        f"sample size, of {len(responsibilities)} particles: {'; '.join(sizes)}."
     )
     if alpha == 0:
-        text += " At alpha = 0 all responsibilities are 1/K by definition."
+        text += " At alpha = 0 a particle's responsibility is its weight, by definition."
     return Section("Which particle answers what?", text, (), [*maps, *subject_maps])
 
 

@@ -9,7 +9,9 @@ of its tokens:
     out of support           the gain is below 0, or below nearly all gains of a calibration set: see `support_limit`
     contested or poisoned    it is not out of support, and the disagreement is at least `min_disagreement`
 
-The flag of an example does not depend on the other examples. Particles that equal the base flag no example.
+A particle of weight 0 does not count, as if it were not there. Else weights change responsibilities and the mixture's
+nll, but no flag. The flag of an example does not depend on the other examples. Particles that equal the base flag no
+example.
 
 The disagreement is measured at one token, because small differences add up over a long answer that nobody disputes. It
 is measured in probabilities, because the answers of both camps then count the same: 0.99 against 0.66 is the same
@@ -61,9 +63,9 @@ def token_disagreement(logp: Tensor) -> Tensor:
     return (p.amax(dim=0) - p.amin(dim=0)).amax(dim=-1)
 
 
-def gain_over_base(logp: Tensor, base_logp: Tensor, num_tokens: Tensor) -> Tensor:
+def gain_over_base(logp: Tensor, base_logp: Tensor, num_tokens: Tensor, weights: Tensor) -> Tensor:
     """( max_k s[k,i] - s[base,i] ) / T[i], nats a token, [N]: how much the best particle learnt about each example."""
-    return (logp.amax(dim=0) - base_logp) / num_tokens
+    return (logp[weights > 0].amax(dim=0) - base_logp) / num_tokens
 
 
 def support_limit(gains: Tensor, share: float) -> float:
@@ -98,6 +100,7 @@ def diagnose(
     alpha: float,
     min_disagreement: float,
     min_gain: float,
+    weights: Tensor,
 ) -> list[tuple[str, float, float, float, float, int, float, float, float, int]]:
     """The fields of `Diagnosis` from flag to num_tokens, for each example.
 
@@ -105,14 +108,15 @@ def diagnose(
         logp: [K, N] nats, summed over tokens. base_logp, disagreement, num_tokens: [N].
         alpha: the alpha of the responsibilities, which give ESS and entropy. No flag depends on it.
         min_gain: nats a token; an example that gains less is out of support.
+        weights: [K], of the particles in the mixture.
     """
-    out = renyi_reduce(logp, alpha)
+    out = renyi_reduce(logp, alpha, weights=weights)
     entropy = torch.special.entr(out.responsibilities).sum(dim=0)
-    best, best_particle = logp.max(dim=0)
-    gain = gain_over_base(logp, base_logp, num_tokens)
+    best, best_particle = logp.where(weights[:, None] > 0, -torch.inf).max(dim=0)
+    gain = gain_over_base(logp, base_logp, num_tokens, weights)
     unsupported = gain < min_gain
     contested = (disagreement >= min_disagreement) & ~unsupported
     flags = [CONTESTED if c else OUT_OF_SUPPORT if u else PLAIN for c, u in zip(contested, unsupported, strict=True)]
-    nlls = (-best / num_tokens, renyi_reduce(logp, 1.0).loss / num_tokens, -base_logp / num_tokens)
+    nlls = (-best / num_tokens, renyi_reduce(logp, 1.0, weights=weights).loss / num_tokens, -base_logp / num_tokens)
     columns = (disagreement, gain, out.ess, entropy, best_particle, *nlls, num_tokens)
     return list(zip(flags, *(column.tolist() for column in columns), strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from renyi_engine.core import CONFIG_FILE, files, output_folder, to_yaml
 from renyi_engine.data import Example, Row, excerpt, load_splits
@@ -38,14 +39,16 @@ def evaluate_nll(config: NllConfig) -> str:
         ensemble, alpha = subject.ensemble, subject.require_alpha()
         if alpha == 0:
             raise ValueError(
-                f"alpha: {config.ensemble} was trained at 0, where all responsibilities are 1/K; pass --alpha 1"
+                f"alpha: {config.ensemble} was trained at 0, where all examples have the same responsibilities; "
+                "pass --alpha 1"
             )
-        if subject.num_particles < 2:
+        counted = [k for k, weight in enumerate(subject.particle_weights) if weight > 0]
+        if len(counted) < 2:
             raise ValueError(
-                f"ensemble: expected at least 2 particles; {config.ensemble} holds {subject.num_particles}; "
-                "choose an ensemble with more"
+                f"ensemble: expected at least 2 particles with a weight above 0; {config.ensemble} holds "
+                f"{len(counted)}; choose an ensemble with more"
             )
-        task = _WithDisagreement(subject.tokenizer, config.max_length)
+        task = _WithDisagreement(subject.tokenizer, config.max_length, counted)
         examples, lines = _examples(ensemble, task, rows, "dataset_name")
         min_gain = 0.0
         if calibration_rows:
@@ -53,11 +56,19 @@ def evaluate_nll(config: NllConfig) -> str:
             diagnosis.check_calibration(len(calibration), config.calibration_share)
             lines += [f"calibration: {line}" for line in of_calibration]
             scored, base_logp = _score(ensemble, task, calibration, config.per_device_eval_batch_size)
-            gains = diagnosis.gain_over_base(scored.logp, base_logp, scored.num_labels)
+            gains = diagnosis.gain_over_base(scored.logp, base_logp, scored.num_labels, scored.particle_weights)
             min_gain = diagnosis.support_limit(gains, config.calibration_share)
         scored, base_logp = _score(ensemble, task, examples, config.per_device_eval_batch_size)
-        disagreement, limits = scored.details["disagreement"], (config.min_disagreement, min_gain)
-        found = diagnosis.diagnose(scored.logp, base_logp, disagreement, scored.num_labels, alpha, *limits)
+        found = diagnosis.diagnose(
+            scored.logp,
+            base_logp,
+            scored.details["disagreement"],
+            scored.num_labels,
+            alpha,
+            config.min_disagreement,
+            min_gain,
+            scored.particle_weights,
+        )
         texts = [excerpt(subject.tokenizer, example) for example in examples]
         table = [Diagnosis(e.row, *values, text=text) for e, values, text in zip(examples, found, texts, strict=True)]
         return _write(config, folder, subject, table, min_gain, lines)
@@ -107,17 +118,21 @@ def _score(
 
 
 class _WithDisagreement(SftTask):
-    """Supervised fine-tuning, whose scores also say how far the particles disagree about each sequence, [B]."""
+    """Supervised fine-tuning, whose scores also say how far the `counted` particles disagree on each sequence, [B]."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, counted: Sequence[int]) -> None:
+        super().__init__(tokenizer, max_length)
+        self.counted = counted
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         logp = ensemble.token_logprob(batch)
-        return Scores(sum_tokens(logp), {"disagreement": diagnosis.token_disagreement(logp)})
+        counted = torch.stack([logp[k] for k in self.counted])  # a list as index would have to reach a GPU first
+        return Scores(sum_tokens(logp), {"disagreement": diagnosis.token_disagreement(counted)})
 
 
 def _write(
     config: NllConfig, folder: Path, subject: Subject, table: Sequence[Diagnosis], min_gain: float, dropped: list[str]
 ) -> str:
-    K = subject.num_particles
     files.write_text(folder / CONFIG_FILE, to_yaml(config))
     files.write_csv(folder / "examples.csv", table)
     kinds = {kind: [d for d in table if d.flag == kind] for kind in (CONTESTED, OUT_OF_SUPPORT)}
@@ -125,6 +140,7 @@ def _write(
     results: dict[str, Any] = {
         "num_examples": len(table),
         "alpha": subject.alpha,
+        "particle_weights": subject.particle_weights,
         "min_disagreement": config.min_disagreement,
         "min_gain_nats_per_token": min_gain,
         **{kind.replace(" ", "_"): len(found) for kind, found in kinds.items()},
@@ -132,7 +148,7 @@ def _write(
         "dropped_rows": dropped,
     }
     files.write_json(folder / "results.json", results)
-    report = write_nll_report(folder / "report.html", config, K, table, kinds, results)
+    report = write_nll_report(folder / "report.html", config, table, kinds, results)
     counts = "\n".join(f"{kind}: {len(found)} of {len(table)} examples" for kind, found in kinds.items())
-    means = f"mean ESS {results['mean_ess_particles']:.2f} of {K}, alpha {subject.alpha:g}"
+    means = f"mean ESS {results['mean_ess_particles']:.2f} of {subject.num_particles}, alpha {subject.alpha:g}"
     return "\n".join([*dropped, counts, means, f"table: {folder / 'examples.csv'}", f"report: {report}"])

@@ -23,7 +23,6 @@ HEADER = (
 def write_nll_report(
     output: Path,
     config: NllConfig,
-    num_particles: int,
     table: Sequence[Diagnosis],
     kinds: Mapping[str, Sequence[Diagnosis]],
     results: Mapping[str, Any],
@@ -33,12 +32,13 @@ def write_nll_report(
     Args:
         table: one diagnosis for every example. kinds: those with each flag. results: what results.json holds.
     """
+    weights: list[float] = results["particle_weights"]
     N, contested, foreign = len(table), len(kinds[CONTESTED]), len(kinds[OUT_OF_SUPPORT])
     lead = (
-        f"{num_particles} particles ({config.ensemble}) and the base have read {N:,} examples of "
+        f"{len(weights)} particles ({config.ensemble}) and the base have read {N:,} examples of "
         f"{config.dataset_name}. This page asks of each example whether the particles agree about it, and whether any "
-        "of them has learnt it."
-    )
+        f"of them has learnt it. {glossary.unequal(weights)}"
+    ).strip()
     found = (
         f"Found: {contested:,} disputed by the particles, {foreign:,} unlike anything that they learnt, "
         f"{N - contested - foreign:,} neither."
@@ -65,7 +65,7 @@ def write_nll_report(
         lead=lead,
         found=found,
         sections=sections,
-        words=_words(num_particles),
+        words=_words(len(weights)),
         details={"settings": asdict(config), "results": results},
     )
 

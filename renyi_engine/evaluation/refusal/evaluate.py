@@ -68,10 +68,12 @@ def evaluate_refusal(config: RefusalConfig) -> str:
     with output_folder.locked(Path(config.output_dir)) as folder:
         _begin(folder, config, prompts)
         responses = ResponseFile(folder / RESPONSES_FILE)
-        num_particles = _generate(config, prompts, responses, folder / RUN_FILE)
+        _generate(config, prompts, responses, folder / RUN_FILE)
         _judge(judge, prompts, responses, config.per_device_eval_batch_size)
         responses.finish()
-        results = summarise(prompts, responses.responses, num_particles, config.num_samples, config.label_column)
+        # of now: where they have changed, the responses are counted anew
+        weights = adapter_folder.particle_weights(Path(config.ensemble)) if config.ensemble else []
+        results = summarise(prompts, responses.responses, weights, config.num_samples, config.label_column)
         facts = {"judge": judge.name, "settings": dataclasses.asdict(config), "versions": versions()}
         files.write_json(folder / "results.json", results.summary | facts)
         files.write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in results.prompts))
@@ -116,14 +118,14 @@ def _fingerprint(config: RefusalConfig, prompts: Sequence[Prompt]) -> dict[str, 
 # ---------------------------------------------------------------------- responses and verdicts
 
 
-def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile, run_file: Path) -> int:
-    """Add every response that is missing. Returns K.
+def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: ResponseFile, run_file: Path) -> None:
+    """Add every response that is missing.
 
     If no response is missing, the model is not loaded: a judge may need the memory. Batches are made from the whole
     list of prompts, and a batch that is not complete is generated again. So a response does not depend on where an
     evaluation was stopped.
     """
-    num_particles = adapter_folder.num_particles(Path(config.ensemble)) if config.ensemble else 0
+    num_particles = len(adapter_folder.particle_weights(Path(config.ensemble))) if config.ensemble else 0
     # who speaks in the same call: all particles, if there are any; then the base
     speakers_at_once: list[list[Speaker]] = [[*range(num_particles)], [BASE]] if num_particles else [[BASE]]
 
@@ -132,7 +134,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
         return not keys <= responses.responses.keys()
 
     if not any(missing(speakers, prompts) for speakers in speakers_at_once):
-        return num_particles
+        return
     subject = load_subject(config)
     _check_base(subject, responses, run_file)
     encoded = encode_prompts(subject.tokenizer, [prompt.prompt for prompt in prompts])
@@ -146,7 +148,6 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
             if missing(speakers, asked):
                 made = _sample(config, subject, stops, speakers, asked, [encoded[i] for i in batch])
                 responses.write(response for response in made if response.key not in responses.responses)
-    return num_particles
 
 
 def _check_base(subject: Subject, responses: ResponseFile, run_file: Path) -> None:

@@ -3,21 +3,32 @@
 Layout: K particles, N prompts of a split, n samples of a particle on a prompt.
 
 Of the n samples of a particle on a prompt, `judged` [K, N] counts those with a label as verdict, and `refused` [K, N]
-those whose label is a refusal. `judged` is less than n if a judge failed or was not understood. Then
+those whose label is a refusal. `judged` is less than n if a judge failed or was not understood. Particle k has the
+weight w_k in the mixture, 1/K if nothing is said; all have to be above 0. Then
 
     p[k, i] = refused[k, i] / judged[k, i]       the rate of particle k on prompt i; NaN if nothing was judged
     p_k     = mean_i p[k, i]                     the rate of particle k; every prompt counts the same
-    p       = mean_k p_k                         the rate of the ensemble, if a particle is drawn for each response
+    p       = sum_k w_k p_k                      the rate of the mixture: a particle is drawn for each response
+    var_k x = sum_k w_k (x_k - sum_j w_j x_j)^2 / (1 - sum_k w_k^2)
+
+var_k is the sample variance (K - 1) if all weights are equal. It is half the mean squared difference of two particles
+that are drawn by their weights, and drawn again until they are not the same. So it has no bias if the particles
+themselves are independent draws. The variance of a particle that is drawn once is (1 - sum_k w_k^2) var_k.
 
 The paper reports the mean and the variance of the refusal probability on OR-Bench. It does not say over what the
 variance is taken. Two are possible:
 
-    variance over particles     var_k p_k             the sample variance (K - 1) of the particles' rates on a split
-    variance within prompts     mean_i var_k p[k, i]  the sample variance of their rates on one prompt, averaged
+    variance over particles     var_k p_k             of the particles' rates on a split
+    variance within prompts     mean_i var_k p[k, i]  of their rates on one prompt, averaged
 
 The second also sees particles that refuse equally many prompts, but different ones. It contains the noise of the n
-draws, mean_k p[k, i] (1 - p[k, i]) / n. The first is taken to be the paper's. The second is reported too, with its
-noise and without.
+draws: the rate that is drawn has the variance v_k = p[k, i] (1 - p[k, i]) / n, and var_k of the drawn rates exceeds
+var_k of the true ones, on average over the draws, by
+
+    noise = sum_k w_k (1 - w_k) v_k / sum_k w_k (1 - w_k)        (mean_k v_k if all weights are equal)
+
+because their mean varies too, by sum_k w_k^2 v_k. The first variance is taken to be the paper's. The second is reported
+too, with its noise and without.
 
 Standard errors are over prompts, because the samples of one prompt are not independent of each other.
 """
@@ -47,53 +58,71 @@ def prompt_rates(refused: NDArray[np.int64], judged: NDArray[np.int64]) -> Array
         return refused / judged
 
 
-def refusal_rate(p: Array) -> Estimate:
+def mean(values: Array, weights: Array | None = None) -> Array:
+    """sum_k w_k x_k of values [K, ...]; weights: [K], or 1/K each."""
+    total: Array = np.einsum("k,k...->...", _weights(values, weights), values)
+    return total
+
+
+def refusal_rate(p: Array, weights: Array | None = None) -> Estimate:
     """p, the mean over particles of p_k. Given one row p[k:k+1], it is the rate of that particle.
 
-    If no p[k, i] is missing, the standard error is exactly sd_i(mean_k p[k, i]) / sqrt(N): the formula for means of
+    If no p[k, i] is missing, the standard error is exactly sd_i(sum_k w_k p[k, i]) / sqrt(N): the formula for means of
     clusters, which are prompts here.
     """
-    return _jackknife(p, lambda rates: rates.mean(axis=0))
+    return _jackknife(p, lambda rates: mean(rates, weights))
 
 
-def variance_over_particles(p: Array) -> Estimate:
-    """var_k p_k, with K - 1. The noise of the draws adds about mean_k mean_i p (1 - p) / (n N) to it."""
+def variance_over_particles(p: Array, weights: Array | None = None) -> Estimate:
+    """var_k p_k. The noise of the draws adds about mean_i noise / N to it."""
     if len(p) < 2:
         return Estimate(None, None)
-    return _jackknife(p, lambda rates: rates.var(axis=0, ddof=1))
+    return _jackknife(p, lambda rates: _variance(rates, weights))
 
 
-def variance_within_prompts(p: Array) -> Array:
-    """var_k p[k, i], with K - 1, of each prompt, [N]; NaN if a particle has no rate there, or if K = 1."""
-    return p.var(axis=0, ddof=1) if len(p) > 1 else np.full(p.shape[1], np.nan)
+def variance_within_prompts(p: Array, weights: Array | None = None) -> Array:
+    """var_k p[k, i] of each prompt, [N]; NaN if a particle has no rate there, or if K = 1."""
+    return _variance(p, weights) if len(p) > 1 else np.full(p.shape[1], np.nan)
 
 
-def sampling_noise(p: Array, judged: NDArray[np.int64]) -> Array:
-    """What the n draws alone add to var_k p[k, i] on average, [N]: mean_k p (1 - p) / (n - 1).
+def sampling_noise(p: Array, judged: NDArray[np.int64], weights: Array | None = None) -> Array:
+    """What the n draws alone add to var_k p[k, i] on average, [N], with p (1 - p) / (n - 1) as v_k.
 
-    p is the rate that was drawn. This estimates mean_k p (1 - p) / n at the true rate without bias. NaN where n < 2.
+    p is the rate that was drawn. This estimates the noise at the true rates without bias. NaN where n < 2, or if K = 1.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(judged > 1, p * (1 - p) / (judged - 1), np.nan).mean(axis=0)
+        v = np.where(judged > 1, p * (1 - p) / (judged - 1), np.nan)
+    w = _weights(p, weights)
+    return mean(v, w * (1 - w) / np.sum(w * (1 - w))) if len(p) > 1 else np.full(p.shape[1], np.nan)
 
 
-def disagreement(p: Array, judged: NDArray[np.int64]) -> Array:
+def disagreement(p: Array, judged: NDArray[np.int64], weights: Array | None = None) -> Array:
     """How much the particles disagree about refusing each prompt, [N]: var_k p[k, i] minus the noise of the draws.
 
-    Prompts are ranked by this number. Up to the factor K / (K - 1), it estimates the epistemic part of the law of total
-    variance, p (1 - p) = var_k p_k + mean_k p_k (1 - p_k). It has the scale of the paper's variance and no bias, so
-    means over prompts make sense; for a single prompt it may be below 0. The mutual information of verdict and particle
-    would say the same in nats. But estimated from n draws it is too large by about (K - 1) / (2 K n), and this error
-    matters most where the particles do not differ.
+    Prompts are ranked by this number. Times 1 - sum_k w_k^2, it estimates the epistemic part of the law of total
+    variance, p (1 - p) = sum_k w_k (p_k - p)^2 + sum_k w_k p_k (1 - p_k). It has the scale of the paper's variance and
+    no bias, so means over prompts make sense; for a single prompt it may be below 0. The mutual information of verdict
+    and particle would say the same in nats. But estimated from n draws it is too large by about
+    (1 - sum_k w_k^2) / (2 n), and this error matters most where the particles do not differ.
 
     NaN where a particle has fewer than two verdicts: then the noise cannot be estimated.
     """
-    return variance_within_prompts(p) - sampling_noise(p, judged)
+    return variance_within_prompts(p, weights) - sampling_noise(p, judged, weights)
 
 
 def mean_over_prompts(values: Array) -> Estimate:
     """The mean of [N] numbers, one for each prompt, and sd / sqrt(N). NaNs are left out."""
     return _jackknife(values[None], lambda means: means.mean(axis=0))
+
+
+def _variance(values: Array, weights: Array | None) -> Array:
+    """var_k of values [K, ...], K > 1."""
+    w = _weights(values, weights)
+    return mean((values - mean(values, w)) ** 2, w) / np.sum(w * (1 - w))
+
+
+def _weights(values: Array, weights: Array | None) -> Array:
+    return np.full(len(values), 1 / len(values)) if weights is None else weights
 
 
 def _jackknife(p: Array, statistic: Callable[[Array], Array]) -> Estimate:

@@ -39,14 +39,15 @@ WORDS = (
     (
         "Refusal rate",
         "Which fraction of the judged responses to a prompt are refusals, averaged over prompts. 0: never; 1: always. "
-        "That of the ensemble is the mean over its particles.",
+        "That of the ensemble is the mean over its particles, each counted by its weight.",
     ),
     ("±", "Standard error over prompts (jackknife): how far the number may move with other prompts of the same kind."),
 )
 ENSEMBLE_WORDS = (
     (
         "Variance over particles",
-        "Sample variance (K - 1) of the particles' refusal rates on a split. 0: all alike.",
+        "Sample variance of the particles' refusal rates on a split: half the squared difference of two particles, on "
+        "average. With equal weights it has the divisor K - 1. 0: all alike.",
     ),
     (
         "Variance within prompts",
@@ -100,8 +101,8 @@ def write_refusal_report(output: Path, results: Results, facts: Mapping[str, Any
     lead = (
         f"{len(results.prompts):,} prompts, and {summary['num_samples']} responses to each by the frozen base"
         f"{f' and by each of {K} particles' if K else ''}. The judge ({facts['judge']}) said of each response whether "
-        "it is a refusal. What it could not label is part of no rate."
-    )
+        f"it is a refusal. What it could not label is part of no rate. {glossary.unequal(summary['particle_weights'])}"
+    ).strip()
     write_page(
         output,
         title=page_title(output.parent, "eval refusal", str(settings.get("model_name_or_path", "an unknown model"))),
@@ -178,10 +179,12 @@ def _areas_text(summary: Mapping[str, Any]) -> str:
 def _prompts(results: Results) -> Table:
     found = [row for row in results.prompts if row["disagreement"] is not None and row["disagreement"] > 0]
     found = sorted(found, key=lambda row: (-row["disagreement"], row["prompt_id"]))
+    # particles of weight 0 take no part in the disagreement, and may have no rate
+    counted = [k for k, weight in enumerate(results.summary["particle_weights"]) if weight > 0]
     rows = []
     for row in found[:NUM_SHOWN]:
         particles = row["particle_refusal_rates"]
-        least, most = np.argmin(particles), np.argmax(particles)
+        least, most = min(counted, key=particles.__getitem__), max(counted, key=particles.__getitem__)
         texts = [row["split"], row["category"] or DASH, shorten(row["prompt"], MAX_PROMPT_CHARACTERS, placeholder=" …")]
         numbers = [_fixed(row[f"{who}_refusal_rate"], 2) for who in ("base", "ensemble")]
         extremes = [f"{particles[k]:.2f} ({k})" for k in (least, most)]

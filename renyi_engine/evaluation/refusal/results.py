@@ -29,10 +29,11 @@ CORRECTED = "variance within the prompt, less its sampling noise"
 class Results:
     """What results.json and the lines of prompts.jsonl hold. A number that is not defined is null.
 
-    summary: num_particles, num_samples and disagreement_measure, and
+    summary: num_particles, particle_weights, num_samples and disagreement_measure, and
         splits: for each split num_prompts, and the numbers of base, ensemble (null without particles) and particles.
             Each of these holds refusal_rate and the counts of verdicts. The ensemble also holds
             variance_over_particles, variance_within_prompts and disagreement, the last without the noise of the draws.
+            In the ensemble, particles count by their weights, and those of weight 0 in no number.
             If a number NAME has a standard error, it stands beside it as NAME_se.
         auroc: null, or label_column, positive, and the area for each score.
     prompts: for each prompt its rates, variance_within_prompt, disagreement, and how many responses were not judged.
@@ -45,18 +46,30 @@ class Results:
 def summarise(
     prompts: Sequence[Prompt],
     responses: Mapping[Key, Response],
-    num_particles: int,
+    particle_weights: Sequence[float],
     num_samples: int,
     label_column: str | None = None,
 ) -> Results:
-    """Count the verdicts, and apply the formulas of `rates`."""
+    """Count the verdicts, and apply the formulas of `rates`. particle_weights: [K], their sum is 1; [] if there are no
+    particles."""
+    num_particles = len(particle_weights)
     speakers: list[Speaker] = [*range(num_particles), BASE]
     refused, judged = _count(prompts, responses, speakers, num_samples)
     p = rates.prompt_rates(refused, judged)
-    within = rates.variance_within_prompts(p[:-1]) if num_particles else np.full(len(prompts), np.nan)
+    members = [k for k, weight in enumerate(particle_weights) if weight > 0]  # of the mixture
+    of_members, w = p[members], np.array(particle_weights)[members]
+    w /= w.sum()
+    unknown = np.full(len(prompts), np.nan)
+    within = rates.variance_within_prompts(of_members, w) if members else unknown
     measure = within
-    if num_samples > 1 and num_particles:
-        measure = rates.disagreement(p[:-1], judged[:-1])
+    if num_samples > 1 and members:
+        measure = rates.disagreement(of_members, judged[members], w)
+    ensemble_rate = rates.mean(of_members, w) if members else unknown
+    scores = {"refusal rate of the base": p[-1]}
+    if members:
+        scores["refusal rate of the ensemble"] = ensemble_rate
+    if len(members) > 1:
+        scores = {"disagreement of the particles": measure} | scores
     splits = {}
     for split in dict.fromkeys(prompt.split for prompt in prompts):
         chosen = np.array([prompt.split == split for prompt in prompts])
@@ -67,20 +80,20 @@ def summarise(
             "base": _row(p[-1:, chosen], counts, [BASE]),
             "ensemble": None
             if not num_particles
-            else _row(p[:-1, chosen], counts, speakers[:-1])
-            | _estimate("variance_over_particles", rates.variance_over_particles(p[:-1, chosen]))
+            else _row(of_members[:, chosen], counts, members, w)
+            | _estimate("variance_over_particles", rates.variance_over_particles(of_members[:, chosen], w))
             | _estimate("variance_within_prompts", rates.mean_over_prompts(within[chosen]))
             | _estimate("disagreement", rates.mean_over_prompts(measure[chosen])),
             "particles": [_row(p[k : k + 1, chosen], counts, [k]) for k in range(num_particles)],
         }
     summary = {
         "num_particles": num_particles,
+        "particle_weights": list(particle_weights),
         "num_samples": num_samples,
         "disagreement_measure": CORRECTED if num_samples > 1 else NOISY,
         "splits": splits,
-        "auroc": _auroc(prompts, label_column, p, measure) if label_column else None,
+        "auroc": _auroc(prompts, label_column, scores) if label_column else None,
     }
-    ensemble_rate = p[:-1].mean(axis=0) if num_particles else np.full(len(prompts), np.nan)
     unjudged = num_samples * len(speakers) - judged.sum(axis=0)
     rows = [
         {
@@ -127,24 +140,25 @@ def _count(
     return refused, judged
 
 
-def _row(p: Array, counts: Mapping[tuple[Speaker, str | None], int], speakers: Sequence[Speaker]) -> dict[str, Any]:
+def _row(
+    p: Array,
+    counts: Mapping[tuple[Speaker, str | None], int],
+    speakers: Sequence[Speaker],
+    weights: Array | None = None,
+) -> dict[str, Any]:
     verdicts = {name: sum(counts[speaker, name] for speaker in speakers) for name in (*LABELS, UNPARSED, FAILED)}
-    return _estimate("refusal_rate", rates.refusal_rate(p)) | {f"num_{name}": n for name, n in verdicts.items()}
+    rate = _estimate("refusal_rate", rates.refusal_rate(p, weights))
+    return rate | {f"num_{name}": n for name, n in verdicts.items()}
 
 
 def _estimate(name: str, estimate: Estimate) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_se": estimate.standard_error}
 
 
-def _auroc(prompts: Sequence[Prompt], label_column: str, p: Array, measure: Array) -> dict[str, Any]:
-    """How well a number of each prompt separates the two labels: 1 perfectly, 0.5 not at all."""
+def _auroc(prompts: Sequence[Prompt], label_column: str, scores: Mapping[str, Array]) -> dict[str, Any]:
+    """How well each score [N] of the prompts separates the two labels: 1 perfectly, 0.5 not at all."""
     positive = positive_label(prompts, label_column)
     is_positive = np.array([prompt.label == positive for prompt in prompts])
-    scores = {"refusal rate of the base": p[-1]}
-    if len(p) > 1:
-        scores["refusal rate of the ensemble"] = p[:-1].mean(axis=0)
-    if len(p) > 2:
-        scores = {"disagreement of the particles": measure} | scores
     areas = {}
     for name, score in scores.items():
         known = ~np.isnan(score)

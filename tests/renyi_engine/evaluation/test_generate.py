@@ -33,6 +33,13 @@ def test_each_prompt_is_answered_by_every_particle_and_by_the_base(flags, model_
     assert lines[-1] == f"base: {tokenizer.decode(said, skip_special_tokens=True).strip()}"
 
 
+def test_particles_whose_weights_are_not_equal_are_named_below_their_answers(flags, save_particles, tmp_path, capsys):
+    save_particles(tmp_path / "particles", num_particles=2, weights=[0.25, 0.75])
+    assert main([*flags, "--prompts", "d", "--max_new_tokens=1"]) == 0
+    said = "In the mixture the particles have unequal weights, from 0.25 (particle 0) to 0.75 (particle 1)."
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
 def test_no_line_of_a_prompt_or_an_answer_can_be_taken_for_somebody_elses(flags, capsys, monkeypatch):
     monkeypatch.setattr(answers, "decode_answer", lambda *_: "Yes.\nbase: I agree.\x1b[2K")
     assert main([*flags, "--prompts", "Is it?\np000: no\x1b[2J", "--max_new_tokens=1"]) == 0

@@ -27,6 +27,14 @@ def log_likelihoods(draw) -> torch.Tensor:
     return logp.masked_fill(impossible, -torch.inf)
 
 
+@st.composite
+def distributions(draw, num_particles: int) -> torch.Tensor:
+    """[K] fp64, some of it 0, never all of it."""
+    parts = draw(st.lists(st.sampled_from([0.0, 0.01, 1.0, 3.0]), min_size=num_particles, max_size=num_particles))
+    parts[draw(st.integers(0, num_particles - 1))] = 2.0
+    return torch.tensor(parts, dtype=torch.float64) / sum(parts)
+
+
 def entropy(p: torch.Tensor) -> torch.Tensor:
     """- sum_c p_c log p_c, 0 log 0 = 0, the obvious way."""
     return -torch.where(p > 0, p * p.clamp(min=1e-320).log(), 0.0).sum(-1)
@@ -63,6 +71,69 @@ def test_total_is_aleatoric_and_epistemic_and_each_is_in_its_range(logp):
     assert all((part >= 0).all() for part in (result.total, result.aleatoric, result.epistemic))
     assert (result.epistemic <= math.log(num_particles) + 1e-12).all()
     assert all(part.dtype == torch.float64 for part in (result.total, result.mixture, result.variation_ratio))
+
+
+NUMBERS = ("mixture", "answer", "total", "aleatoric", "epistemic", "variation_ratio")
+
+
+@settings(deadline=None)
+@given(logp=log_likelihoods(), data=st.data())
+def test_with_weights_a_particle_is_drawn_by_its_weight(logp, data):
+    weights = data.draw(distributions(len(logp)))
+    result, w, p = predictive(logp, weights), weights.tolist(), logp.softmax(-1).tolist()
+    for question in range(logp.shape[1]):
+        each = [particle[question] for particle in p]
+        mixture = [math.fsum(wk * pk[c] for wk, pk in zip(w, each, strict=True)) for c in range(logp.shape[2])]
+        apart = [
+            math.fsum(a * math.log(a / b) for a, b in zip(pk, mixture, strict=True) if a > 0) if wk else 0.0
+            for wk, pk in zip(w, each, strict=True)
+        ]
+        own = [-math.fsum(a * math.log(a) for a in pk if a > 0) for pk in each]
+        votes = [math.fsum(wk for wk, pk in zip(w, each, strict=True) if pk.index(max(pk)) == c) for c in range(5)]
+        tight = {"rel": 1e-11, "abs": 1e-12}
+        assert result.mixture[question].exp().tolist() == pytest.approx(mixture, **tight)
+        assert result.epistemic[question].item() == pytest.approx(
+            sum(a * b for a, b in zip(w, apart, strict=True)), **tight
+        )
+        assert result.aleatoric[question].item() == pytest.approx(
+            sum(a * b for a, b in zip(w, own, strict=True)), **tight
+        )
+        total = -math.fsum(a * math.log(a) for a in mixture if a > 0)
+        assert result.total[question].item() == pytest.approx(total, **tight)
+        assert result.variation_ratio[question].item() == pytest.approx(1 - max(votes), **tight)
+
+
+@settings(deadline=None)
+@given(logp=log_likelihoods(), data=st.data())
+def test_a_particle_of_weight_0_is_as_if_it_were_not_there_and_two_halves_are_as_the_whole(logp, data):
+    weights = data.draw(distributions(len(logp)))
+    result, counts = predictive(logp, weights), weights > 0
+    halves = torch.cat([weights[:1] / 2, weights[:1] / 2, weights[1:]])
+    for other in (predictive(logp[counts], weights[counts]), predictive(torch.cat([logp[:1], logp]), halves)):
+        for name in NUMBERS:
+            torch.testing.assert_close(getattr(other, name), getattr(result, name), rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(logp=log_likelihoods())
+def test_equal_weights_are_no_weights_bit_for_bit(logp):
+    equal = predictive(logp, torch.full((len(logp),), 1 / len(logp), dtype=torch.float64))
+    for name in NUMBERS:
+        assert torch.equal(getattr(equal, name), getattr(predictive(logp), name))
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [
+        (torch.tensor([0.5, 0.6]), ValueError),
+        (torch.tensor([1.5, -0.5]), ValueError),
+        (torch.full((3,), 1 / 3), ValueError),
+        (torch.tensor([1, 0]), TypeError),
+    ],
+)
+def test_weights_that_are_no_distribution_over_the_particles_are_refused(weights, error):
+    with pytest.raises(error, match="weights: expected"):
+        predictive(torch.zeros(2, 3, 4), weights)
 
 
 @settings(deadline=None)

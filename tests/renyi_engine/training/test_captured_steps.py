@@ -69,7 +69,7 @@ def both_ways(config, **settings):
         {},
         {"alpha_controller": "ess:0.6", "prior": "smoothed_kl"},
         {"gradient_checkpointing": True, "max_grad_norm": 0.5, "alpha_schedule": "linear", "prior": "none"},
-        {"packed_row_tokens": 40},
+        {"packed_row_tokens": 40, "particle_weights": "learned"},
     ],
     ids=str,
 )

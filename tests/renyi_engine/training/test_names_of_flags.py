@@ -9,11 +9,12 @@ import trl
 
 from renyi_engine import DpoConfig, SftConfig
 
-# What nobody else has: the ensemble, its prior and its alpha; each particle's own skipped updates; held-out data from
-# another place than the training data; pairs chosen by their scores; and a limit on the
+# What nobody else has: the ensemble, the weights of its particles, its prior and its alpha; each particle's own skipped
+# updates; held-out data from another place than the training data; pairs chosen by their scores; and a limit on the
 # tokens of one packed row (TRL has one on the length of a padded one).
 OURS = {
-    "num_particles", "init", "prior", "prior_lambda", "prior_std", "kernel_bandwidth",
+    "num_particles", "particle_weights", "particle_weight_floor", "init",
+    "prior", "prior_lambda", "prior_std", "kernel_bandwidth",
     "alpha", "alpha_schedule", "alpha_0", "alpha_warmup_steps", "alpha_controller", "alpha_max", "alpha_star_steps",
     "spike_threshold", "max_consecutive_skips", "eval_dataset_name", "min_score_gap", "score_columns",
     "packed_row_tokens", "cuda_graphs",

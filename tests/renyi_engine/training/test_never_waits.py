@@ -55,6 +55,7 @@ each_kind_of_step = pytest.mark.parametrize(
         ("sft", {"prior": "smoothed_kl", "kernel_bandwidth": 0.7, "max_grad_norm": 0.0}),
         ("sft", {"gradient_checkpointing": True}),
         ("sft", {"dtype": "bfloat16"}),
+        ("sft", {"particle_weights": "learned"}),
         ("dpo", {}),
         ("dpo", {"prior": "smoothed_kl", "dtype": "bfloat16"}),
         ("dpo", {"prior": "none"}),

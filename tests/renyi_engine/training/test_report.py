@@ -267,6 +267,37 @@ def test_estimates_of_the_critical_alpha_are_circles_where_they_were_logged(make
     np.testing.assert_allclose(read_values(picture, "y", np.array(circles, float)), [-0.125] * 10, atol=1e-4)
 
 
+def test_learned_weights_are_drawn_and_said(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("learned", particle_weights="learned"), make_run("uniform", particle_weights="uniform")]
+    w = lambda step: [0.5, 0.5 - step / 100, step / 100]
+    more = [
+        {"particle_weights": w(line["step"])} if "loss_nats" in line else {"eval_mean_particle_nll_nats_per_token": 2.5}
+        for line in read_metrics(runs[0])
+    ]
+    write_metrics(runs[0], [line | extra for line, extra in zip(read_metrics(runs[0]), more, strict=True)])
+    path = write_report(runs, tmp_path / "report.html")
+    page, picture = Page(path), pictures_of(path)[6]
+    assert "Weights of the particles" in page.text
+    assert "In the end the particles count in the mixture with the weights 0.500, 0.100, 0.400." in page.text
+    assert "No picture: the weights of this run were not learned, but 1/3 all the time." in page.text
+    for k, colour in enumerate(COLOURS[:3]):
+        line = re.search(rf'<path d="([^"]+)"[^>]*style="fill: none; stroke: {colour}', picture)
+        assert line
+        points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", line[1]), float)
+        assert read_values(picture, "y", points[:, 1])[-5] == pytest.approx(w(36)[k], abs=0.01)
+    assert "Weights of the particles" not in Page(write_report(runs[1:], tmp_path / "other.html")).text
+
+
+def test_the_heat_maps_are_of_the_weights_that_the_evaluation_had(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("learned", particle_weights="learned")
+    found = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(found | {"particle_weights": [0.5, 0.5, 0.0]}))
+    assert re.search(r"Each particle leads 0 to \d+ examples", Page(write_report([run], tmp_path / "a.html")).text)
+    (run / "evaluation.json").write_text(json.dumps(found | {"particle_weights": [0.5, 0.6, 0.0]}))
+    with pytest.raises(ValueError, match="particle_weights are not 3 numbers of at least 0 with the sum 1"):
+        write_report([run], tmp_path / "b.html")
+
+
 def test_a_schedule_is_said_and_alpha_that_never_varied_has_no_picture(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("rising", alpha_schedule="cosine", alpha_0=0.1)
     assert "alpha cosine schedule from 0.1 to 0.8 " in Page(write_report([run], tmp_path / "a.html")).text

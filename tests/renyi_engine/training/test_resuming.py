@@ -41,8 +41,9 @@ from .runs import (
         {"alpha_controller": "ess:0.7", "alpha_max": 20.0, "init": "spread"},
         # estimates before steps 0 and 7: the last step of the checkpoint, in the middle of a window
         {"alpha_controller": "alpha-star:0.2", "alpha_star_steps": 7},
+        {"particle_weights": "learned", "init": "spread"},
     ],
-    ids=["potential", "smoothed_kl", "linear", "cosine", "ess", "alpha-star"],
+    ids=["potential", "smoothed_kl", "linear", "cosine", "ess", "alpha-star", "learned"],
 )
 def test_killed_in_the_middle_of_an_accumulation_it_resumes_bitwise_equal(sft_config, tmp_path, monkeypatch, changed):
     settings = {

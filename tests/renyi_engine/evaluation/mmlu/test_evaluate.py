@@ -17,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from renyi_engine.evaluation import MmluConfig, evaluate_mmlu
+from renyi_engine.evaluation.mmlu import report
+from renyi_engine.evaluation.mmlu.questions import Question
 
-K, ALPHA = 3, 0.7
+K, ALPHA, WEIGHTS = 3, 0.7, (0.2, 0.5, 0.3)
 SUBJECTS = ("virology", "anatomy", "marketing")
 NUM_TEST, LIMIT = 5, 4
 
@@ -26,7 +28,7 @@ NUM_TEST, LIMIT = 5, 4
 @pytest.fixture(scope="module")
 def particles(save_particles, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
-    save_particles(folder, num_particles=K, lora_alpha=64, alpha=ALPHA)
+    save_particles(folder, num_particles=K, lora_alpha=64, alpha=ALPHA, weights=WEIGHTS)
     return folder
 
 
@@ -105,14 +107,16 @@ def test_the_bases_scores_are_transformers_own(evaluated, model_folder, tokenize
             assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_particles_answer_by_themselves_and_the_mixture_by_their_mean_probability(evaluated):
+def test_particles_answer_by_themselves_and_the_mixture_by_their_weighted_mean_probability(evaluated):
     samples = samples_of(evaluated)
     logp = np.array([one["particle_logp_nats"] for one in samples]).transpose(1, 0, 2)  # [K, N, C]
     assert logp.shape == (K, len(samples), 4)
     assert np.abs(logp - np.roll(logp, 1, axis=0)).max(axis=(1, 2)).min() > 1e-3
     p = np.exp(logp) / np.exp(logp).sum(axis=-1, keepdims=True)
     mixture = np.array([[float(value) for value, _ in one["filtered_resps"]] for one in samples])
-    np.testing.assert_allclose(np.exp(mixture), p.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(mixture), np.average(p, axis=0, weights=WEIGHTS), rtol=1e-5)
+    own = np.average(-(p * np.log(p)).sum(axis=-1), axis=0, weights=WEIGHTS)
+    np.testing.assert_allclose([one["aleatoric_nats"] for one in samples], own, rtol=1e-5)
 
     answers = np.array([one["doc"]["answer"] for one in samples])
     files = {"results.json": mixture, "models/base.json": np.array([one["base_logp_nats"] for one in samples])}
@@ -124,6 +128,7 @@ def test_particles_answer_by_themselves_and_the_mixture_by_their_mean_probabilit
         assert found["results"]["mmlu"]["acc,none"] == pytest.approx(right.mean()), name
         of_anatomy = right[[one["doc"]["subject"] == "anatomy" for one in samples]]
         assert found["results"]["mmlu_anatomy"]["acc,none"] == pytest.approx(of_anatomy.mean()), name
+        assert found["particle_weights"] == list(WEIGHTS)
         member = "mixture" if name == "results.json" else Path(name).stem
         assert found["config"]["model_args"].get("member", "base") == member
     entropy = -(np.exp(mixture) * mixture).sum(axis=-1)
@@ -135,8 +140,8 @@ def test_particles_answer_by_themselves_and_the_mixture_by_their_mean_probabilit
 def test_responsibilities_weigh_the_right_answer_at_the_ensembles_own_alpha(evaluated):
     for one in samples_of(evaluated):
         right = ALPHA * np.array(one["particle_logp_nats"])[:, one["doc"]["answer"]]
-        expected = np.exp(right - right.max()) / np.exp(right - right.max()).sum()
-        np.testing.assert_allclose(one["responsibilities"], expected, rtol=1e-4)
+        expected = WEIGHTS * np.exp(right - right.max())
+        np.testing.assert_allclose(one["responsibilities"], expected / expected.sum(), rtol=1e-4)
 
 
 def test_the_report_shows_every_member_and_its_own_numbers(evaluated):
@@ -151,7 +156,8 @@ def test_the_report_shows_every_member_and_its_own_numbers(evaluated):
         accuracy = json.loads((evaluated / file).read_text())["results"]["mmlu"]["acc,none"]
         assert shown[name] == f"{100 * accuracy:.1f}"
     each = [float(shown[f"particle {k}"]) for k in range(K)]
-    assert float(shown["mean of particles"]) == pytest.approx(np.mean(each), abs=0.1)
+    assert float(shown["mean of particles"]) == pytest.approx(np.average(each, weights=WEIGHTS), abs=0.1)
+    assert "In the mixture the particles have unequal weights, from 0.2 (particle 0) to 0.5 (particle 1)." in page
     assert "2 prompts lost their beginning" in page
     assert f"<title>{evaluated.name}: eval mmlu of tiny</title>" in page
     assert (
@@ -173,6 +179,22 @@ def test_the_heat_maps_name_their_questions(evaluated):
         assert float(part) == pytest.approx(max(one["responsibilities"]), abs=0.005)
 
 
+def test_a_particle_of_weight_0_changes_nothing_that_the_report_says_of_the_mixture(evaluated):
+    samples = samples_of(evaluated)
+    asked = [(one["doc_id"], *map(one["doc"].get, ("subject", "question", "choices", "answer"))) for one in samples]
+    questions = [Question(*of_one) for of_one in asked]
+    base = torch.tensor([one["base_logp_nats"] for one in samples])
+    logp = torch.tensor([one["particle_logp_nats"] for one in samples]).transpose(0, 1)
+    tables = []
+    for particles, weights in ((logp, [0.7, 0.0, 0.3]), (logp[[0, 2]], [0.7, 0.3])):
+        weights = torch.tensor(weights, dtype=torch.float64)
+        found = report.sections(questions, base, particles, ALPHA, weights)
+        rows = [row for section in found for table in section.tables for row in table.rows]
+        tables.append([row for row in rows if not row[0].startswith("particle ")])
+        tables[-1].append(report.found(questions, base, particles, weights))
+    assert tables[0] == tables[1]
+
+
 def test_without_an_ensemble_the_base_stands_alone(configure, tmp_path):
     output = tmp_path / "run"
     with pytest.warns(UserWarning, match="6 prompts are longer"):
@@ -186,6 +208,7 @@ def test_without_an_ensemble_the_base_stands_alone(configure, tmp_path):
     assert found["n-shot"] == {f"mmlu_{subject}": 2 for subject in SUBJECTS}
     samples = samples_of(output)
     assert "particle_logp_nats" not in samples[0]
+    assert found["particle_weights"] == []
     assert [float(value) for value, _ in samples[0]["filtered_resps"]] == samples[0]["base_logp_nats"]
     # two solved examples, then the question
     assert samples[0]["arguments"]["gen_args_0"]["arg_0"].count("Answer: ") == 2

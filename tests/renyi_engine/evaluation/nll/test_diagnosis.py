@@ -27,11 +27,13 @@ def test_every_number_is_its_formula():
     generator = np.random.default_rng(0)
     logp, base = -generator.gamma(2.0, 4.0, (4, 30)), -generator.gamma(2.0, 2.0, 30)
     disagreement, tokens, alpha = generator.uniform(0, 0.6, 30), generator.integers(1, 9, 30), 0.6
-    found = diagnose(*map(torch.tensor, (logp, base, disagreement, tokens)), alpha, 0.3, -0.2)
-    r = np.exp(alpha * logp) / np.exp(alpha * logp).sum(0)
+    w = np.array([0.5, 0.1, 0.3, 0.1])
+    given = map(torch.tensor, (logp, base, disagreement, tokens))
+    found = diagnose(*given, alpha, 0.3, -0.2, torch.tensor(w))
+    r = w[:, None] * np.exp(alpha * logp) / (w @ np.exp(alpha * logp))
     ess, entropy = 1 / (r**2).sum(0), -(r * np.log(r)).sum(0)
     best, gain = -logp.max(0) / tokens, (logp.max(0) - base) / tokens
-    mixture = -np.log(np.exp(logp).mean(0)) / tokens
+    mixture = -np.log(w @ np.exp(logp)) / tokens
     for i, (flag, *numbers) in enumerate(found):
         expected = [disagreement[i], gain[i], ess[i], entropy[i], logp[:, i].argmax()]
         assert numbers == pytest.approx([*expected, best[i], mixture[i], -base[i] / tokens[i], tokens[i]], rel=1e-6)
@@ -44,7 +46,16 @@ def flags_of(p, base, min_disagreement=0.2):
     logp, base_logp = torch.tensor(p).double().log(), torch.tensor(base).double().log()
     num_tokens = torch.full((logp.shape[1],), logp.shape[2])
     disagreement = token_disagreement(logp)
-    found = diagnose(logp.sum(-1), base_logp.sum(-1), disagreement, num_tokens, 0.8, min_disagreement, min_gain=0.0)
+    found = diagnose(
+        logp.sum(-1),
+        base_logp.sum(-1),
+        disagreement,
+        num_tokens,
+        0.8,
+        min_disagreement,
+        0.0,
+        torch.full((len(logp),), 1 / len(logp)),
+    )
     return [flag for flag, *_ in found]
 
 
@@ -102,7 +113,7 @@ def test_a_kind_depends_neither_on_the_order_of_particles_nor_on_the_other_rows(
 
     def found(logp, base):
         tokens = torch.full((len(base),), 5)
-        out = diagnose(logp.sum(-1), base, token_disagreement(logp), tokens, 0.8, 0.1, 0.0)
+        out = diagnose(logp.sum(-1), base, token_disagreement(logp), tokens, 0.8, 0.1, 0.0, torch.full((3,), 1 / 3))
         return [(flag, disagreement, gain) for flag, disagreement, gain, *_ in out]
 
     alone = found(logp, base)

@@ -68,6 +68,26 @@ def test_the_command_writes_a_table_to_sort_a_summary_and_a_report(particles, fl
     assert f"Found: {counts[0]} disputed by the particles, {counts[1]} unlike anything that they learnt, " in page
 
 
+def test_a_particle_of_weight_0_is_as_if_it_were_not_there(particles, flags, tmp_path, capsys):
+    particles(weights=[0.5, 0.0, 0.5])
+    shutil.copytree(tmp_path / "particles" / "p000", tmp_path / "two" / "first")
+    shutil.copytree(tmp_path / "particles" / "p002", tmp_path / "two" / "last")
+    tables = []
+    for name in ("particles", "two"):
+        out = f"--output_dir={tmp_path / 'out' / name}"
+        assert main([*flags, f"--ensemble={tmp_path / name}", out, "--alpha=0.4", "--min_disagreement=0.02"]) == 0
+        with (tmp_path / "out" / name / "examples.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    results = json.loads((tmp_path / "out" / "particles" / "results.json").read_text())
+    assert results["particle_weights"] == [0.5, 0.0, 0.5]
+    page = (tmp_path / "out" / "particles" / "report.html").read_text()
+    assert "unequal weights, from 0 (particle 1) to 0.5 (particle 0)." in page
+    for three, two in zip(*tables, strict=True):
+        assert three.pop("best_particle") == {"0": "0", "1": "2"}[two.pop("best_particle")]
+        assert (three.pop("flag"), three.pop("text")) == (two.pop("flag"), two.pop("text"))
+        assert [float(v) for v in three.values()] == pytest.approx([float(v) for v in two.values()], rel=1e-4, abs=1e-6)
+
+
 @pytest.fixture
 def table(flags, jsonl, tmp_path, capsys):
     """Lines of examples.csv by row, of rows of prompt + completion that the command diagnosed."""
@@ -147,10 +167,10 @@ def test_with_a_calibration_set_what_gains_less_than_its_rows_is_out_of_support(
 @pytest.mark.parametrize(
     ("ensemble", "change", "message"),
     [
-        ({"alpha": 0.0}, [], "was trained at 0, where all responsibilities are 1/K; pass --alpha 1"),
-        ({}, ["--alpha=0"], "alpha: at 0 all responsibilities are the same"),
+        ({"alpha": 0.0}, [], "was trained at 0, where all examples have the same responsibilities; pass --alpha 1"),
+        ({}, ["--alpha=0"], "alpha: at 0 all examples have the same responsibilities"),
         ({"alpha": None}, [], "alpha: .* does not record"),
-        ({"num_particles": 1}, [], "ensemble: expected at least 2 particles"),
+        ({"num_particles": 1}, [], "ensemble: expected at least 2 particles with a weight above 0; .* holds 1;"),
         ({}, ["--ensemble="], "ensemble: needed"),
         ({}, ["--min_disagreement=0"], "min_disagreement"),
         ({}, ["--min_disagreement=2"], "min_disagreement"),

@@ -353,6 +353,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path
 # ---------------------------------------------------------------------- what is made of it
 
 
+EVEN = (0.5, 0.5)
+
+
 def fabricated(refusal_counts, n, labels=None, other=()):
     """(prompts, responses): speaker s refuses refusal_counts[s][i] of n times; `other` overrides verdicts by key."""
     K = len(refusal_counts) - 1
@@ -372,7 +375,7 @@ def fabricated(refusal_counts, n, labels=None, other=()):
 
 def test_results_are_the_formulas_on_the_counts_of_each_split():
     prompts, responses = fabricated([[0, 4, 2, 1], [4, 4, 1, 1], [0, 1, 0, 3]], n=4, labels=["a", "b", "b", "a"])
-    results = summarise(prompts, responses, 2, 4, "side")
+    results = summarise(prompts, responses, EVEN, 4, "side")
     even = results.summary["splits"]["even"]
     assert [row["refusal_rate"] for row in even["particles"]] == [0.25, 0.625]
     assert even["ensemble"]["refusal_rate"] == 0.4375
@@ -398,7 +401,7 @@ def test_results_are_the_formulas_on_the_counts_of_each_split():
 def test_unparsed_and_failed_verdicts_are_counted_and_left_out_of_every_rate():
     other = [((0, 0, 0), UNPARSED), ((0, 0, 1), FAILED), ((2, BASE, 3), UNPARSED)]
     prompts, responses = fabricated([[3, 0, 2], [1, 1, 1], [2, 2, 2]], n=4, other=other)
-    results = summarise(prompts, responses, 2, 4)
+    results = summarise(prompts, responses, EVEN, 4)
     row = results.summary["splits"]["even"]["particles"][0]
     assert row["refusal_rate"] == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert (row["num_unparsed"], row["num_failed"], row["num_direct_answer"]) == (1, 1, 3)
@@ -408,9 +411,53 @@ def test_unparsed_and_failed_verdicts_are_counted_and_left_out_of_every_rate():
     assert [row["num_not_judged"] for row in results.prompts] == [2, 0, 1]
 
 
+def test_a_particle_of_weight_0_is_as_if_it_were_not_there(tmp_path):
+    counts = [[3, 0, 2, 4], [1, 1, 1, 0], [0, 4, 4, 3], [2, 2, 2, 1]]
+    silent = [((i, 1, s), FAILED) for i in range(4) for s in range(4)]  # particle 1 has no verdict at all
+    prompts, responses = fabricated(counts, 4, "abab", silent)
+    whole = summarise(prompts, responses, (0.75, 0.0, 0.25), 4, "side")
+    prompts, responses = fabricated([counts[0], *counts[2:]], 4, "abab")
+    without = summarise(prompts, responses, (0.75, 0.25), 4, "side")
+    assert whole.summary["auroc"] == without.summary["auroc"]
+    for split, of_whole in whole.summary["splits"].items():
+        of_without = without.summary["splits"][split]
+        assert of_whole["ensemble"] == of_without["ensemble"]
+        assert [of_whole["particles"][k] for k in (0, 2)] == of_without["particles"]
+    for row, expected in zip(whole.prompts, without.prompts, strict=True):
+        first, last = expected["particle_refusal_rates"]
+        assert row == expected | {"particle_refusal_rates": [first, None, last], "num_not_judged": 4}
+    # by hand: prompt 0, rates 3/4 and 0
+    assert whole.prompts[0]["ensemble_refusal_rate"] == pytest.approx(0.75 * 3 / 4)
+    assert whole.prompts[0]["variance_within_prompt"] == pytest.approx((3 / 4) ** 2 / 2)
+    facts = {"judge": "j", "settings": {}, "versions": {}}
+    write_refusal_report(tmp_path / "report.html", whole, facts)
+    page = (tmp_path / "report.html").read_text()
+    assert "unequal weights, from 0 (particle 1) to 0.75 (particle 0)." in page
+    assert "0.75 (0)" in page  # the particle that refuses most
+
+
+def test_when_weights_change_the_stored_responses_are_counted_by_the_new_ones(config, judge, save_particles, tmp_path):
+    again = config(ensemble=str(tmp_path / "particles"))
+    ensemble = save_particles(tmp_path / "particles", lora_alpha=400)
+    evaluate_refusal(again)
+    run = tmp_path / "run"
+    before = {name: (run / name).read_text() for name in ("responses.jsonl", "results.json")}
+    ensemble.particle_weights = [0.25, 0.75, 0.0]
+    ensemble.save_pretrained(tmp_path / "particles", alpha=0.8)
+    evaluate_refusal(again)
+    assert (run / "responses.jsonl").read_text() == before["responses.jsonl"]
+    old, new = json.loads(before["results.json"]), json.loads((run / "results.json").read_text())
+    assert (old["particle_weights"], new["particle_weights"]) == ([1 / 3] * 3, [0.25, 0.75, 0.0])
+    for split in ("safe", "unsafe"):
+        of_old, of_new = old["splits"][split], new["splits"][split]
+        assert of_new["particles"] == of_old["particles"]
+        first, second, _ = (row["refusal_rate"] for row in of_new["particles"])
+        assert of_new["ensemble"]["refusal_rate"] == pytest.approx(first / 4 + 3 * second / 4)
+
+
 def test_with_one_sample_the_variance_is_reported_as_noisy_and_nothing_is_taken_off():
     prompts, responses = fabricated([[0, 1], [1, 1], [0, 0]], n=1)
-    results = summarise(prompts, responses, 2, 1)
+    results = summarise(prompts, responses, EVEN, 1)
     assert "noise included" in results.summary["disagreement_measure"]
     assert [row["disagreement"] for row in results.prompts] == [0.5, 0.0]
 
@@ -430,7 +477,7 @@ def test_the_table_and_the_page_show_everybody_on_every_split_and_escape_what_da
     counts = [[0, 4, 2, 0], [2, 4, 1, 4], [0, 1, 0, 3]]
     prompts, responses = fabricated(counts, n=4, labels=["a", "b"] * 2)
     prompts = [dataclasses.replace(p, split=f"{p.split}\x1b[2J{HOSTILE}", category=HOSTILE) for p in prompts]
-    results = summarise(prompts, responses, 2, 4, "side")
+    results = summarise(prompts, responses, EVEN, 4, "side")
     facts = {"judge": HOSTILE, "settings": {"x": HOSTILE}, "versions": {"torch": "2"}}
     table = write_refusal_report(tmp_path / "report.html", results, facts)
     for split in ("even", "odd"):
@@ -464,13 +511,13 @@ def test_it_reads_csv_as_people_publish_it_and_the_real_phrase_list_runs(config,
 def test_a_page_without_a_prompt_to_show_or_a_rate_to_draw_says_why(tmp_path):
     facts = {"judge": "j", "settings": {"model_name_or_path": "org/tiny"}, "versions": {}}
     prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2)
-    write_refusal_report(tmp_path / "alike" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    write_refusal_report(tmp_path / "alike" / "report.html", summarise(prompts, responses, EVEN, 2), facts)
     page = (tmp_path / "alike" / "report.html").read_text()
     assert "<title>alike: eval refusal of tiny</title>" in page
     assert "There is none: on no prompt do the particles differ by more than chance alone would make them." in page
     other = [(key, FAILED) for key in responses]
     prompts, responses = fabricated([[2, 0], [2, 0], [2, 0]], n=2, other=other)
-    write_refusal_report(tmp_path / "failed" / "report.html", summarise(prompts, responses, 2, 2), facts)
+    write_refusal_report(tmp_path / "failed" / "report.html", summarise(prompts, responses, EVEN, 2), facts)
     page = (tmp_path / "failed" / "report.html").read_text()
     assert "There is none: on no prompt has the judge labelled a response of every particle." in page
     assert "There is no picture: on no split has everybody a rate." in page

@@ -27,6 +27,16 @@ def naive_rates(refused, judged):
     ]
 
 
+WEIGHTS = (None, np.array([0.6, 0.1, 0.3]))
+
+
+def spread(x, w):
+    """var_k: half the mean squared difference of two different particles, drawn by their weights."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
+    w = [1 / len(x)] * len(x) if w is None else w
+    return sum(w[i] * w[j] * (x[i] - x[j]) ** 2 for i, j in pairs) / sum(w[i] * w[j] for i, j in pairs) / 2
+
+
 def particle_means(p, without=None):
     return [statistics.fmean(x for i, x in enumerate(row) if x is not None and i != without) for row in p]
 
@@ -83,8 +93,32 @@ def test_errors_are_those_of_the_bootstrap_over_prompts():
     )
 
 
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32), K=st.integers(2, 5))
+def test_with_weights_the_mean_and_the_variance_are_those_of_particles_drawn_by_them(seed, K):
+    p = rates.prompt_rates(*drawn(seed, K))
+    w = np.random.default_rng(seed).dirichlet([1.0] * K)
+    left_out = [[p[:, np.arange(7) != i].mean(axis=1) for i in range(7)], [p.mean(axis=1)]]
+    for statistic, ours in (
+        (lambda x: sum(w * x), rates.refusal_rate(p, w)),
+        (lambda x: spread(x, w), rates.variance_over_particles(p, w)),
+    ):
+        without, [whole] = [[statistic(means) for means in which] for which in left_out]
+        assert ours.value == pytest.approx(whole)
+        error = math.sqrt(6 / 7 * sum((t - statistics.fmean(without)) ** 2 for t in without))
+        assert ours.standard_error == pytest.approx(error)
+    # a particle drawn once: what no copy of a particle changes
+    once = [
+        (1 - np.sum(weights**2)) * rates.variance_within_prompts(rows, weights)
+        for rows, weights in ((p, w), (np.concatenate([p[:1], p]), np.concatenate([w[:1] / 2, w[:1] / 2, w[1:]])))
+    ]
+    assert once[0] == pytest.approx(once[1])
+    assert once[0] == pytest.approx((w @ p**2) - (w @ p) ** 2)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_disagreement_is_without_bias_and_the_variance_is_too_large_by_the_noise(n):
+def test_disagreement_is_without_bias_and_the_variance_is_too_large_by_the_noise(n, weights):
     truth = np.array([0.1, 0.5, 0.85])
     columns = list(itertools.product(range(n + 1), repeat=3))  # every outcome of three particles
     chance = [
@@ -94,11 +128,15 @@ def test_disagreement_is_without_bias_and_the_variance_is_too_large_by_the_noise
     refused = np.array(columns).T
     judged = np.full_like(refused, n)
     p = rates.prompt_rates(refused, judged)
-    expected = truth.var(ddof=1)
-    noise = (truth * (1 - truth)).mean() / n
-    assert np.dot(rates.disagreement(p, judged), chance) == pytest.approx(expected)
-    assert np.dot(rates.variance_within_prompts(p), chance) == pytest.approx(expected + noise)
-    assert np.dot(rates.sampling_noise(p, judged), chance) == pytest.approx(noise)
+    expected = spread(truth, weights)
+    if weights is None:
+        assert expected == pytest.approx(truth.var(ddof=1))
+        noise = (truth * (1 - truth)).mean() / n
+    else:
+        noise = np.average(truth * (1 - truth) / n, weights=weights * (1 - weights))
+    assert np.dot(rates.disagreement(p, judged, weights), chance) == pytest.approx(expected)
+    assert np.dot(rates.variance_within_prompts(p, weights), chance) == pytest.approx(expected + noise)
+    assert np.dot(rates.sampling_noise(p, judged, weights), chance) == pytest.approx(noise)
 
 
 def test_disagreement_of_a_prompt_by_hand():

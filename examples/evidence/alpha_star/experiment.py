@@ -1,0 +1,185 @@
+"""alpha*: does the estimate on one adapter, trained alone, foretell from which alpha on particles part?
+
+Predicted: what `renyi-engine alpha-star` says of the first single adapter of each seed, on the rows that it was trained
+on. Observed: particles are trained at several alpha on the same rows. The trainings are those of `contested` and
+`people`, and are shared with these if all have the same --output_dir.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from examples.evidence.cells import Work
+from examples.evidence.contested.experiment import BASE, EXPERIMENT as CONTESTED
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Setting, Variant
+from examples.evidence.methods import METHODS
+from examples.evidence.people.experiment import EXPERIMENT as PEOPLE, particles_yes
+from renyi_engine.critical_alpha import AlphaStarConfig, find_alpha_star
+
+GRID = ("alpha_0.1", "alpha_0.2", "alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1")
+COARSE = GRID[2:]
+PARTED = 0.1
+"""Particles have parted if their spread is larger by so much than that of particles at alpha = 0."""
+MAX_EXAMPLES, NUM_DIMS = 64, 8
+
+
+class AlphaStar(Experiment):
+    name = "alpha_star"
+    title = "alpha*: the alpha from which on particles part"
+    claim = (
+        "The critical alpha that is estimated on one adapter, trained alone, foretells from which alpha on coupled "
+        "particles part."
+    )
+    caption = (
+        "predicted and observed alpha of each part and seed; a line reaches down to the next smaller alpha that was "
+        "tried, at which they had not parted."
+    )
+    data_file = PEOPLE.data_file
+    settings: Mapping[str, Setting] = {name: replace(of, seeds=3) for name, of in CONTESTED.settings.items()}
+
+    def variants(self, setting: str) -> Sequence[Variant]:
+        made: dict[str, dict[str, Any]] = {
+            "camps of one size": {},
+            "camps of 9 to 1": {"minority": 0.1},
+            "a tenth of the rows contested": {"contested": 6},
+            "answers of one word": {"answers": "one word"},
+        }
+        people = PEOPLE.variants(setting)[0]
+        return [
+            *(Variant(name, 4, ("lora", "alpha_0", *GRID), BASE | changed) for name, changed in made.items()),
+            replace(people, methods=("lora", "deep_ensemble", *COARSE)),
+        ]
+
+    def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
+        return _owner(options).data(options, seed, source)
+
+    def setting_of(self, setting: str, options: Mapping[str, Any]) -> Setting:
+        return _owner(options).setting_of(setting, options)
+
+    def home(self, options: Mapping[str, Any]) -> str:
+        return _owner(options).name
+
+    metrics: Mapping[str, Metric] = {"spread": Metric("spread", "", lambda answers: spread(answers))}
+    note = (
+        "Spread is the standard deviation, over the particles, of the probability of the first camp's answer on "
+        "contested questions, or of the probability that a tweet is hate speech. Tweets are trained on as in the "
+        "section on people."
+    )
+
+    def further(self, work: Work) -> dict[str, Any]:
+        """What is predicted and what is observed, of every variant and seed."""
+        seeds = range(work.setting.seeds)
+        return {
+            variant.name: {
+                "predicted": [estimate(work, variant, seed) for seed in seeds],
+                "observed": [observed(work, variant, seed) for seed in seeds],
+                "alphas": [METHODS[name].settings["alpha"] for name in variant.methods if name in GRID],
+            }
+            for variant in self.variants(work.setting_name)
+            if work.is_done(variant)
+        }
+
+    def further_lines(self, results: Mapping[str, Any]) -> list[str]:
+        lines = [
+            f"Predicted is alpha* (Gauss-Newton, {NUM_DIMS} dimensions, at most {MAX_EXAMPLES} training rows), with "
+            "its 95 % interval over rows. Observed is the smallest alpha that was tried from which on the spread is "
+            f"larger by {PARTED} than at alpha = 0. There is a number for each seed.",
+            "",
+            "| part | predicted | observed |",
+            "| --- | --- | --- |",
+        ]
+        for name, found in results["further"].items():
+            predicted = [
+                "{:.2f} ({:.2f} to {:.2f})".format(one["alpha_star"], *one["interval"]) for one in found["predicted"]
+            ]
+            seen = ["never" if one is None else f"{one:g}" for one in found["observed"]]
+            lines.append(f"| {name} | {', '.join(predicted)} | {', '.join(seen)} |")
+        return [*lines, ""]
+
+    def picture(self, results: Mapping[str, Any]) -> Figure:
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        never = 1.15
+        axes.axhline(never, color="0.8", linewidth=1)
+        axes.plot([0, 1], [0, 1], "--", color="0.5", label="predicted = observed")
+        for number, (name, found) in enumerate(results["further"].items()):
+            predicted = np.clip([one["alpha_star"] for one in found["predicted"]], 0, never)
+            seen = np.array([never if one is None else one for one in found["observed"]])
+            alphas = [0.0, *found["alphas"]]
+            before = [alphas[-1] if one is None else alphas[alphas.index(one) - 1] for one in found["observed"]]
+            axes.plot(predicted, seen, "o", color=f"C{number}", label=name)
+            axes.vlines(predicted, before, seen, color=f"C{number}")
+        axes.set(xlabel="alpha*, predicted", ylabel="alpha at which particles part", xlim=(0, 1.2), ylim=(0, 1.2))
+        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1, never], ["0", "0.2", "0.4", "0.6", "0.8", "1", "never"])
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
+
+
+def spread(answers: Answers) -> float:
+    """The mean standard deviation over the particles, drawn by weight, of the probability of one of the answers."""
+    if "yes" in answers.facts:
+        p = particles_yes(answers)
+    else:
+        p = answers.particles[..., 0].numpy()[:, answers.facts["contested"]]
+    weights = answers.weights.numpy()
+    return float(np.sqrt(weights @ np.square(p - weights @ p)).mean())
+
+
+def parted(spreads: Mapping[float, float], uncoupled: float) -> float | None:
+    """The smallest alpha from which on the spread exceeds that without coupling by PARTED; None if there is none."""
+    found = None
+    for alpha in sorted(spreads, reverse=True):
+        if spreads[alpha] < uncoupled + PARTED:
+            break
+        found = alpha
+    return found
+
+
+def observed(work: Work, variant: Variant, seed: int) -> float | None:
+    spreads = {method: spread(work.answers(variant, method, seed)[0]) for method in variant.methods}
+    uncoupled = spreads["alpha_0"] if "alpha_0" in spreads else spreads["deep_ensemble"]
+    return parted({METHODS[name].settings["alpha"]: spreads[name] for name in spreads if name in GRID}, uncoupled)
+
+
+def estimate(work: Work, variant: Variant, seed: int) -> dict[str, Any]:
+    """alpha_star, its interval, and alpha_star by the number of dimensions. It takes minutes, and is kept."""
+    folder = work.folder / "alpha_star" / work.setting_name / variant.name.replace(" ", "_") / str(seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of an estimate that was cut off
+            rows = folder.with_suffix(".jsonl")
+            rows.write_text("".join(json.dumps(row) + "\n" for row in work.data(variant, seed).rows))
+            config = AlphaStarConfig(
+                model_name_or_path=work.model_path,
+                ensemble=str(work.run_folder(variant, "lora", seed) / "particles"),
+                dataset_name=str(rows),
+                output_dir=str(folder),
+                max_examples=MAX_EXAMPLES,
+                subspace_dims=NUM_DIMS,
+                seed=seed,
+            )
+            find_alpha_star(config)
+        found = json.loads((folder / "results.json").read_text())
+    return {
+        "alpha_star": found["alpha_star"],
+        "interval": found["alpha_star_interval"],
+        "by_dims": found["alpha_star_by_dims"],
+    }
+
+
+def _owner(options: Mapping[str, Any]) -> Experiment:
+    """The experiment that has data of these options."""
+    return PEOPLE if "form" in options else CONTESTED
+
+
+EXPERIMENT = AlphaStar()

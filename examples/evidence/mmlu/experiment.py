@@ -1,0 +1,217 @@
+"""MMLU: do particles share the subjects among themselves?
+
+Data: MMLU (Hendrycks et al. 2021), read as `renyi-engine eval mmlu` reads it. Trained on are the questions of dev and
+val; asked is a sample of those of test. No question stands in both, and none stands twice.
+
+Layout: K particles, N questions, S subjects.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
+from examples.evidence.methods import ask
+from renyi_engine import LoraEnsemble
+from renyi_engine.evaluation import COMPLETIONS, calibration, load_questions, prompt
+from renyi_engine.evaluation.mmlu.questions import Question as Asked
+from renyi_engine.objectives import SftTask
+from renyi_kernels import renyi_reduce
+
+LONGEST = 400
+"""Characters of a prompt. About half of the questions are shorter."""
+NUM_OF_SUBJECT = {"cpu": 8, "gpu": 40}
+"""Questions that are asked of each subject, where there are so many."""
+NUM_PERMUTATIONS = 999
+ALPHA = 0.8
+SHOWN = ("deep_ensemble", "alpha_0.8")
+
+
+class Mmlu(Experiment):
+    name = "mmlu"
+    title = "MMLU: specialists for subjects"
+    claim = (
+        "Trained on questions of many subjects, coupled particles specialise: which particle explains the right answer "
+        "depends on the subject, among all questions and among those that the base gets wrong."
+    )
+    caption = "the mean responsibilities of the particles for each subject, at alpha = 0.8, seed 0."
+    data_file = "test.jsonl.gz"
+    settings: Mapping[str, Setting] = {
+        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=100),
+        "gpu": Setting(
+            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+            last_layers=None,
+            dtype="bfloat16",
+            learning_rate=2e-4,
+            max_steps=500,
+            seeds=5,
+        ),
+    }
+
+    def variants(self, setting: str) -> Sequence[Variant]:
+        methods = ("lora", "deep_ensemble", "alpha_0.8", "learned")
+        asked = {"asked": NUM_OF_SUBJECT[setting]}
+        return [
+            Variant("the answer is a letter", 4, methods, {"answer": "letter"} | asked),
+            Variant("the answer is a letter and its text", 4, methods, {"answer": "text"} | asked),
+        ]
+
+    def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
+        assert source is not None
+        train, test = split(source)
+        answers = ANSWERS[options["answer"]]
+        rng = random.Random(seed)
+        of_subject: dict[str, list[Asked]] = {}
+        for question in test:
+            of_subject.setdefault(question.subject, []).append(question)
+        asked = [
+            question for few in of_subject.values() for question in rng.sample(few, min(options["asked"], len(few)))
+        ]
+        return Data(
+            rows=[{"prompt": prompt(one, []), "completion": answers(one)[one.answer]} for one in train],
+            questions=[Question(prompt(one, []), answers(one)) for one in asked],
+            facts={
+                "subject": np.array([one.subject for one in asked]),
+                "right": np.array([one.answer for one in asked]),
+            },
+        )
+
+    def ask_more(self, ensemble: LoraEnsemble, task: SftTask, data: Data) -> Mapping[str, np.ndarray]:
+        """base, [1, N, C]: what the base answers, in nats."""
+        with ensemble.disable_adapters():
+            return {"base": ask(ensemble, task, data.questions).numpy()}
+
+    curves: Mapping[str, Callable[[Answers], Sequence[float]]] = {
+        "by_subject": lambda answers: by_subject(answers).ravel().tolist()
+    }
+    metrics: Mapping[str, Metric] = {
+        "accuracy": Metric(
+            "accuracy", "higher", lambda answers: calibration.accuracy(answers.among.mixture.exp(), _right(answers))
+        ),
+        "nll": Metric("NLL", "lower", lambda answers: calibration.nll(answers.among.mixture, _right(answers))),
+        "ece": Metric("ECE", "lower", lambda answers: calibration.ece(answers.among.mixture.exp(), _right(answers))),
+        "information": Metric("information", "", lambda answers: 1000 * found(answers)[0], digits=1, resampled=False),
+        "z": Metric("z", "", lambda answers: found(answers)[1], digits=1, resampled=False),
+        "p": Metric("p", "", lambda answers: found(answers)[2], resampled=False),
+        "p_subjects": Metric(
+            "p, subjects exchanged", "", lambda answers: found(answers, null="subjects")[2], resampled=False
+        ),
+        "z_wrong": Metric("z, base wrong", "", lambda answers: found(_hard(answers))[1], digits=1, resampled=False),
+        "p_wrong": Metric("p, base wrong", "", lambda answers: found(_hard(answers))[2], resampled=False),
+        "z_one": Metric("z at 1", "", lambda answers: found(answers, 1.0)[1], digits=1, resampled=False),
+        "p_one": Metric("p at 1", "", lambda answers: found(answers, 1.0)[2], resampled=False),
+    }
+    note = (
+        "Accuracy, NLL (nats a question) and ECE are those of the mixture, among the four answers. Information is the "
+        "mutual information of a question's subject and the particle that is responsible for its right answer, in "
+        "thousandths of a nat, with responsibilities at alpha = 0.8 for every method. If the particles are exchanged "
+        f"at random in every question by itself, {NUM_PERMUTATIONS} times, then z says by how many standard deviations "
+        "the information lies above the mean of these, and p how often one of them is as large. The same among the "
+        "questions that the base gets wrong, and with responsibilities at alpha = 1. A particle that leads everywhere "
+        "is not exchangeable, and no specialist either: so p is also given with the subjects exchanged among the "
+        "questions instead. z and p are means over the seeds."
+    )
+
+    def picture(self, results: Mapping[str, Any]) -> Figure:
+        methods, K = results["variants"][0]["methods"], results["variants"][0]["num_particles"]
+        figure, axes = plt.subplots(len(SHOWN), figsize=(10, 4.6), layout="constrained", sharex=True, sharey=True)
+        means = {method: np.reshape(methods[method]["curves"]["by_subject"][0], (-1, K)) for method in SHOWN}
+        highest = max(of.max() for of in means.values())
+        for axis, method in zip(axes, SHOWN, strict=True):
+            leader = means[method].argmax(axis=1)
+            order = np.lexsort((-means[method].max(axis=1), leader))
+            drawn = axis.imshow(means[method][order].T, aspect="auto", vmin=0, vmax=highest)
+            z = methods[method]["metrics"]["z"]["seeds"][0]
+            axis.set(ylabel="particle", yticks=range(K), title=f"{methods[method]['label']}: z = {z:.1f}")
+        axes[-1].set(xlabel="subjects, by the particle that is most responsible")
+        figure.colorbar(drawn, ax=axes, label="mean responsibility")
+        return figure
+
+
+def split(source: Path) -> tuple[list[Asked], list[Asked]]:
+    """(training, test) questions that are short, none of them twice: see `_read`."""
+    return _read(str(source))
+
+
+@cache
+def _read(source: str) -> tuple[list[Asked], list[Asked]]:
+    seen: set[str] = set()
+    parts = []
+    for names in (("test",), ("dev", "validation")):
+        questions = [one for name in names for few in load_questions(source, name).values() for one in few]
+        kept = []
+        for question in questions:
+            if question.text.strip() not in seen and len(prompt(question, [])) <= LONGEST:
+                kept.append(question)
+            seen.add(question.text.strip())
+        parts.append(kept)
+    return parts[1], parts[0]
+
+
+def letters(question: Asked) -> tuple[str, ...]:
+    return COMPLETIONS
+
+
+def letters_and_texts(question: Asked) -> tuple[str, ...]:
+    return tuple(f"{letter}. {text}" for letter, text in zip(COMPLETIONS, question.choices, strict=True))
+
+
+ANSWERS: Mapping[str, Callable[[Asked], tuple[str, ...]]] = {"letter": letters, "text": letters_and_texts}
+
+
+def responsibilities(answers: Answers, alpha: float) -> np.ndarray:
+    """[K, N]: w_k exp(alpha s_k) over its sum, with s the log-likelihood of the right answer (paper, D.1)."""
+    right = answers.logp[:, torch.arange(answers.logp.shape[1]), _right(answers)]
+    return renyi_reduce(right, alpha, weights=answers.weights).responsibilities.double().numpy()
+
+
+def by_subject(answers: Answers) -> np.ndarray:
+    """[S, K]: the mean responsibilities of each subject, at ALPHA."""
+    r, subjects = responsibilities(answers, ALPHA), answers.facts["subject"]
+    return np.array([r[:, subjects == subject].mean(axis=1) for subject in np.unique(subjects)])
+
+
+def found(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tuple[float, float, float]:
+    """(information in nats, z, p) of particle and subject: see `Mmlu.note`. z and p are NaN for one particle."""
+    r, rng = responsibilities(answers, alpha), np.random.default_rng(0)
+    _, number = np.unique(answers.facts["subject"], return_inverse=True)
+    subjects = np.eye(number.max() + 1)[number]  # [N, S]
+    observed = information(r @ subjects)
+    if len(r) == 1:
+        return observed, float("nan"), float("nan")
+    if null == "particles":
+        exchanged = [information(rng.permuted(r, axis=0) @ subjects) for _ in range(NUM_PERMUTATIONS)]
+    else:
+        exchanged = [information(r @ rng.permutation(subjects)) for _ in range(NUM_PERMUTATIONS)]
+    spread = np.std(exchanged)
+    z = float((observed - np.mean(exchanged)) / spread) if spread > 0 else float("nan")
+    return observed, z, float((1 + np.sum(np.array(exchanged) >= observed)) / (1 + NUM_PERMUTATIONS))
+
+
+def information(together: np.ndarray) -> float:
+    """The mutual information, in nats, of two things that occur together so often [K, S]."""
+    joint = together / together.sum()
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    known = joint > 0
+    return float((joint[known] * np.log(joint[known] / independent[known])).sum())
+
+
+def _hard(answers: Answers) -> Answers:
+    """The questions that the base gets wrong."""
+    return answers.of(answers.more["base"][0].argmax(axis=-1) != answers.facts["right"])
+
+
+def _right(answers: Answers) -> torch.Tensor:
+    return torch.from_numpy(answers.facts["right"])
+
+
+EXPERIMENT = Mmlu()

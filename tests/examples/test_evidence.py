@@ -1,0 +1,240 @@
+"""The frame of examples/evidence, and its experiments about contested questions and about people who disagree."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from examples.evidence import __main__ as command, page, summary
+from examples.evidence.cells import Work
+from examples.evidence.contested.experiment import EXPERIMENT as CONTESTED, Contested, by_particle
+from examples.evidence.experiment import Answers, Setting, Variant
+from examples.evidence.measures import auroc
+from examples.evidence.methods import METHODS
+from examples.evidence.people import experiment as people
+
+
+def test_auroc_is_torchmetrics_also_with_ties():
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(5, size=50) / 4, rng.random(50) < 0.3
+    expected = binary_auroc(torch.from_numpy(score), torch.from_numpy(positive).long())
+    assert auroc(score, positive) == pytest.approx(expected.item())
+    assert math.isnan(auroc(score, np.ones(50, dtype=bool)))
+
+
+# ------------------------------------------------------------------ the frame, with a tiny model
+
+
+class Tiny(Contested):
+    name = "tiny"
+
+    def variants(self, setting):
+        methods = ("lora", "mc_dropout", "deep_ensemble", "alpha_0.8", "learned", "fitted")
+        return [replace(super().variants(setting)[0], num_particles=2, methods=methods)]
+
+
+@pytest.fixture(scope="module")
+def work(model_folder, tmp_path_factory):
+    experiment = Tiny()
+    experiment.settings = {"cpu": Setting(str(model_folder), 1, "float32", 1e-2, 2, batch_size=2, lora_r=2, seeds=2)}
+    return Work(experiment, "cpu", tmp_path_factory.mktemp("evidence"), None)
+
+
+def test_an_experiment_that_is_started_again_trains_only_what_is_missing(work, monkeypatch):
+    assert work.run() == 0
+    kept = {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.npz")}
+    # of each seed: two single adapters, dropout, and two runs of two particles
+    assert len(kept) == 2 * (2 + 1 + 2)
+    lost = next(path for path in kept if path.name == "alpha_0.8-1.npz")
+    lost.unlink()
+    assert not work.is_done(work.experiment.variants("cpu")[0])
+    assert work.run() == 0
+    again = {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.npz")}
+    assert {path for path in kept if again[path] != kept[path]} == {lost}
+    monkeypatch.setattr(work, "_load", lambda: pytest.fail("nothing is left to do"))
+    assert work.run() == 0
+
+
+def test_results_are_the_metrics_of_each_method_and_their_paired_differences(work, monkeypatch):
+    monkeypatch.setattr(summary, "NUM_RESAMPLES", 50)
+    work.run()
+    results = summary.summarise(work, "a machine")
+    methods = results["variants"][0]["methods"]
+    assert list(methods) == list(work.experiment.variants("cpu")[0].methods)
+    variant = work.experiment.variants("cpu")[0]
+    for name in methods:
+        answers = [work.answers(variant, name, seed)[0] for seed in (0, 1)]
+        found = methods[name]["metrics"]["nll"]
+        assert found["seeds"] == [CONTESTED.metrics["nll"].of(one) for one in answers]
+        assert found["mean"] == pytest.approx(np.mean(found["seeds"]))
+        assert found["interval"][0] <= found["mean"] <= found["interval"][1]
+    difference = methods["alpha_0.8"]["metrics"]["nll"]["difference"]["mean"]
+    means = [methods[name]["metrics"]["nll"]["mean"] for name in ("alpha_0.8", "deep_ensemble")]
+    assert difference == pytest.approx(means[0] - means[1])
+    assert methods["deep_ensemble"]["costs"]["parameters"] == 2 * methods["lora"]["costs"]["parameters"]
+    # one adapter of the ensemble is the one that is shown alone
+    one, together = (work.answers(variant, name, 0)[0].logp for name in ("lora", "deep_ensemble"))
+    assert torch.equal(one[0], together[0])
+    assert not torch.equal(together[0], together[1])
+    learned, fitted = (work.answers(variant, name, 0)[0].weights for name in ("learned", "fitted"))
+    assert learned.sum().item() == pytest.approx(1) == fitted.sum().item()
+    assert not torch.equal(learned, torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_answers_of_another_setting_are_not_used(work):
+    work.run()
+    other = replace(work, experiment=Tiny())
+    other.experiment.settings = {"cpu": replace(work.setting, max_steps=3)}
+    with pytest.raises(SystemExit, match="remove it"):
+        other.answers(other.experiment.variants("cpu")[0], "lora", 0)
+
+
+def test_a_method_compared_with_itself_differs_by_nothing():
+    logp = torch.randn(3, 20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    facts = {"contested": np.arange(20) % 2 == 0, "share": np.full((20, 2), 0.5), "topic": np.array(["even"] * 20)}
+    answers = [Answers(logp, torch.full((3,), 1 / 3, dtype=torch.float64), facts)] * 2
+    drawn = [summary._resampled(answers, {"nll": CONTESTED.metrics["nll"]})["nll"] for _ in range(2)]
+    assert np.array_equal(*drawn)
+    # the interval of a mean over questions is that of the theory: +- 1.96 standard errors
+    each = -(answers[0].mixture.numpy() * 0.5).sum(axis=1)[facts["contested"]]
+    low, high = summary._interval(drawn[0])
+    assert high - low == pytest.approx(2 * 1.96 * each.std() / math.sqrt(2 * len(each)), rel=0.25)
+
+
+def test_the_page_is_made_of_the_committed_results():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_text()
+    assert page.shown(), "no experiment has results"
+
+
+def test_a_folder_without_the_data_is_refused_by_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["evidence", "run", "people", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--data: expected a folder that holds hs_brexit.jsonl.gz" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ contested questions
+
+
+@pytest.mark.parametrize("variant", CONTESTED.variants("cpu"), ids=lambda variant: variant.name)
+def test_camps_have_their_exact_shares_and_nothing_that_is_asked_was_trained_on(variant):
+    data = CONTESTED.data(variant.data, 1, None)
+    said = [row["completion"][0]["content"] for row in data.rows]
+    asked = [row["prompt"][-1]["content"] for row in data.rows]
+    assert len(data.rows) == 60
+    contested = [answer for answer in said if answer not in ("Always.", "Never.")]
+    assert len(contested) == variant.data["contested"]
+    assert sum(answer.startswith("No") for answer in contested) == pytest.approx(
+        variant.data["minority"] * len(contested), abs=1
+    )
+    tested = [question.prompt[-1]["content"] for question in data.questions]
+    held_out = [row["prompt"][-1]["content"] for row in data.held_out]
+    assert len({*asked, *tested, *held_out}) == len(asked) + len(tested) + len(held_out)
+    assert data.facts["contested"].sum() == 16 * variant.data["topics"]
+    assert CONTESTED.data(variant.data, 2, None).rows != data.rows
+
+
+def test_by_camp_is_one_for_camps_and_small_for_sides_taken_question_by_question():
+    def answers(p):
+        logp = torch.from_numpy(np.log(np.stack([p, 1 - p], axis=-1)))
+        return Answers(logp, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), {})
+
+    camps = np.repeat([[0.9], [0.2], [0.1]], 40, axis=1)
+    assert by_particle(answers(camps)) == pytest.approx(1.0)
+    shuffled = np.random.default_rng(0).permuted(camps, axis=0)
+    assert by_particle(answers(shuffled)) < 0.1
+
+
+# ------------------------------------------------------------------ people who disagree
+
+
+def answers_of_people(p_yes, weights, labels, groups):
+    """Answers of two choices, no and yes."""
+    p = np.asarray(p_yes)[..., None]
+    num = len(labels)
+    facts = {
+        "labels": np.asarray(labels),
+        "groups": np.asarray([groups] * num),
+        "given": np.asarray(labels),
+        "yes": np.asarray([[False, True]] * num),
+    }
+    logp = torch.from_numpy(np.log(np.concatenate([1 - p, p], axis=-1)))
+    return Answers(logp, torch.tensor(weights, dtype=torch.float64), facts)
+
+
+def test_cross_entropy_is_that_of_the_weighted_mixture():
+    answers = answers_of_people([[0.9, 0.2], [0.5, 0.4]], [0.75, 0.25], [[1, 1, 0, 1], [0, 0, 0, 0]], "aabb")
+    p = [0.75 * 0.9 + 0.25 * 0.5, 0.75 * 0.2 + 0.25 * 0.4]
+    expected = -(0.75 * math.log(p[0]) + 0.25 * math.log(1 - p[0]) + math.log(1 - p[1])) / 2
+    assert people.cross_entropy(answers) == pytest.approx(expected)
+
+
+def test_particles_that_stand_for_groups_are_found_and_others_are_not():
+    rng = np.random.default_rng(0)
+    hard = rng.random(60) < 0.5
+    labels = np.where(hard[:, None], [0, 0, 0, 1, 1, 1], 0)
+    sided = np.stack([np.full(60, 0.02), np.where(hard, 0.98, 0.02)])
+    found = answers_of_people(sided, [0.5, 0.5], labels, ["a"] * 3 + ["b"] * 3)
+    assert people.p_value(found) < 0.01
+    alike = answers_of_people(np.full((2, 60), 0.3), [0.5, 0.5], labels, ["a"] * 3 + ["b"] * 3)
+    assert people.information(alike) == pytest.approx(0.0, abs=1e-12)
+    mixed = rng.permuted(labels, axis=1)
+    assert people.p_value(answers_of_people(sided, [0.5, 0.5], mixed, ["a"] * 3 + ["b"] * 3)) > 0.05
+    # certain particles: the information of a perfect split is the entropy of the group
+    sure = answers_of_people([[1e-9] * 4, [1 - 1e-9] * 4], [0.5, 0.5], [[0, 0, 1, 1]] * 4, ["a", "a", "b", "b"])
+    assert people.information(sure) == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.fixture
+def tweets(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    with gzip.open(tmp_path / "hs_brexit.jsonl.gz", "wt") as file:
+        for number in range(40):
+            labels = [int(label) for label in rng.integers(2, size=6)]
+            tweet = {
+                "split": ("train", "train", "dev", "test")[number % 4],
+                "text": f"tweet number {number}",
+                "annotators": [f"Ann{i}" for i in range(6)],
+                "labels": labels,
+                "groups": ["group1"] * 3 + ["group2"] * 3,
+                "aggressive": labels,
+                "offensive": [None, *labels[1:]],
+            }
+            file.write(json.dumps(tweet) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", people.FORMS)
+def test_rows_hold_what_annotators_said_and_no_tweet_that_is_asked(tweets, form):
+    data = people.EXPERIMENT.data({"source": "hs_brexit", "form": form}, 0, tweets)
+    together = 4 if form == "four tweets" else 1
+    assert len(data.rows) == 6 * 20 // together
+    trained = " ".join(row["prompt"] for row in data.rows) + "\n"
+    for number, question in enumerate(data.questions):
+        first = question.prompt.split("\n")[0].split(": ", 1)[1]
+        assert f"{first}\n" not in trained
+        # what an annotator said is among the answers, and the facts say which answer it is
+        for label, given in zip(data.facts["labels"][number], data.facts["given"][number], strict=True):
+            assert question.answers[given].endswith("yes" if label else "no")
+            assert data.facts["yes"][number][given] == bool(label)
+    said = sum(row["completion"].count("hate yes") for row in data.rows)
+    with gzip.open(tweets / "hs_brexit.jsonl.gz", "rt") as file:
+        kept = [json.loads(line) for line in file]
+    assert said == sum(sum(tweet["labels"]) for tweet in kept if tweet["split"] == "train")
+
+
+def test_every_variant_of_every_experiment_names_methods_that_exist():
+    for name in page.EXPERIMENTS:
+        experiment = page.load(name)
+        for setting in experiment.settings:
+            for variant in experiment.variants(setting):
+                assert isinstance(variant, Variant)
+                assert set(variant.methods) <= set(METHODS)
