@@ -70,7 +70,7 @@ def test_pairs_of_people_are_short_and_of_one_request(source):
     said = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in (*data.rows, *data.held_out)]
     assert len(set(said)) == 320
     assert all(chosen.replace("No", "Yes") == rejected for chosen, rejected in said)
-    assert [(data.facts["split"] == split).sum() for split in ("safe", "unsafe")] == [60, 60]
+    assert [(data.facts["split"] == split).sum() for split in ("safe", "unsafe")] == [40, 40]
     for question, split in zip(data.questions, data.facts["split"], strict=True):
         assert int(question.prompt.split()[1][:-1]) % 2 == (split == "unsafe")
 

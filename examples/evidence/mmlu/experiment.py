@@ -34,6 +34,7 @@ NUM_OF_SUBJECT = {"cpu": 6, "gpu": 40}
 NUM_PERMUTATIONS = 999
 ALPHA = 0.8
 SHOWN = ("deep_ensemble", "alpha_0.8")
+SHARED = "particle and subject"
 
 
 class Mmlu(Experiment):
@@ -100,16 +101,24 @@ class Mmlu(Experiment):
         ),
         "nll": Metric("NLL", "lower", lambda answers: calibration.nll(answers.among.mixture, _right(answers))),
         "ece": Metric("ECE", "lower", lambda answers: calibration.ece(answers.among.mixture.exp(), _right(answers))),
-        "information": Metric("information", "", lambda answers: 1000 * found(answers)[0], digits=1, resampled=False),
-        "z": Metric("z", "", lambda answers: found(answers)[1], digits=1, resampled=False),
-        "p": Metric("p", "", lambda answers: found(answers)[2], resampled=False),
-        "p_subjects": Metric(
-            "p, subjects exchanged", "", lambda answers: found(answers, null="subjects")[2], resampled=False
+        "information": Metric(
+            "information", "", lambda answers: 1000 * found(answers)[0], digits=1, resampled=False, table=SHARED
         ),
-        "z_wrong": Metric("z, base wrong", "", lambda answers: found(_hard(answers))[1], digits=1, resampled=False),
-        "p_wrong": Metric("p, base wrong", "", lambda answers: found(_hard(answers))[2], resampled=False),
-        "z_one": Metric("z at 1", "", lambda answers: found(answers, 1.0)[1], digits=1, resampled=False),
-        "p_one": Metric("p at 1", "", lambda answers: found(answers, 1.0)[2], resampled=False),
+        "z": Metric("z", "", lambda answers: found(answers)[1], digits=1, resampled=False, table=SHARED),
+        "p": Metric("p", "", lambda answers: found(answers)[2], resampled=False, table=SHARED),
+        "p_subjects": Metric(
+            "p, subjects exchanged",
+            "",
+            lambda answers: found(answers, null="subjects")[2],
+            resampled=False,
+            table=SHARED,
+        ),
+        "z_wrong": Metric(
+            "z, base wrong", "", lambda answers: found(_hard(answers))[1], digits=1, resampled=False, table=SHARED
+        ),
+        "p_wrong": Metric("p, base wrong", "", lambda answers: found(_hard(answers))[2], resampled=False, table=SHARED),
+        "z_one": Metric("z at 1", "", lambda answers: found(answers, 1.0)[1], digits=1, resampled=False, table=SHARED),
+        "p_one": Metric("p at 1", "", lambda answers: found(answers, 1.0)[2], resampled=False, table=SHARED),
     }
     note = (
         "Accuracy, NLL (nats a question) and ECE are those of the mixture, among the four answers. Information is the "
