@@ -108,6 +108,7 @@ class Work:
             weights = torch.from_numpy(kept[0]["weights"])
         names = [name.removeprefix(methods.MORE) for name in kept[0] if name.startswith(methods.MORE)]
         more = {name: np.concatenate([one[methods.MORE + name] for one in kept]) for name in names}
+        facts = {**facts, **self.experiment.derived(Answers(logp, weights, facts, more))}
         return Answers(logp, weights, facts, more), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
 
     def run_folder(self, variant: Variant, method: str, seed: int) -> Path:

@@ -173,6 +173,11 @@ class Experiment(ABC):
         """The setting in which data of these options are trained on."""
         return self.settings[setting]
 
+    def derived(self, answers: Answers) -> Mapping[str, np.ndarray]:
+        """More facts, which follow for each question from its answers. They are computed once, before the bootstrap
+        draws questions."""
+        return {}
+
     def ask_more(self, ensemble: LoraEnsemble, task: SftTask, data: Data) -> Mapping[str, np.ndarray]:
         """What else is found out about the questions after a training, each [members, N, ...]: see `Answers.more`."""
         return {}

@@ -22,7 +22,7 @@ from renyi_engine.data import Example, collate
 from renyi_engine.objectives import SftTask
 from renyi_kernels import linear_logprob
 
-PASSES = 8
+PASSES = 4
 DROPOUT = 0.1
 
 

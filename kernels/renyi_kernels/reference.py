@@ -17,9 +17,6 @@ IGNORE_INDEX = -100
 SUM_TOLERANCE = 1e-6
 """How far from 1 the sum of the particles' weights may be."""
 
-SUM_TOLERANCE = 1e-6
-"""How far from 1 the sum of the particles' weights may be."""
-
 
 def grouped_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base_out: Tensor | None) -> Tensor:
     """base_out + scaling * (x A_k^T) B_k^T for every particle k."""

@@ -178,9 +178,15 @@ def read(directory: Path) -> SavedAdapters:
     return SavedAdapters(directory, config, stacked, alpha, origins, weights)
 
 
-def num_particles(directory: Path) -> int:
-    """How many particles `read` would find in `directory`. This reads no adapter."""
-    return len(_list(directory)[0])
+def particle_weights(directory: Path) -> list[float]:
+    """The weights of the particles that `read` would find in `directory`, one for each. This reads no adapter.
+
+    Raises:
+        ValueError: `directory` holds no particles, or its ensemble.json is damaged.
+    """
+    folders, ensemble = _list(directory)
+    written = ensemble.get("particle_weights") if ensemble else None
+    return written or [1 / len(folders)] * len(folders)
 
 
 def check_against(saved: SavedAdapters, features: Mapping[str, tuple[int, int]]) -> None:

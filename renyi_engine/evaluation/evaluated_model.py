@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from renyi_engine import base_model
-from renyi_engine.core import files
-from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble, adapter_folder
+from renyi_engine.ensemble import EnsembleConfig, LoraEnsemble
 from renyi_engine.evaluation.config import EvalConfig
 
 
@@ -54,15 +52,3 @@ def load_subject(config: EvalConfig) -> Subject:
     ensemble = LoraEnsemble.from_pretrained(model, config.ensemble)
     alpha = ensemble.alpha if config.alpha is None else config.alpha
     return Subject(ensemble, tokenizer, ensemble.config.num_particles, alpha)
-
-
-def particle_weights(directory: Path) -> list[float]:
-    """The weights of the particles that `LoraEnsemble.from_pretrained` would find in `directory`. No adapter is read.
-
-    Raises:
-        ValueError: `directory` holds no particles, or its ensemble.json is damaged.
-    """
-    num_particles = adapter_folder.num_particles(directory)  # and ensemble.json has been checked
-    path = directory / adapter_folder.ENSEMBLE_FILE
-    written = files.read_json(path).get("particle_weights") if path.exists() else None
-    return written or [1 / num_particles] * num_particles

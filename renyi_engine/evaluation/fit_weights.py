@@ -43,7 +43,7 @@ def fit_weights(config: FitWeightsConfig) -> str:
     """
     folder = Path(config.ensemble)
     adapter_folder.require_ensemble_file(folder, "ensemble")
-    if adapter_folder.num_particles(folder) < 2:
+    if len(adapter_folder.particle_weights(folder)) < 2:
         raise ValueError(f"ensemble: {folder} holds one particle, whose weight is 1; choose an ensemble with more")
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", FitWeightsConfig.dataset_split)

@@ -6,7 +6,6 @@ Layout: K particles, B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def weights_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """renyi_reduce looks at no weights, as on a GPU: for tests in which the CPU stands for one."""
-    module = sys.modules["renyi_kernels.renyi_reduce"]
-    monkeypatch.setattr(module, "_checked_weights", lambda logp, weights: weights)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
 from examples.evidence.measures import auroc
@@ -42,47 +43,30 @@ COVERAGES = np.linspace(0.05, 1.0, 20)
 SHOWN = ("lora", "deep_ensemble", "alpha_0.8", "learned")
 
 
-def nll(answers: Answers) -> float:
-    """Of the majority's label under the mixture, if it is yes or no, nats."""
-    logp = answers.among.mixture.numpy()
-    return float(-np.take_along_axis(logp, answers.facts["offensive"][:, None], axis=1).mean())
-
-
-def wrong(answers: Answers) -> np.ndarray:
-    """[N]: whether the mixture's answer is not the majority's label."""
-    return answers.among.answer.numpy() != answers.facts["offensive"]
-
-
-def uncertainty(answers: Answers, kind: str) -> np.ndarray:
-    """[N] nats. The members of one LoRA do not differ: its epistemic uncertainty is 0, but for rounding."""
-    return np.zeros(answers.logp.shape[1]) if kind == "epistemic" and len(answers.logp) == 1 else _of(answers, kind)
-
-
 def tells_wrong(answers: Answers, kind: str) -> float:
     """The AUROC of an uncertainty for wrong answers."""
-    return auroc(uncertainty(answers, kind), wrong(answers))
+    return auroc(answers.facts[kind], answers.facts["wrong"])
 
 
 def tells_place(answers: Answers, kind: str, place: str) -> float:
     """The AUROC of an uncertainty for tweets of a place beside those of the training domains."""
-    both = answers.of(np.isin(answers.facts["place"], ("in", place)))
-    return auroc(uncertainty(both, kind), both.facts["place"] == place)
+    both = answers.of(np.isin(answers.facts["place"], ("in", place))).facts
+    return auroc(both[kind], both["place"] == place)
 
 
 def aurc(answers: Answers, kind: str) -> float:
     """The area under the risk-coverage curve."""
-    return calibration.aurc(torch.from_numpy(uncertainty(answers, kind)), torch.from_numpy(wrong(answers)))
+    return calibration.aurc(*_scored(answers, kind))
 
 
 def risks(answers: Answers, kind: str) -> list[float]:
     """The share of wrong answers among the most certain ones, at `COVERAGES`."""
-    score, is_wrong = torch.from_numpy(uncertainty(answers, kind)), torch.from_numpy(wrong(answers))
-    coverage, risk = calibration.risk_coverage(score, is_wrong)
+    coverage, risk = calibration.risk_coverage(*_scored(answers, kind))
     return np.interp(COVERAGES, coverage.numpy(), risk.numpy()).tolist()
 
 
-def _of(answers: Answers, kind: str) -> np.ndarray:
-    return getattr(answers.among, kind).numpy()
+def _scored(answers: Answers, kind: str) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(answers.facts[kind]), torch.from_numpy(answers.facts["wrong"])
 
 
 def _at(where: str, of: Callable[..., Any], *kind: str) -> Callable[[Answers], Any]:
@@ -93,9 +77,11 @@ def _at(where: str, of: Callable[..., Any], *kind: str) -> Callable[[Answers], A
 def _metrics() -> dict[str, Metric]:
     metrics = {}
     for where, table in TABLES.items():
-        right = _at(where, lambda answers: 1 - float(wrong(answers).mean()))
+        right = _at(where, lambda answers: 1 - float(answers.facts["wrong"].mean()))
         metrics[f"accuracy_{where}"] = Metric("accuracy", "higher", right, table=table)
-        metrics[f"nll_{where}"] = Metric("NLL", "lower", _at(where, nll), table=table)
+        metrics[f"nll_{where}"] = Metric(
+            "NLL", "lower", _at(where, lambda answers: float(answers.facts["nll"].mean())), table=table
+        )
         for kind in UNCERTAINTIES:
             metrics[f"aurc_{kind}_{where}"] = Metric(f"AURC {kind}", "lower", _at(where, aurc, kind), table=table)
         for kind in UNCERTAINTIES:
@@ -182,6 +168,19 @@ class OutOfDistribution(Experiment):
                 "offensive": np.array([int(tweet["majority"]) for of in tested.values() for tweet in of]),
             },
         )
+
+    def derived(self, answers: Answers) -> Mapping[str, np.ndarray]:
+        """Of each tweet [N]: the NLL of the majority's label if it is yes or no, whether the mixture's answer is
+        wrong, and the uncertainties, nats. The epistemic one of a single member is 0, without its rounding errors."""
+        among, label = answers.among, torch.from_numpy(answers.facts["offensive"])
+        alone = len(answers.logp) == 1
+        return {
+            "nll": -among.mixture.gather(1, label[:, None])[:, 0].numpy(),
+            "wrong": (among.answer != label).numpy(),
+            "total": among.total.numpy(),
+            "aleatoric": among.aleatoric.numpy(),
+            "epistemic": np.zeros(len(label)) if alone else among.epistemic.numpy(),
+        }
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")

@@ -27,12 +27,4 @@ WORDS = {
         "apricots", "pineapples", "coconuts", "pretzels", "crackers", "scones", "buns", "bagels", "croissants",
         "doughnuts", "puddings", "soups", "stews",
     ],
-    "garment": [
-        "gloves", "scarves", "hats", "caps", "coats", "jackets", "shirts", "blouses", "skirts", "dresses", "trousers",
-        "jeans", "shorts", "socks", "stockings", "shoes", "boots", "sandals", "slippers", "belts", "ties", "vests",
-        "sweaters", "cardigans", "pullovers", "hoodies", "pyjamas", "robes", "aprons", "shawls", "capes", "cloaks",
-        "mittens", "bonnets", "berets", "helmets", "uniforms", "suits", "tuxedos", "gowns", "kilts", "saris",
-        "kimonos", "ponchos", "parkas", "raincoats", "overalls", "leggings", "tights", "bras", "corsets",
-        "petticoats", "sneakers", "clogs", "moccasins", "turbans", "veils", "waistcoats", "blazers", "tunics",
-    ],
 }  # fmt: skip

@@ -25,7 +25,7 @@ from renyi_engine.data import decode_answer, encode_prompts, left_padded, longes
 from renyi_engine.ensemble import adapter_folder, check_tokens
 from renyi_engine.evaluation.choices import context_length
 from renyi_engine.evaluation.config import RefusalConfig
-from renyi_engine.evaluation.evaluated_model import Subject, load_subject, particle_weights
+from renyi_engine.evaluation.evaluated_model import Subject, load_subject
 from renyi_engine.evaluation.refusal.judges import make_judge
 from renyi_engine.evaluation.refusal.prompts import Prompt, PromptColumns, read_prompts
 from renyi_engine.evaluation.refusal.report import write_refusal_report
@@ -72,7 +72,7 @@ def evaluate_refusal(config: RefusalConfig) -> str:
         _judge(judge, prompts, responses, config.per_device_eval_batch_size)
         responses.finish()
         # of now: where they have changed, the responses are counted anew
-        weights = particle_weights(Path(config.ensemble)) if config.ensemble else []
+        weights = adapter_folder.particle_weights(Path(config.ensemble)) if config.ensemble else []
         results = summarise(prompts, responses.responses, weights, config.num_samples, config.label_column)
         facts = {"judge": judge.name, "settings": dataclasses.asdict(config), "versions": versions()}
         files.write_json(folder / "results.json", results.summary | facts)
@@ -125,7 +125,7 @@ def _generate(config: RefusalConfig, prompts: Sequence[Prompt], responses: Respo
     list of prompts, and a batch that is not complete is generated again. So a response does not depend on where an
     evaluation was stopped.
     """
-    num_particles = adapter_folder.num_particles(Path(config.ensemble)) if config.ensemble else 0
+    num_particles = len(adapter_folder.particle_weights(Path(config.ensemble))) if config.ensemble else 0
     # who speaks in the same call: all particles, if there are any; then the base
     speakers_at_once: list[list[Speaker]] = [[*range(num_particles)], [BASE]] if num_particles else [[BASE]]
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from renyi_engine import LoraEnsemble
-from renyi_engine.ensemble.adapter_folder import CONFIG_FILE, TENSORS_FILE, num_particles
+from renyi_engine.ensemble.adapter_folder import CONFIG_FILE, TENSORS_FILE, particle_weights
 
 from .folders import Q0_A, K, edit_json, edit_tensors, refused, write_peft
 
@@ -64,7 +64,8 @@ def test_particles_are_counted_without_reading_them(tiny_model, saved, tmp_path)
     write_peft(tiny_model("llama"), tmp_path / "two", names=("a", "b"))
     for tensors in tmp_path.rglob(TENSORS_FILE):
         tensors.unlink()
-    assert [num_particles(folder) for folder in (saved, tmp_path / "two", tmp_path / "two" / "a")] == [K, 2, 1]
+    folders = (saved, tmp_path / "two", tmp_path / "two" / "a")
+    assert [len(particle_weights(folder)) for folder in folders] == [K, 2, 1]
 
 
 def test_bf16_adapters_are_read_into_fp32(tiny_model, load_peft, naive_logprob, batch, tmp_path):

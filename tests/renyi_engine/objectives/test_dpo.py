@@ -17,6 +17,7 @@ from renyi_engine import EnsembleConfig, LoraEnsemble, train
 from renyi_engine.cli import main
 from renyi_engine.core import files
 from renyi_engine.data.examples import Dropped
+from renyi_engine.objectives import evaluate
 from renyi_engine.objectives.dpo import DpoTask
 from renyi_engine.objectives.loss import data_term
 from renyi_engine.training.dataset import make_task
@@ -156,6 +157,25 @@ def test_several_particles_follow_the_formula_in_fp64(alpha, task, attached, loa
                 torch.testing.assert_close(
                     ours.grad[k].double(), theirs["default"].weight.grad.double(), rtol=1e-4, atol=1e-6
                 )
+
+
+def test_the_mixture_decides_by_the_weights_of_its_particles(task, model_folder, tmp_path):
+    ensemble = LoraEnsemble.attach(
+        AutoModelForCausalLM.from_pretrained(model_folder), EnsembleConfig(2, rank=2, lora_alpha=960, init="spread")
+    )
+    rows = [{"prompt": f"{i}? ", "chosen": "yes" * (i + 1), "rejected": "no" * (i + 1)} for i in range(6)]
+    items = [task.example(number, row) for number, row in enumerate(rows)]
+    items = task.prepare(ensemble, items, tmp_path, 3, "fingerprint")
+    for k, weights in enumerate(([1.0, 0.0], [0.0, 1.0])):
+        ensemble.particle_weights = weights
+        found = evaluate(ensemble, task, items, 3)
+        of_one = found.details["rewards/accuracies"][k]
+        torch.testing.assert_close(found.details["rewards/mixture_accuracies"], of_one)
+        summary = found.summary(0.7)
+        nlls = [summary[f"{whose}_nll_nats_per_pair"] for whose in ("mixture", "mean_particle")]
+        assert nlls == pytest.approx([-found.logp[k].mean().item()] * 2, rel=1e-5)
+        assert summary["rewards/accuracies"] == of_one.double().mean().item()
+        assert summary["ess_particles"] == 1.0
 
 
 def test_at_the_base_every_particle_is_undecided(task, model_folder, tmp_path):

@@ -132,7 +132,7 @@ def test_a_graph_that_repeats_another_batch_is_not_used(graphs, sft_config, monk
     assert_same(ours, theirs)
 
 
-def test_steps_ask_for_nothing_once_their_graphs_are_made(graphs, weights_unchecked, sft_config, monkeypatch):
+def test_steps_ask_for_nothing_once_their_graphs_are_made(graphs, sft_config, monkeypatch):
     make, found = steps.Steps.make, []
 
     def counted(self, *args):

@@ -32,8 +32,6 @@ from ..questions import Reads
 
 K = 3
 
-pytestmark = pytest.mark.usefixtures("weights_unchecked")
-
 
 def sft(tokenizer):
     task = SftTask(tokenizer, 64)
