@@ -1,4 +1,6 @@
+from . import calibration as calibration
 from .answer_policy import Policy as Policy, calibrate as calibrate, decide as decide
+from .choices import Choices as Choices, encode_choices as encode_choices, score_choices as score_choices
 from .config import (
     EvalConfig as EvalConfig,
     FitWeightsConfig as FitWeightsConfig,
