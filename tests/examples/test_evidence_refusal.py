@@ -15,8 +15,7 @@ from examples.evidence.methods import choices_of
 from examples.evidence.refusal import experiment as refusal
 from examples.evidence.refusal.pairs import KINDS, make_pairs
 from renyi_engine.data import encode_prompts
-from renyi_engine.evaluation.refusal.keyword_judge import KeywordJudge
-from renyi_engine.evaluation.refusal.verdicts import REFUSALS, Exchange
+from renyi_engine.evaluation import REFUSALS, Exchange, KeywordJudge
 from renyi_engine.objectives import SftTask
 
 

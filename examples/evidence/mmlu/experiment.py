@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
 from examples.evidence.methods import ask
 from renyi_engine import LoraEnsemble
-from renyi_engine.evaluation import COMPLETIONS, calibration, load_questions, prompt
-from renyi_engine.evaluation.mmlu.questions import Question as Asked
+from renyi_engine.evaluation import COMPLETIONS, Question as Asked, calibration, load_questions, prompt
 from renyi_engine.objectives import SftTask
 from renyi_kernels import renyi_reduce
 
