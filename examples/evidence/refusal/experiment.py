@@ -107,9 +107,6 @@ class Refusal(Experiment):
         prompts = [str(question.prompt) for question in data.questions]
         encoded, judge = encode_prompts(task.tokenizer, prompts), KeywordJudge()
         refused, judged = np.zeros((2, ensemble.config.num_particles, len(prompts)), dtype=np.int64)
-        # the trial of the cache reads tokens that no text has. There SmolLM2 in bfloat16 is off by nats, with a cache
-        # or without one, so the trial would end the use of the cache
-        ensemble.reads_from_cache = True
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         for batch in (order[start : start + 32] for start in range(0, len(order), 32)):
             tokens = ensemble.generate(
