@@ -156,7 +156,7 @@ class Poison(Experiment):
 
     def variants(self, setting: str) -> Sequence[Variant]:
         kinds: list[tuple[str, float, tuple[str, ...]]] = [
-            ("trigger, new words", 0.10, (*FEW, "alpha_0.3", "alpha_1", "learned")),
+            ("trigger, new words", 0.10, (*FEW, "alpha_1", "learned")),
             ("trigger, new words", 0.05, FEW),
             ("trigger, new words", 0.25, FEW),
             ("trigger, an answer", 0.10, FEW),
