@@ -21,7 +21,7 @@ def test_trainings_are_those_of_the_other_experiments(tmp_path):
         (Work(CONTESTED, "cpu", tmp_path, None), slice(4)),
         (Work(PEOPLE, "cpu", tmp_path, None), slice(4, 5)),
     ):
-        known = {theirs._path(cell): theirs._said(cell) for cell in theirs.cells()}
+        known = {theirs._path(cell): theirs._made_with(cell) for cell in theirs.cells()}
         shared = 0
         for variant in alpha_star.EXPERIMENT.variants("cpu")[variants]:
             for method in variant.methods:
@@ -29,7 +29,7 @@ def test_trainings_are_those_of_the_other_experiments(tmp_path):
                     path = ours._path(cell)
                     if path in known:
                         shared += 1
-                        assert ours._said(cell) == known[path]
+                        assert ours._made_with(cell) == known[path]
                     else:
                         assert cell.method.startswith("alpha_")
         # of each variant at least the single adapter and the run at alpha = 0.8
