@@ -82,7 +82,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def jsonl():
     return write_jsonl
 

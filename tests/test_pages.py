@@ -138,6 +138,10 @@ def test_what_contributing_says_is_in_a_file_is_there():
 
 def test_the_page_of_the_examples_lists_every_script_and_nothing_else():
     linked = re.findall(r"\]\(([\w/]+\.(?:py|ipynb))\)", (ROOT / "examples" / "README.md").read_text())
+    package = ROOT / "examples" / "evidence"
     scripts = [path for kind in ("*.py", "*.ipynb") for path in (ROOT / "examples").rglob(kind)]
+    scripts = [path for path in scripts if not path.is_relative_to(package)]
     scripts = [path for path in scripts if ".ipynb_checkpoints" not in path.parts]
     assert sorted(linked) == sorted(str(path.relative_to(ROOT / "examples")) for path in scripts)
+    experiments = re.findall(r"\]\((\w+)/experiment\.py\)", (package / "README.md").read_text())
+    assert sorted(experiments) == sorted(path.parent.name for path in package.glob("*/experiment.py"))

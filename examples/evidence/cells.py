@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,17 @@ class Work:
     def cells(self) -> Iterator[Cell]:
         """Every training, one variant after the other. Some come more than once."""
         for variant in self.experiment.variants(self.setting_name):
-            for seed in range(self.setting.seeds):
-                for method in variant.methods:
-                    yield from self._trainings(variant, method, seed)
+            yield from self.cells_of(variant)
+
+    def cells_of(self, variant: Variant) -> Iterator[Cell]:
+        """The trainings that a variant needs."""
+        for seed in range(self.setting.seeds):
+            for method in variant.methods:
+                yield from self._trainings(variant, method, seed)
 
     def is_done(self, variant: Variant) -> bool:
         """Whether everything that a variant needs was trained."""
-        seeds = range(self.setting.seeds)
-        cells = (
-            cell for seed in seeds for method in variant.methods for cell in self._trainings(variant, method, seed)
-        )
-        return all(self._path(cell).exists() for cell in cells)
+        return all(self._path(cell).exists() for cell in self.cells_of(variant))
 
     def run(self) -> int:
         """Do every training that is neither done nor being done elsewhere. Returns how many others are doing."""
@@ -98,7 +98,7 @@ class Work:
 
     def answers(self, variant: Variant, method: str, seed: int) -> tuple[Answers, dict[str, float]]:
         """What a method answered, and its costs."""
-        facts, how = self.data(variant, seed).facts, METHODS[method]
+        how = METHODS[method]
         kept = [self._read(cell) for cell in self._trainings(variant, method, seed)]
         logp = torch.from_numpy(np.concatenate([one["logp"] for one in kept]))
         weights = torch.full((len(logp),), 1 / len(logp), dtype=torch.float64)
@@ -108,8 +108,9 @@ class Work:
             weights = torch.from_numpy(kept[0]["weights"])
         names = [name.removeprefix(methods.MORE) for name in kept[0] if name.startswith(methods.MORE)]
         more = {name: np.concatenate([one[methods.MORE + name] for one in kept]) for name in names}
-        facts = {**facts, **self.experiment.derived(Answers(logp, weights, facts, more))}
-        return Answers(logp, weights, facts, more), {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
+        answers = Answers(logp, weights, self.data(variant, seed).facts, more)
+        answers = replace(answers, facts={**answers.facts, **self.experiment.derived(answers)})
+        return answers, {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
 
     def run_folder(self, variant: Variant, method: str, seed: int) -> Path:
         """The run of a method, or of the first of its single adapters."""
@@ -143,14 +144,14 @@ class Work:
 
     def _read(self, cell: Cell) -> dict[str, np.ndarray]:
         with np.load(self._path(cell), allow_pickle=False) as kept:
-            said = json.loads(str(kept["setting"]))
-            if said != self._said(cell):
+            made_with, expected = json.loads(str(kept["setting"])), self._made_with(cell)
+            if made_with != expected:
                 raise SystemExit(
-                    f"{self._path(cell)}: made with {said}, but the experiment now says {self._said(cell)}; remove it"
+                    f"{self._path(cell)}: made with {made_with}, but the experiment now says {expected}; remove it"
                 )
             return {name: kept[name] for name in kept.files}
 
-    def _said(self, cell: Cell) -> dict:
+    def _made_with(self, cell: Cell) -> list:
         """What a cell's answers depend on, as JSON keeps it."""
         settings = {
             **asdict(self.experiment.setting_of(self.setting_name, dict(cell.data))),
@@ -177,5 +178,5 @@ class Work:
             )
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
-            np.savez(file, setting=np.array(json.dumps(self._said(cell))), **found)
+            np.savez(file, setting=np.array(json.dumps(self._made_with(cell))), **found)
         unfinished.rename(path)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from examples.evidence.experiment import Data, Question, Setting
 from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, Trainer
 from renyi_engine.data import encode_prompts
-from renyi_engine.evaluation.choices import Choices, encode_choices, score_choices
+from renyi_engine.evaluation import Choices, encode_choices, score_choices
 from renyi_engine.objectives import DpoTask, SftTask
 
 SINGLE, DROPOUT, TOGETHER, ENSEMBLE, FITTED = "single", "dropout", "together", "ensemble", "fitted"

@@ -54,29 +54,31 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
     seeds = range(work.setting.seeds)
     found = {method: [work.answers(variant, method, seed) for seed in seeds] for method in variant.methods}
     answers = {method: [one for one, _ in of] for method, of in found.items()}
+    metrics = work.experiment.metrics
+    with_interval = {name: metric for name, metric in metrics.items() if metric.resampled}
+    values = {
+        method: {name: [metric.of(one) for one in of] for name, metric in metrics.items()}
+        for method, of in answers.items()
+    }
+    resampled = {method: _resampled(of, with_interval) for method, of in answers.items()}
     methods = {}
-    drawn = {name: metric for name, metric in work.experiment.metrics.items() if metric.resampled}
-    resampled = {method: _resampled(of, drawn) for method, of in answers.items()}
     for method, of in found.items():
-        measured = {}
-        for name, metric in work.experiment.metrics.items():
-            values = [metric.of(one) for one in answers[method]]
-            measured[name] = {"mean": _mean(values), "seeds": values}
-            if not metric.resampled:
-                continue
+        measured: dict[str, dict[str, Any]] = {
+            name: {"mean": _mean(of_seeds), "seeds": of_seeds} for name, of_seeds in values[method].items()
+        }
+        for name in with_interval:
             measured[name]["interval"] = _interval(resampled[method][name])
             if method != BASELINE and BASELINE in answers:
-                base = [metric.of(one) for one in answers[BASELINE]]
                 measured[name]["difference"] = {
-                    "mean": _mean(np.subtract(values, base)),
+                    "mean": _mean(np.subtract(values[method][name], values[BASELINE][name])),
                     "interval": _interval(resampled[method][name] - resampled[BASELINE][name]),
                 }
         costs = {cost: float(np.mean([paid[cost] for _, paid in of])) for cost in COSTS}
         weights = [one.weights.tolist() for one in answers[method]]
         methods[method] = {"label": METHODS[method].label, "metrics": measured, "costs": costs, "weights": weights}
         if curves := work.experiment.curves:
-            drawn_curves = {name: [list(of(one)) for one in answers[method]] for name, of in curves.items()}
-            methods[method]["curves"] = drawn_curves
+            lines = {name: [list(curve(one)) for one in answers[method]] for name, curve in curves.items()}
+            methods[method]["curves"] = lines
     return {"methods": methods}
 
 

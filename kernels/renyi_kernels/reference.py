@@ -80,27 +80,27 @@ def renyi_reduce(logp: Tensor, alpha: float | Tensor, weights: Tensor | None = N
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), alpha, dtype=s.dtype, device=s.device)
     relative = s.new_ones(len(s), 1) if weights is None else relative_weights(weights)[:, None]
-    total, counts = relative.sum(), relative != 0.0
-    s = torch.where(counts, s, -torch.inf)
+    total, has_weight = relative.sum(), relative != 0.0
+    s = torch.where(has_weight, s, -torch.inf)
     independent = alpha == 0.0
-    impossible = torch.isneginf(s).all(dim=0)  # no particle that counts gives the example any mass
+    impossible = torch.isneginf(s).all(dim=0)  # no particle with a weight gives the example any mass
     m = s.detach().amax(dim=0)
     # where a formula is not used, its input is 0, so that neither 0 * inf nor NaN comes out of its derivative
     scores = alpha * torch.where(independent | impossible, 0.0, s - m)
-    log_shares = scores + relative.log()
+    log_mass = scores + relative.log()  # of each particle; the responsibilities are in proportion to the mass
     excess = (relative * torch.expm1(scores)).sum(dim=0) / total
-    faint = 1.0 + excess < 0.5 / len(s)  # never for equal weights
+    loses_digits = 1.0 + excess < 0.5 / len(s)  # never for equal weights
     log_mean = torch.where(
-        faint,
-        torch.logsumexp(log_shares, dim=0) - total.log(),
-        torch.log1p(torch.where(faint, 0.0, excess)),
+        loses_digits,
+        torch.logsumexp(log_mass, dim=0) - total.log(),
+        torch.log1p(torch.where(loses_digits, 0.0, excess)),
     )
     loss = -m - log_mean / torch.where(independent, 1.0, alpha)
-    mean = (relative * torch.where(counts, s, 0.0)).sum(dim=0) / total
+    mean = (relative * torch.where(has_weight, s, 0.0)).sum(dim=0) / total
     loss = torch.where(independent, -mean, loss)
     # a constant, because the gradient of an impossible example is zero; NaN if alpha or the weights are
     loss = torch.where(impossible, alpha + total.detach() + torch.inf, loss)
-    responsibilities = torch.softmax(log_shares.detach(), dim=0)
+    responsibilities = torch.softmax(log_mass.detach(), dim=0)
     ess = 1.0 / responsibilities.square().sum(dim=0)
     dtype = at_least_fp32(logp.dtype)
     return loss.to(dtype), responsibilities.to(dtype), ess.to(dtype)

@@ -144,7 +144,7 @@ def check_weights_for(logp: Tensor, weights: Tensor | None) -> Tensor | None:
     return weights.to(logp.device, torch.float64, non_blocking=True)
 
 
-# an operator, because torch.compile and fake tensors, which have no values, do not look into it
+# an operator, because torch.compile does not look into it, and fake tensors have no values to be checked
 
 
 @torch.library.custom_op("renyi_kernels::check_weights", mutates_args=())

@@ -192,10 +192,13 @@ def _problem(ensemble: Readable, read: Reader) -> str | None:
 
 def _try(ensemble: Readable, read: Reader) -> Tensor:
     """Log-probabilities ``[steps, S, V]`` of several tokens after a prompt. Some caches go wrong at the second one."""
-    device = ensemble.model.get_input_embeddings().weight.device
-    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 10, 11, 12, 13]], device=device)
+    embeddings = ensemble.model.get_input_embeddings().weight
+    # the first tokens of many vocabularies occur in no text: after these, SmolLM2 in bf16 is nats away from itself in
+    # fp32, with a cache or without. A third of the way up stand ordinary ones
+    first, device = len(embeddings) // 3, embeddings.device
+    ids = first + torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 7, 8, 9, 10]], device=device)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]], device=device)
     with read(ensemble, ids, mask, 2) as (logits, next_logits):
-        tokens = torch.arange(len(logits), device=device) % 7 + 3
+        tokens = torch.arange(len(logits), device=device) % 7 + first
         found = [logits, *(next_logits(tokens + step) for step in range(_STEPS))]
     return torch.stack(found).double().log_softmax(-1)

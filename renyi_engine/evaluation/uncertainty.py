@@ -77,7 +77,7 @@ def predictive(logp: Tensor, weights: Tensor | None = None) -> Predictive:
     nll = renyi_reduce(particles.flatten(1), 1.0, weights=weights, backend="torch").loss
     mixture = -nll.unflatten(0, (num_questions, num_choices))
     answers = particles.argmax(dim=-1)
-    # divided by the largest, equal weights are 1: the votes are then whole numbers
+    # divided by the largest, equal weights are 1, so the votes are whole numbers, and no rounding decides a tie
     relative = particles.new_ones(len(particles)) if weights is None else relative_weights(weights).to(logp.device)
     votes = (relative[:, None, None] * one_hot(answers, num_choices)).sum(dim=0)
     return Predictive(

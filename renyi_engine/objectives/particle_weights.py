@@ -26,7 +26,8 @@ AVERAGING_RATE = 1 / 50
 average over about the last 50 steps: with 8 examples a step, chance then moves a weight of 1/4 by about 0.015."""
 
 _TOLERANCE = 1e-9
-"""EM stops when no weights have a loss that is lower by more than this, in nats an example."""
+"""EM stops when no weights have a loss that is lower by more than this, in nats an example, or by more than
+this over alpha if alpha is above 1."""
 _MAX_ITERATIONS = 20_000
 _LONGER = 1.5
 """By what factor a step is longer than the one before it, as long as the loss falls (adaptive overrelaxed EM, of
@@ -34,9 +35,7 @@ Salakhutdinov & Roweis 2003). At a small alpha, or where particles are nearly al
 _LEAST_WEIGHT = 1e-30
 
 
-def fit_particle_weights(
-    logp: Tensor, alpha: float = 1.0, *, floor: float = 0.0, rows: Sequence[int] | None = None
-) -> Tensor:
+def fit_particle_weights(logp: Tensor, alpha: float = 1.0, *, rows: Sequence[int] | None = None) -> Tensor:
     """The weights ``[K]`` with the lowest mean loss at `alpha` on these examples, by EM; fp64, on the CPU.
 
     >>> ensemble.particle_weights = fit_particle_weights(evaluate(ensemble, task, held_out, batch_size=8).logp)
@@ -44,39 +43,35 @@ def fit_particle_weights(
     Args:
         logp: log-likelihoods ``[K, N]`` in nats, best of examples that training did not see.
         alpha: above 0. At 1 the mixture's likelihood is maximised (Lemma 1).
-        floor: the smallest weight that a particle may get, below 1/K.
         rows: the number of each example's row in its data set, for errors.
 
     Returns:
-        Weights with the sum 1, each at least `floor`. Particles that are alike on all examples get equal weights.
+        Weights with the sum 1. Particles that are alike on all examples get equal weights.
 
     Raises:
-        ValueError: alpha is not above 0; floor is not from 0 to below 1/K; there is no example; a log-likelihood is NaN
-            or +inf; or no particle gives an example any mass.
+        ValueError: alpha is not above 0; there is no example; a log-likelihood is NaN or +inf; or no particle gives an
+            example any mass.
     """
     alpha = check_alpha(alpha)
     if alpha == 0.0:
         raise ValueError("alpha: at 0 every particle's responsibilities are its weight; expected a number above 0")
     if logp.dim() != 2 or 0 in logp.shape:
         raise ValueError(f"logp: expected [K, N] of at least one example; got {list(logp.shape)}")
-    K = len(logp)
-    if not 0.0 <= floor < 1 / K:
-        raise ValueError(f"floor: expected a number from 0 to below 1/{K}; got {floor:g}")
     s = logp.detach().double().cpu()
     _require_mass(s, rows)
     # relative to the particle that explains an example best, so nothing overflows, and no example loses all its mass;
     # less 1, so that no digit is lost at a small alpha
     excess = torch.expm1(alpha * (s - s.amax(dim=0)))
-    weights = torch.full((K,), 1 / K, dtype=torch.float64)
+    weights = torch.full((len(s),), 1 / len(s), dtype=torch.float64)
     gains, length = _gains(weights, excess), 1.0
     for _ in range(_MAX_ITERATIONS):
-        # the loss is convex in w, so its derivative bounds how much less other weights could have
-        if gains.amax() * (1 - K * floor) + gains.sum() * floor <= _TOLERANCE * alpha:
+        # the loss is convex in w, so no other weights have a lower one by more than this, in units of 1/alpha
+        if gains.amax() <= _TOLERANCE * min(alpha, 1.0):
             break
         stepped = weights * torch.exp(length * (torch.log1p(gains) - torch.log1p(gains.amax())))
         # only a particle that gives no example any mass gets the weight 0, from which none comes back
         stepped = torch.where(gains > -1.0, stepped.clamp(min=_LEAST_WEIGHT), 0.0)
-        stepped = at_least(stepped / stepped.sum(), floor)
+        stepped = stepped / stepped.sum()
         gains_there = _gains(stepped, excess)
         # does the loss still fall where the step ends? Then it fell all the way. EM's own step never raises it
         if length == 1.0 or gains_there @ (stepped - weights) >= 0.0:
@@ -106,8 +101,8 @@ def at_least(weights: Tensor, floor: float) -> Tensor:
     """The distribution ``[K]`` that is nearest to `weights` among those with no weight below `floor`, below 1/K.
 
     It is nearest in KL(weights || result): weights that would be too small become `floor`, and one factor scales all
-    others, so their proportions stay. The floor is also what EM's step becomes under this constraint, so EM's loss
-    still never rises. Nothing asks for a value.
+    others, so their proportions stay. It is also the step of EM if no weight may be smaller, so EM's loss still never
+    rises. Nothing asks for a value.
     """
     ascending = weights.sort().values
     num_raised = torch.arange(len(weights), dtype=weights.dtype, device=weights.device)

@@ -75,7 +75,7 @@ def mean_particle(values: Sequence[float], weights: Sequence[float]) -> float:
     """sum_k w_k v_k of one value for each particle. A particle of weight 0 does not count, whatever its value. Equal
     weights give the plain mean, bit for bit."""
     counted = [(weight / max(weights), value) for weight, value in zip(weights, values, strict=True) if weight > 0]
-    return sum(share * value for share, value in counted) / sum(share for share, _ in counted)
+    return sum(relative * value for relative, value in counted) / sum(relative for relative, _ in counted)
 
 
 class Scorer:

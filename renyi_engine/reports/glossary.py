@@ -39,12 +39,10 @@ ESS = (
 
 
 def unequal(particle_weights: Sequence[float]) -> str:
-    """A sentence that says so, if the particles have unequal weights; else nothing. Without particles, nothing."""
+    """A sentence that says from where to where the particles' weights reach; "" if they are equal, or if there are no
+    particles."""
     least, most = min(particle_weights, default=0.0), max(particle_weights, default=0.0)
     if math.isclose(least, most):
         return ""
-    of = particle_weights.index
-    return (
-        f"In the mixture the particles have unequal weights, from {least:.3g} (particle {of(least)}) to {most:.3g} "
-        f"(particle {of(most)})."
-    )
+    smallest, largest = (f"{weight:.3g} (particle {particle_weights.index(weight)})" for weight in (least, most))
+    return f"In the mixture the particles have unequal weights, from {smallest} to {largest}."

@@ -70,13 +70,13 @@ class TrainConfig(AdapterConfig):
 
     particle_weights: Literal["uniform", "learned"] = flag(
         "uniform",
-        "How much each particle counts in the mixture. 'uniform': 1 / num_particles each. 'learned': as much as the "
-        "share of the examples that it is responsible for, averaged over the last steps.",
+        "How much each particle counts in the mixture. 'uniform': 1 / num_particles each. 'learned': its mean "
+        "responsibility for the examples, averaged over the last steps.",
         group="ensemble",
     )
     particle_weight_floor: float = flag(
         0.1,
-        "The smallest weight that a particle may learn, times num_particles. 0 lets particles lose all their weight.",
+        "The smallest weight that a particle may learn, times num_particles. At 0, a particle may lose all its weight.",
         group="advanced",
     )
 

@@ -85,12 +85,12 @@ def train_step(
     particles, by the weights, so without the division a particle would get, at alpha = 0, only its weight times the
     gradient that it has when it is trained alone. With it, a particle's norm, its clipping and the epsilon of AdamW
     mean the same as for one adapter that is trained alone, and at alpha = 0 the step is exactly K steps of single
-    adapters, whatever the weights are. At alpha > 0, a particle whose weight is its mean responsibility, ``w_k =
-    mean_i r_ki``, gets an average of its gradients of the examples. A particle of weight 0 gets no gradient of the
-    data.
+    adapters, whatever the weights are. At alpha > 0, the gradient that particle k has of example i gets the factor
+    ``r_ki / w_k``. The mean of these factors is 1 if the particle's weight is its mean responsibility. A particle of
+    weight 0 gets no gradient of the data.
 
-    The priors are those of equal weights. For the potential, that is no choice: divided by the weights, the gradient of
-    ``sum_k w_k ||phi_k||^2`` is the same for all weights.
+    The priors are those of equal weights. For the potential, weights would change nothing: the gradient of ``sum_k w_k
+    ||phi_k||^2``, divided by the weights, does not depend on them.
 
     If ``config.particle_weights`` is "learned", the step then moves `ensemble.particle_weights` towards the mean
     responsibilities of its examples, with which they were trained: see `averaged`. A particle that is not updated keeps
@@ -149,9 +149,8 @@ def train_step(
     tell("on_optimizer_step")
     if config.particle_weights == "learned":
         reduction = renyi_reduce(logp_of_healthy.double(), numbers["alpha"], weights=weights_of_healthy)
-        responsibilities = reduction.responsibilities * (weights * healthy).sum()
-        responsibilities = responsibilities.where(healthy[:, None], weights[:, None])
-        moved = averaged(weights, responsibilities, AVERAGING_RATE, config.particle_weight_floor / num_particles)
+        floor = config.particle_weight_floor / num_particles
+        moved = _moved(weights, reduction.responsibilities, healthy, floor)
         weights = moved.where(updated.any(), weights)
         ensemble.particle_weights.copy_(weights)
     return StepResult(
@@ -169,8 +168,8 @@ def train_step(
 
 
 def _divided_by_weights(weights: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient [K, examples] times 1 / (K w_k): exactly the same for equal weights. 0 where w_k is 0 or next to
-    nothing."""
+    """The gradient [K, examples] times 1 / (K w_k): exactly the same for equal weights. 0 where w_k is 0, or so small
+    that the factor does not fit fp32."""
     K = len(weights)
     factors = torch.where(weights > 1e-30, 1 / K / weights, 0.0)
     return gradient * factors.to(gradient.dtype)[:, None]
@@ -182,3 +181,10 @@ def _among(healthy: Tensor, weights: Tensor) -> Tensor:
     of_healthy = weights * healthy
     total = of_healthy.sum()
     return torch.where(total > 0.0, of_healthy / total, weights)
+
+
+def _moved(weights: Tensor, responsibilities: Tensor, healthy: Tensor, floor: float) -> Tensor:
+    """The weights [K] after a step of `averaged`. The responsibilities [K, examples] are those among the particles that
+    are `healthy` [K]; these share what the others leave, which keep their weights."""
+    responsibilities = responsibilities * (weights * healthy).sum()
+    return averaged(weights, responsibilities.where(healthy[:, None], weights[:, None]), AVERAGING_RATE, floor)

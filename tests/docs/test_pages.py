@@ -218,7 +218,8 @@ def test_the_table_of_commands_names_all_of_them(reference):
 
 def test_a_flag_that_the_pages_name_exists(reference):
     known = {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", reference)} | {"help", "version"}
-    of_others = {"readme", "minutes", "out", "enable_lora", "max_loras", "max_lora_rank", "lora_modules", "logdir"}
+    of_others = {"readme", "minutes", "out", "setting", "data", "enable_lora", "max_loras", "max_lora_rank"}
+    of_others |= {"lora_modules", "logdir"}
     for page in PAGES:
         named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))}
         assert named - known - of_others == set(), page

@@ -12,13 +12,14 @@ FOLDER = Path(__file__).parents[2] / "examples" / "theory"
 NAMES = ("specialists", "posterior", "two_regimes", "critical_alpha", "flows")
 
 
-@pytest.fixture
-def example(monkeypatch):
-    """Imports a module of the example, which is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in (*NAMES, "make_pictures"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return __import__
+@pytest.fixture(scope="module")
+def example():
+    """Imports a module of the example, which is a folder of scripts and no package. What they compute is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        for name in (*NAMES, "make_pictures"):
+            patch.delitem(sys.modules, name, raising=False)
+        yield __import__
 
 
 def test_one_command_makes_every_picture_of_the_page(example, monkeypatch, tmp_path, capsys):

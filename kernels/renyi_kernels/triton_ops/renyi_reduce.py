@@ -62,8 +62,8 @@ def renyi_reduce_forward_kernel(
     loss = -m - (1/alpha) log1p( sum_k w_k expm1(alpha (s_k - m)) ),  r = softmax_k(log w + alpha s)
     ess = 1 / sum_k r_k^2
 
-    and for alpha = 0 the mean of -s_k. Where log1p would lose digits, the loss is made from the logarithm of the sum of
-    w_k exp(alpha s_k), as in `reference`. alpha and the weights, divided by the largest, are read from memory, in fp64
+    and for alpha = 0 the mean of -s_k. Where log1p would lose digits, log(sum_k w_k exp(alpha (s_k - m))) takes its
+    place, as in `reference`. alpha, and the weights divided by the largest, are read from memory, in fp64
     """
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -90,28 +90,28 @@ def renyi_reduce_forward_kernel(
     if HAS_WEIGHTS:
         relative = tl.load(relative_ptr + k, mask=in_k, other=0.0)
     total = tl.sum(relative, axis=0)
-    counts = relative != 0.0
+    has_weight = relative != 0.0
 
-    s = tl.where(counts, logp.to(tl.float64), float("-inf"))
+    s = tl.where(has_weight, logp.to(tl.float64), float("-inf"))
     impossible = tl.sum(tl.where(s != float("-inf"), 1, 0), axis=0) == 0
     m = tl.where(impossible, 0.0, tl.max(s, axis=0))
     # no product of zero and infinity
-    scores = alpha * tl.where(independent | impossible, 0.0, tl.where(counts, s, m) - m)
-    shares = tl.where(counts, tl.exp(scores), 0.0)
+    scores = alpha * tl.where(independent | impossible, 0.0, tl.where(has_weight, s, m) - m)
     excess = tl.sum(relative * _expm1(scores), axis=0) / total
     if HAS_WEIGHTS:
-        log_shares = tl.where(counts, scores + tl.log(tl.where(counts, relative, 1.0)), float("-inf"))
-        top = tl.max(log_shares, axis=0)
-        shares = tl.exp(log_shares - top)
-        faint = 1.0 + excess < 0.5 / K
-        log_mean = top + tl.log(tl.sum(shares, axis=0) / total)
-        log_mean = tl.where(faint, log_mean, _log1p(tl.where(faint, 0.0, excess)))
+        log_mass = tl.where(has_weight, scores + tl.log(tl.where(has_weight, relative, 1.0)), float("-inf"))
+        top = tl.max(log_mass, axis=0)
+        mass = tl.exp(log_mass - top)
+        loses_digits = 1.0 + excess < 0.5 / K
+        log_mean = top + tl.log(tl.sum(mass, axis=0) / total)
+        log_mean = tl.where(loses_digits, log_mean, _log1p(tl.where(loses_digits, 0.0, excess)))
     else:
+        mass = tl.where(in_k, tl.exp(scores), 0.0)
         log_mean = _log1p(excess)
     loss = -m - log_mean / tl.where(independent, 1.0, alpha)
-    loss = tl.where(independent, -tl.sum(relative * tl.where(counts, s, 0.0), axis=0) / total, loss)
+    loss = tl.where(independent, -tl.sum(relative * tl.where(has_weight, s, 0.0), axis=0) / total, loss)
     loss = tl.where(impossible, alpha + total + float("inf"), loss)
-    r = shares / tl.sum(shares, axis=0)
+    r = mass / tl.sum(mass, axis=0)
     tl.store(loss_ptr + b, loss.to(loss_ptr.dtype.element_ty))
     tl.store(responsibilities_ptr + k_b, r.to(responsibilities_ptr.dtype.element_ty), mask=in_k)
     tl.store(ess_ptr + b, (1.0 / tl.sum(r * r, axis=0)).to(ess_ptr.dtype.element_ty))
@@ -134,8 +134,8 @@ def renyi_reduce_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """gradient[k, i, t] = -upstream[i] r[k, i] where token t counts, (21); zero if no particle that counts gives i any
-    mass, because then r is the weights. If one does, it has a responsibility above 0
+    """gradient[k, i, t] = -upstream[i] r[k, i] where token t counts, (21); zero if no particle with a weight gives i
+    any mass: then r is the weights, and no particle has both mass and a responsibility above 0
     """
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)

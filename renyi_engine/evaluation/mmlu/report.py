@@ -121,29 +121,28 @@ def sections(
     answers = {"base": base.double().log_softmax(dim=-1)}
     if particles is None:
         return [
-            _quality(questions, labels, answers, {}, []),
+            _quality(questions, labels, answers, {}, weights),
             _knowing(labels, answers["base"], None),
-            _by_subject(questions, labels, answers, {}, []),
+            _by_subject(questions, labels, answers, {}, weights),
         ]
-    found, w = predictive(particles, weights), weights.tolist()
+    found = predictive(particles, weights)
     answers["mixture"] = found.mixture
     members = {f"particle {k}": logp for k, logp in enumerate(found.particles)}
-    parts = [_quality(questions, labels, answers, members, w), _knowing(labels, answers["base"], found)]
+    parts = [_quality(questions, labels, answers, members, weights), _knowing(labels, answers["base"], found)]
     if len(particles) > 1:
         wrong_base = answers["base"].argmax(dim=-1) != labels
         responsibilities = answer_responsibilities(particles, labels, alpha, weights)
         parts.append(_responsibilities(questions, responsibilities, wrong_base, alpha))
-    return [*parts, _by_subject(questions, labels, answers, members, w)]
+    return [*parts, _by_subject(questions, labels, answers, members, weights)]
 
 
-def _quality(
-    questions: Sequence[Question], labels: Tensor, answers: Named, members: Named, weights: Sequence[float]
-) -> Section:
-    """weights: of the members."""
+def _quality(questions: Sequence[Question], labels: Tensor, answers: Named, members: Named, weights: Tensor) -> Section:
     rows = {name: _qualities(logp, labels) for name, logp in answers.items()}
     each = {name: _qualities(logp, labels) for name, logp in members.items()}
     if each:
-        rows["mean of particles"] = [mean_particle(column, weights) for column in zip(*each.values(), strict=True)]
+        rows["mean of particles"] = [
+            mean_particle(column, weights.tolist()) for column in zip(*each.values(), strict=True)
+        ]
     cells = [
         [name, f"{100 * accuracy:.1f}", *(f"{value:.3f}" for value in others)]
         for name, (accuracy, *others) in (rows | each).items()
@@ -180,7 +179,7 @@ def _qualities(logp: Tensor, labels: Tensor) -> list[float]:
 
 
 def _by_subject(
-    questions: Sequence[Question], labels: Tensor, answers: Named, members: Named, weights: Sequence[float]
+    questions: Sequence[Question], labels: Tensor, answers: Named, members: Named, weights: Tensor
 ) -> Section:
     text = "Accuracy in each subject. With 100 questions its standard error is up to 5 points."
     subjects = [_spoken(question) for question in questions]
@@ -195,13 +194,13 @@ def _accuracy_table(
     labels: Tensor,
     answers: Named,
     members: Named,
-    weights: Sequence[float],
+    weights: Tensor,
 ) -> Table:
     """Accuracy of each of `answers`, and of the mean particle, on each group; groups [N]: that of each question."""
     right = {name: (logp.argmax(dim=-1) == labels).double() for name, logp in answers.items()}
     if members:
         each = torch.stack([logp.argmax(dim=-1) == labels for logp in members.values()])
-        right["mean of particles"] = torch.tensor(weights, dtype=torch.float64) @ each.double()
+        right["mean of particles"] = weights.double() @ each.double()
     rows = []
     for group, chosen in _by_group(groups).items():
         cells = [f"{100 * values[chosen].mean().item():.1f}" for values in right.values()]

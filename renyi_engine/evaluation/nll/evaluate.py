@@ -126,7 +126,7 @@ class _WithDisagreement(SftTask):
 
     def score(self, ensemble: LoraEnsemble, batch: Mapping[str, Tensor]) -> Scores:
         logp = ensemble.token_logprob(batch)
-        counted = torch.stack([logp[k] for k in self.counted])  # a list as index would have to reach a GPU first
+        counted = torch.stack([logp[k] for k in self.counted])  # with a list as index, torch would wait for a GPU
         return Scores(sum_tokens(logp), {"disagreement": diagnosis.token_disagreement(counted)})
 
 

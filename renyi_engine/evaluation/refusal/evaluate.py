@@ -71,7 +71,7 @@ def evaluate_refusal(config: RefusalConfig) -> str:
         _generate(config, prompts, responses, folder / RUN_FILE)
         _judge(judge, prompts, responses, config.per_device_eval_batch_size)
         responses.finish()
-        # of now: where they have changed, the responses are counted anew
+        # read now: if they have changed since the responses were made, these are counted by the new ones
         weights = adapter_folder.particle_weights(Path(config.ensemble)) if config.ensemble else []
         results = summarise(prompts, responses.responses, weights, config.num_samples, config.label_column)
         facts = {"judge": judge.name, "settings": dataclasses.asdict(config), "versions": versions()}

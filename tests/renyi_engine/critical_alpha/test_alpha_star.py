@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from renyi_engine import EnsembleConfig, LoraEnsemble, train
+from renyi_engine import EnsembleConfig, LoraEnsemble, SftConfig, train
 from renyi_engine.cli import main
 from renyi_engine.core.files import read_tensors
 from renyi_engine.critical_alpha.findings import Driver, num_drivers, plainly
@@ -21,14 +21,15 @@ from renyi_engine.objectives.sft import SftTask
 from renyi_kernels import renyi_reduce
 
 
-@pytest.fixture
-def trained(sft_config, jsonl, tmp_path):
+@pytest.fixture(scope="module")
+def trained(model_folder, jsonl, tmp_path_factory):
     """One particle at a minimum of data that contradict each other: half of the people say a, half of them b."""
     rows = [{"prompt": f"{i}", "completion": "ab"[i % 2]} for i in range(10)]
-    data = jsonl(tmp_path / "contested.jsonl", rows)
-    config = sft_config(
-        dataset_name=str(data), num_particles=1, alpha=0.0, max_steps=60, learning_rate=3e-2, prior="none",
-        per_device_train_batch_size=10, logging_steps=60,
+    folder = tmp_path_factory.mktemp("contested")
+    config = SftConfig(
+        model_name_or_path=str(model_folder), dataset_name=str(jsonl(folder / "contested.jsonl", rows)),
+        output_dir=str(folder / "run"), num_particles=1, lora_r=2, alpha=0.0, prior="none", max_steps=60,
+        learning_rate=3e-2, per_device_train_batch_size=10, logging_steps=60, use_cpu=True,
     )  # fmt: skip
     train(config)
     return config

@@ -34,14 +34,19 @@ from .definitions import (
 @pytest.mark.parametrize("alpha", [*ALPHAS, 1e-12])
 @property_test
 @given(s=log_likelihoods())
-def test_loss_and_responsibilities_equal_the_definitions_in_60_digits(reduce, alpha, backend, dtype, s):
-    s = s.to(dtype)
+def test_loss_responsibilities_and_gradient_equal_the_definitions_in_60_digits(
+    reduce, uneven, alpha, backend, dtype, s
+):
+    s, upstream = s.to(dtype).requires_grad_(), uneven(s.shape[1:])
     loss, responsibilities = oracle(s, alpha)
     out = reduce(s, alpha, backend)
     assert out.loss.dtype == out.responsibilities.dtype == out.ess.dtype == out.logp.dtype == dtype
     torch.testing.assert_close(out.loss.double(), loss, rtol=RELATIVE[dtype], atol=TINY)
     torch.testing.assert_close(out.responsibilities.double(), responsibilities, rtol=0, atol=RELATIVE[dtype] / 8)
     assert torch.equal(out.logp, s)
+    (gradient,) = torch.autograd.grad(out.loss, s, upstream.to(dtype))
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), -responsibilities * upstream, rtol=0, atol=RELATIVE[dtype])
 
 
 @every_dtype
