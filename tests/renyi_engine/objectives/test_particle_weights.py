@@ -49,7 +49,7 @@ def test_no_other_weights_have_a_lower_loss(alpha, apart):
         assert loss(logp, other, alpha) >= loss(logp, best, alpha) - 1e-9 / max(alpha, 1.0)
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 1e12])
 def test_a_weight_is_the_mean_responsibility(alpha):
     logp = drawn(300)
     weights = fit_particle_weights(logp, alpha)
