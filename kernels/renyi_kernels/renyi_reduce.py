@@ -153,13 +153,20 @@ def _check_values(weights: Tensor) -> None:
     if weights.device.type == "cpu" and relative_weights(weights).isnan().any():
         raise ValueError(
             f"weights: expected numbers of at least 0 with the sum 1; got {weights.tolist()}, whose sum is "
-            f"{weights.sum().item():g}; divide them by their sum"
+            f"{weights.double().sum().item():.9g}; divide them by their sum, in fp32 or fp64"
         )
 
 
 @_check_values.register_fake
 def _(weights: Tensor) -> None:
     return None
+
+
+@_check_values.register_vmap
+def _(info, in_dims, weights: Tensor) -> tuple[None, None]:
+    for of_one in weights.unbind(in_dims[0]):
+        _check_values(of_one)
+    return None, None
 
 
 def _in_range(alpha: float | Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -193,8 +195,8 @@ class LoraEnsemble(nn.Module):
         sum is 1. At first, and in folders that do not say them, they are 1/K each. While the adapters are off, it is
         the weight of the base alone, ``[1]``.
 
-        It can be set to K numbers, or to a tensor ``[K]``. They are written into the same tensor, so graphs that were
-        recorded (see `captured`) go on with them.
+        It can be set to K numbers, or to a tensor or an array ``[K]``. They are written into the same tensor, so graphs
+        that were recorded (see `captured`) go on with them.
 
         Raises:
             ValueError: what is set is no distribution over the K particles.
@@ -202,8 +204,8 @@ class LoraEnsemble(nn.Module):
         return torch.ones_like(self._weights[:1]) if self.rows is Rows.BASE else self._weights
 
     @particle_weights.setter
-    def particle_weights(self, weights: Tensor | Sequence[float]) -> None:
-        given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    def particle_weights(self, weights: Tensor | NDArray[np.floating[Any]] | Sequence[float]) -> None:
+        given = weights.tolist() if isinstance(weights, Tensor | np.ndarray) else list(weights)
         K = self.config.num_particles
         if not ensemble_file.is_distribution(given, K):
             raise ValueError(

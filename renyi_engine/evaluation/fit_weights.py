@@ -42,8 +42,9 @@ def fit_weights(config: FitWeightsConfig) -> str:
             particle alone; or no particle gives a row any mass. Nothing was written.
     """
     folder = Path(config.ensemble)
+    num_particles = len(adapter_folder.particle_weights(folder))
     adapter_folder.require_ensemble_file(folder, "ensemble")
-    if len(adapter_folder.particle_weights(folder)) < 2:
+    if num_particles < 2:
         raise ValueError(f"ensemble: {folder} holds one particle, whose weight is 1; choose an ensemble with more")
     splits = load_splits(config.dataset_name, config.dataset_config, "dataset_name")
     rows = splits.rows(config.dataset_split, "dataset_split", FitWeightsConfig.dataset_split)

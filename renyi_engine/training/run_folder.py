@@ -37,6 +37,9 @@ _MAY_CHANGE = {
     "report_to", "run_name", "metric_for_best_model",
 }  # fmt: skip
 
+# what runs of earlier versions had, whose config.yaml does not say it
+_ALWAYS_BEFORE = {"particle_weights": "uniform", "particle_weight_floor": TrainConfig.particle_weight_floor}
+
 
 class RunFolder:
     """The folder of one run: its records (see `records`), and its checkpoints, RUN/checkpoint-N.
@@ -147,7 +150,8 @@ def _checkpoint_to_resume(config: TrainConfig, path: Path) -> Path | None:
         raise ValueError(
             f"resume_from_checkpoint: {path} (output_dir) holds no run to continue: it has no {CONFIG_FILE}"
         )
-    if diff := changes(to_dict(config), config.in_todays_words(read_yaml(path / CONFIG_FILE)), _MAY_CHANGE):
+    before = _ALWAYS_BEFORE | config.in_todays_words(read_yaml(path / CONFIG_FILE))
+    if diff := changes(to_dict(config), before, _MAY_CHANGE):
         raise ValueError(f"resume_from_checkpoint: {path} was started with other settings:{diff}")
     if wanted == "true":
         with _resuming():

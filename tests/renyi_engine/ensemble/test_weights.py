@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ UNIFORM = [1 / K] * K
 WEIGHTS = [0.7, 0.1 + 0.2, 0.0]  # 0.1 + 0.2 has all its digits
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, torch.tensor(WEIGHTS, dtype=torch.float64)], ids=["list", "tensor"])
+@pytest.mark.parametrize(
+    "weights", [WEIGHTS, torch.tensor(WEIGHTS, dtype=torch.float64), np.array(WEIGHTS)], ids=["list", "tensor", "array"]
+)
 def test_weights_come_back_from_a_folder_bit_for_bit(tiny_model, tmp_path, weights):
     ensemble = attach(tiny_model("llama"))
     assert ensemble.particle_weights.tolist() == UNIFORM

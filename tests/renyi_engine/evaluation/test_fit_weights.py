@@ -88,9 +88,14 @@ def test_folders_that_keep_no_weights_are_refused_before_the_model_is_loaded(
     camps, fit, save_particles, tmp_path, capsys
 ):
     save_particles(tmp_path / "one", num_particles=1)
-    for folder, why in ((camps / "p000", f"has no {ENSEMBLE_FILE}"), (tmp_path / "one", "one particle")):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    for folder, why in (
+        (camps / "p000", f"has no {ENSEMBLE_FILE}"),
+        (tmp_path / "one", "one particle"),
+        (tmp_path / "run", "found neither"),  # the folder of a run: its particles are one folder below
+    ):
         assert fit(folder, CAMPS, "--model_name_or_path=nowhere/to/be/found") == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"renyi-engine fit-weights: ensemble: {folder}")
+        assert re.match(rf"renyi-engine fit-weights: (ensemble: )?{folder}\b", error)
         assert why in error
         assert error.count("\n") == 1

@@ -159,6 +159,17 @@ def test_several_particles_follow_the_formula_in_fp64(alpha, task, attached, loa
                 )
 
 
+@pytest.mark.parametrize("num_particles", [4, 9, 11, 18])
+def test_a_mixture_that_has_learned_nothing_prefers_no_answer(task, model_folder, tmp_path, num_particles):
+    """It gives every pair the probability 1/2, also where the sum of so many weights 1/K is rounded."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    ensemble = LoraEnsemble.attach(model, EnsembleConfig(num_particles, rank=1))
+    items = [task.example(0, {"prompt": "Dogs? ", "chosen": "yes", "rejected": "no"})]
+    found = evaluate(ensemble, task, task.prepare(ensemble, items, tmp_path, 1, "fingerprint"), 1)
+    assert found.details["rewards/accuracies"].sum() == 0.0
+    assert found.details["rewards/mixture_accuracies"].tolist() == [0.0]
+
+
 def test_the_mixture_decides_by_the_weights_of_its_particles(task, model_folder, tmp_path):
     ensemble = LoraEnsemble.attach(
         AutoModelForCausalLM.from_pretrained(model_folder), EnsembleConfig(2, rank=2, lora_alpha=960, init="spread")

@@ -189,9 +189,11 @@ def test_uniform_weights_are_logged_nowhere_and_stay_equal(sft_config):
     assert not any("particle_weights" in line for line in metrics(result.output_dir))
 
 
-def test_a_checkpoint_without_weights_goes_on_with_equal_ones(sft_config, tmp_path):
+def test_a_run_of_an_earlier_version_goes_on_with_equal_weights(sft_config, tmp_path):
     config = sft_config(max_steps=2)
     run = train(config).output_dir
+    settings = (run / "config.yaml").read_text().splitlines(keepends=True)
+    (run / "config.yaml").write_text("".join(line for line in settings if not line.startswith("particle_weight")))
     path = run / "checkpoint-2" / "state.json"
     state = json.loads(path.read_text())
     del state["particle_weights"]
@@ -201,6 +203,8 @@ def test_a_checkpoint_without_weights_goes_on_with_equal_ones(sft_config, tmp_pa
     entries["state.json"] = {"bytes": path.stat().st_size, "sha256": checkpoint.files.sha256_of(path)}
     manifest.write_text(json.dumps(entries))
     assert read_json(export_particles(run, tmp_path / "out") / "ensemble.json")["particle_weights"] == UNIFORM
+    with pytest.raises(ValueError, match="particle_weights: 'uniform' then, 'learned' now"):
+        train(replace(config, particle_weights="learned", resume_from_checkpoint="true"))
     resumed = train(replace(config, max_steps=3, resume_from_checkpoint="true"))
     assert resumed.ensemble.particle_weights.tolist() == UNIFORM
 

@@ -73,6 +73,9 @@ def test_derivatives_of_both_orders_and_modes_agree_with_finite_differences(norm
         assert gradgradcheck(loss, s)
     batch = torch.stack([s.detach(), s.detach() - 1])
     assert torch.equal(torch.func.vmap(loss)(batch), torch.stack([loss(x) for x in batch]))
+    of_two = torch.stack([weights, weights.flip(0)])
+    pairs = zip(batch, of_two, strict=True)
+    assert torch.equal(torch.func.vmap(loss)(batch, of_two), torch.stack([loss(x, w) for x, w in pairs]))
 
 
 @every_alpha
@@ -348,3 +351,16 @@ def test_a_sum_that_rounding_put_beside_one_is_accepted_and_divided_out():
     s, weights = torch.tensor([[-1.0], [-1.0]]), torch.tensor([0.5, 0.5 - 9e-7])
     assert renyi_reduce(s, 0.8, weights=weights).loss.item() == 1.0
     assert renyi_reduce(s, 0.8, weights=weights).responsibilities.double().sum().item() == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("weights", "total"),
+    [
+        (torch.tensor([0.5, 0.500002], dtype=torch.float64), r"1\.000002"),
+        (torch.full((3,), 1 / 3, dtype=torch.bfloat16), r"1\.00195312"),  # 1 when it is added up in bf16
+    ],
+    ids=["close to 1", "bf16"],
+)
+def test_a_sum_that_is_refused_is_told_with_the_digits_that_it_differs_by(weights, total):
+    with pytest.raises(ValueError, match=rf"whose sum is {total}; divide them by their sum, in fp32 or fp64"):
+        renyi_reduce(torch.zeros(len(weights), 1), 0.8, weights=weights)
