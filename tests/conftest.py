@@ -119,6 +119,19 @@ def sft_config(model_folder, data_file, tmp_path):
 
 
 @pytest.fixture
+def without_report(monkeypatch):
+    """Trainings of this process draw no pictures. These take half of the time of a short run, and other tests look at
+    them."""
+    import renyi_engine.training.loop as loop
+
+    def write_nothing(runs, output):
+        output.write_text("")
+        return output
+
+    monkeypatch.setattr(loop, "write_report", write_nothing)
+
+
+@pytest.fixture
 def dpo_config(sft_config, jsonl, tmp_path):
     """A factory of quick DpoConfigs, on 18 pairs and 6 held-out ones."""
     from renyi_engine import DpoConfig

@@ -19,6 +19,8 @@ from .runs import (
     metrics,
 )
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 @pytest.fixture
 def fake_alpha_star(monkeypatch):

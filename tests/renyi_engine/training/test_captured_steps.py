@@ -17,6 +17,8 @@ from renyi_engine.training import steps, trainer
 from .runs import metrics
 from .test_never_waits import Reads
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 SETTINGS = {
     "init": "spread",
     "gradient_accumulation_steps": 2,

@@ -21,6 +21,8 @@ from renyi_kernels import renyi_reduce
 
 from .runs import fingerprint, loaded, metrics, poison, skips
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 WEIGHTS = [0.6, 0.3, 0.1]
 UNIFORM = [1 / 3] * 3
 

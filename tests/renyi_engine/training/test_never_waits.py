@@ -30,6 +30,8 @@ from renyi_engine.training.train_step import train_step
 
 from ..questions import Reads
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 K = 3
 
 

@@ -19,6 +19,8 @@ from .runs import (
     metrics,
 )
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8, 3.0])
 def test_a_step_of_one_particle_is_a_plain_peft_step(sft_config, tokenizer, alpha):

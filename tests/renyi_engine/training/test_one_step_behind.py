@@ -19,6 +19,8 @@ from renyi_engine.training.outcomes import Outcomes
 
 from .runs import Killed, act_in, change_scores, checkpoints, fingerprint, kill, metrics, poison, skips, spike
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 def read_every_step_at_once(monkeypatch):
     read = Outcomes.read

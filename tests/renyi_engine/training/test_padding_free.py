@@ -18,6 +18,8 @@ from renyi_engine.objectives import DpoTask
 from .. import tiny_models
 from .runs import metrics
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 MODELS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "gpt_oss", "olmo2"]
 STEPS = 20
 SETTINGS = {

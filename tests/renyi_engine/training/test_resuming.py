@@ -30,6 +30,8 @@ from .runs import (
     no_space,
 )
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 @pytest.mark.parametrize(
     "changed",

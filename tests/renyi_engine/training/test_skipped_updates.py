@@ -28,6 +28,8 @@ from .runs import (
     spike,
 )
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 def test_a_sick_particle_is_skipped_counted_and_its_rows_recorded(sft_config, monkeypatch):
     poison(monkeypatch, 1, {2, 3})

@@ -19,6 +19,8 @@ from .runs import (
     metrics,
 )
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 def test_training_lowers_the_loss_and_writes_everything(sft_config, data_file, tmp_path):
     config = sft_config(max_steps=12, eval_dataset_name=str(data_file), eval_steps=6, dataset_test_split="train")
