@@ -52,6 +52,16 @@ class Setting:
     seeds: int = 3
 
 
+def on_cpu(max_steps: int) -> Setting:
+    """The small setting of every experiment."""
+    return Setting("SmolLM2-135M-Instruct", 4, "bfloat16", learning_rate=1e-3, max_steps=max_steps)
+
+
+def on_gpu(learning_rate: float, max_steps: int, seeds: int) -> Setting:
+    """The large setting, in which all layers are adapted."""
+    return Setting("HuggingFaceTB/SmolLM2-1.7B-Instruct", None, "bfloat16", learning_rate, max_steps, seeds=seeds)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A part of an experiment: the number of members, the methods, and what the data depend on."""

@@ -21,6 +21,19 @@ def auroc(score: np.ndarray, positive: np.ndarray) -> float:
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_others))
 
 
+def variance(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The variance of values [K, ...] over particles that are drawn by their weights [K]."""
+    return weights @ np.square(values - weights @ values)
+
+
+def information(together: np.ndarray) -> float:
+    """The mutual information, in nats, of two things that occur together so often, [A, B]."""
+    joint = together / together.sum()
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    known = joint > 0
+    return float((joint[known] * np.log(joint[known] / independent[known])).sum())
+
+
 def average_precision(score: np.ndarray, positive: np.ndarray) -> float:
     """The mean, over the positive questions, of the precision when all that score at least as high are taken.
 

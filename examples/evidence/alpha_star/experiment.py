@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from examples.evidence.cells import Work
 from examples.evidence.contested.experiment import BASE, EXPERIMENT as CONTESTED
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Setting, Variant
+from examples.evidence.measures import variance
 from examples.evidence.methods import METHODS
 from examples.evidence.people.experiment import EXPERIMENT as PEOPLE, particles_yes
 from renyi_engine.critical_alpha import AlphaStarConfig, find_alpha_star
@@ -130,8 +131,7 @@ def spread(answers: Answers) -> float:
         p = particles_yes(answers)
     else:
         p = answers.particles[..., 0].numpy()[:, answers.facts["contested"]]
-    weights = answers.weights.numpy()
-    return float(np.sqrt(weights @ np.square(p - weights @ p)).mean())
+    return float(np.sqrt(variance(p, answers.weights.numpy())).mean())
 
 
 def parted(spreads: Mapping[float, float], uncoupled: float) -> float | None:

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.contested.questions import Question as Asked, make_questions
-from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
-from examples.evidence.measures import auroc
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
+from examples.evidence.measures import auroc, variance
 from examples.evidence.methods import ALL
 
 NUM_ROWS = 60
@@ -37,15 +37,8 @@ class Contested(Experiment):
         "questions, and the mixture predicts people no worse than a deep ensemble."
     )
     settings: Mapping[str, Setting] = {
-        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=60),
-        "gpu": Setting(
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            last_layers=None,
-            dtype="bfloat16",
-            learning_rate=5e-4,
-            max_steps=120,
-            seeds=8,
-        ),
+        "cpu": on_cpu(max_steps=60),
+        "gpu": on_gpu(learning_rate=5e-4, max_steps=120, seeds=8),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
@@ -144,20 +137,14 @@ def _nll(answers: Answers, contested: bool) -> float:
 
 def _spread(answers: Answers) -> np.ndarray:
     """[N]: the standard deviation over the particles of the probability of the first answer."""
-    return np.sqrt(_variance(answers.particles[..., 0].numpy(), answers.weights.numpy()))
+    return np.sqrt(variance(answers.particles[..., 0].numpy(), answers.weights.numpy()))
 
 
 def by_particle(answers: Answers) -> float:
     """Var_k(mean_n p_kn) / mean_n Var_k(p_kn) of the probability p of the first answer, a particle drawn by weight."""
     p, weights = answers.particles[..., 0].numpy(), answers.weights.numpy()
-    within = _variance(p, weights).mean()
-    return float(_variance(p.mean(axis=1, keepdims=True), weights)[0] / within) if within > 0 else float("nan")
-
-
-def _variance(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The variance over the first axis."""
-    mean = weights @ values
-    return weights @ np.square(values - mean)
+    within = variance(p, weights).mean()
+    return float(variance(p.mean(axis=1, keepdims=True), weights)[0] / within) if within > 0 else float("nan")
 
 
 EXPERIMENT = Contested()

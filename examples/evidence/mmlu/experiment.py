@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
+from examples.evidence.measures import information
 from examples.evidence.methods import ask
 from renyi_engine import LoraEnsemble
 from renyi_engine.evaluation import COMPLETIONS, Question as Asked, calibration, load_questions, prompt
@@ -46,15 +47,8 @@ class Mmlu(Experiment):
     caption = "the mean responsibilities of the particles for each subject, at alpha = 0.8, seed 0."
     data_file = "test.jsonl.gz"
     settings: Mapping[str, Setting] = {
-        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=60),
-        "gpu": Setting(
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            last_layers=None,
-            dtype="bfloat16",
-            learning_rate=2e-4,
-            max_steps=500,
-            seeds=5,
-        ),
+        "cpu": on_cpu(max_steps=60),
+        "gpu": on_gpu(learning_rate=2e-4, max_steps=500, seeds=5),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
@@ -205,14 +199,6 @@ def found(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tu
     spread = np.std(exchanged)
     z = float((observed - np.mean(exchanged)) / spread) if spread > 0 else float("nan")
     return observed, z, float((1 + np.sum(np.array(exchanged) >= observed)) / (1 + NUM_PERMUTATIONS))
-
-
-def information(together: np.ndarray) -> float:
-    """The mutual information, in nats, of two things that occur together so often [K, S]."""
-    joint = together / together.sum()
-    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    known = joint > 0
-    return float((joint[known] * np.log(joint[known] / independent[known])).sum())
 
 
 def _hard(answers: Answers) -> Answers:

@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc
 from examples.evidence.methods import ALL
 from renyi_engine.evaluation import calibration
@@ -118,15 +118,8 @@ class OutOfDistribution(Experiment):
     )
     data_file = "md_agreement.jsonl.gz"
     settings: Mapping[str, Setting] = {
-        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=80),
-        "gpu": Setting(
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            last_layers=None,
-            dtype="bfloat16",
-            learning_rate=2e-4,
-            max_steps=400,
-            seeds=6,
-        ),
+        "cpu": on_cpu(max_steps=80),
+        "gpu": on_gpu(learning_rate=2e-4, max_steps=400, seeds=6),
     }
     metrics: Mapping[str, Metric] = _metrics()
     curves: Mapping[str, Callable[[Answers], Sequence[float]]] = {

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
-from examples.evidence.measures import auroc
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
+from examples.evidence.measures import auroc, information as mutual_information
 from examples.evidence.methods import ALL
 
 NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
@@ -44,15 +44,8 @@ class People(Experiment):
     caption = "what each particle says of a tweet on average, and the cross-entropy of each method."
     data_file = "hs_brexit.jsonl.gz"
     settings: Mapping[str, Setting] = {
-        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=160),
-        "gpu": Setting(
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            last_layers=None,
-            dtype="bfloat16",
-            learning_rate=2e-4,
-            max_steps=600,
-            seeds=5,
-        ),
+        "cpu": on_cpu(max_steps=160),
+        "gpu": on_gpu(learning_rate=2e-4, max_steps=600, seeds=5),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
@@ -277,9 +270,7 @@ def _explained(answers: Answers) -> np.ndarray:
 
 def _information(explained: np.ndarray, groups: np.ndarray) -> float:
     names = np.unique(groups)
-    joint = np.array([explained[:, groups == name].sum(axis=1) for name in names]) / groups.size  # [groups, K]
-    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    return float(np.where(joint > 0, joint * np.log(np.where(joint > 0, joint / independent, 1.0)), 0.0).sum())
+    return mutual_information(np.array([explained[:, groups == name].sum(axis=1) for name in names]))  # [groups, K]
 
 
 EXPERIMENT = People()

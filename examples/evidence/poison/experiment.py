@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import average_precision, precision_at_number
 from examples.evidence.poison.words import WORDS
 from renyi_kernels import renyi_reduce
@@ -143,15 +143,8 @@ class Poison(Experiment):
         "planted rows are found."
     )
     settings: Mapping[str, Setting] = {
-        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=48),
-        "gpu": Setting(
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            last_layers=None,
-            dtype="bfloat16",
-            learning_rate=5e-4,
-            max_steps=120,
-            seeds=8,
-        ),
+        "cpu": on_cpu(max_steps=48),
+        "gpu": on_gpu(learning_rate=5e-4, max_steps=120, seeds=8),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:

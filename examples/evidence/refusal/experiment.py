@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant
+from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.refusal.pairs import make_pairs, pair
 from renyi_engine import LoraEnsemble
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, stop_tokens
@@ -63,15 +63,8 @@ class Refusal(Experiment):
     caption = "the variance over particles of the refusing opening, and its interval."
     data_file = "hh_rlhf_harmless/test.jsonl.gz"
     settings: Mapping[str, Setting] = {
-        "cpu": Setting("SmolLM2-135M-Instruct", last_layers=4, dtype="bfloat16", learning_rate=1e-3, max_steps=30),
-        "gpu": Setting(
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            last_layers=None,
-            dtype="bfloat16",
-            learning_rate=1e-4,
-            max_steps=120,
-            seeds=5,
-        ),
+        "cpu": on_cpu(max_steps=30),
+        "gpu": on_gpu(learning_rate=1e-4, max_steps=120, seeds=5),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
