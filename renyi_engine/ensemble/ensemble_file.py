@@ -57,14 +57,14 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: alpha: expected a finite number of at least 0, or null; got {alpha!r}")
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise ValueError(f"{path}: particles: expected distinct folder names; got {names}")
+    for name in names:
+        files.inside(path.parent, name)
     weights = ensemble.get("particle_weights")
     if weights is not None and not is_distribution(weights, len(names)):
         raise ValueError(
             f"{path}: particle_weights: expected {len(names)} finite numbers of at least 0 with the sum 1, or null; "
             f"got {weights!r}"
         )
-    for name in names:
-        files.inside(path.parent, name)
     listed = {f"{name}/{file}" for name in names for file in (TENSORS_FILE, CONFIG_FILE)}
     different = sorted(listed ^ set(ensemble["sha256"]))
     if different:
