@@ -52,7 +52,6 @@ class AlphaStar(Experiment):
         made: dict[str, dict[str, Any]] = {
             "camps of one size": {},
             "camps of 9 to 1": {"minority": 0.1},
-            "a tenth of the rows contested": {"contested": 6},
             "answers of one word": {"answers": "one word"},
         }
         people = PEOPLE.variants(setting)[0]

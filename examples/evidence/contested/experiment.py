@@ -19,13 +19,15 @@ from examples.contested.questions import Question as Asked, make_questions
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc, variance
 from examples.evidence.methods import ALL
+from examples.evidence.pictures import draw_intervals
 
 NUM_ROWS = 60
 NUM_TESTED = {"uncontested": 12, "even": 16, "uneven": 16}
 NUM_HELD_OUT = 20
 """Contested rows for fitting the particle weights, where there are so many questions."""
 ONE_WORD = ("Yes", "No")
-FEW = ("lora", "deep_ensemble", "alpha_0.8", "learned")
+FEW = ("lora", "deep_ensemble", "alpha_0.8")
+WEIGHTED = (*FEW, "learned", "fitted")
 BASE = {"contested": 30, "minority": 0.5, "topics": 1, "answers": "phrases"}
 
 
@@ -44,14 +46,14 @@ class Contested(Experiment):
     def variants(self, setting: str) -> Sequence[Variant]:
         changed: list[tuple[str, int, tuple[str, ...], dict[str, Any]]] = [
             ("4 particles, half of the rows contested, camps of one size", 4, ALL, {}),
-            ("2 particles", 2, FEW, {}),
+            ("2 particles", 2, WEIGHTED, {}),
             ("8 particles", 8, FEW, {}),
-            ("camps of 4 to 1", 4, (*FEW, "fitted"), {"minority": 0.2}),
-            ("camps of 9 to 1", 4, (*FEW, "fitted"), {"minority": 0.1}),
+            ("camps of 4 to 1", 4, WEIGHTED, {"minority": 0.2}),
+            ("camps of 9 to 1", 4, WEIGHTED, {"minority": 0.1}),
             ("a tenth of the rows contested", 4, FEW, {"contested": 6}),
             ("nine tenths of the rows contested", 4, FEW, {"contested": 54}),
             ("two topics", 4, FEW, {"topics": 2}),
-            ("answers of one word", 4, ("lora", "deep_ensemble", "alpha_0.8", "alpha_1"), {"answers": "one word"}),
+            ("answers of one word", 4, (*FEW, "alpha_1"), {"answers": "one word"}),
         ]
         return [Variant(name, K, methods, BASE | data) for name, K, methods, data in changed]
 
@@ -104,12 +106,7 @@ class Contested(Experiment):
         shown = ((left, "spread", "spread on contested questions"), (right, "nll", "NLL of the mixture, nats"))
         for axes, metric, label in shown:
             found = [methods[name]["metrics"][metric] for name in names]
-            means = np.array([one["mean"] for one in found])
-            low, high = np.transpose([one["interval"] for one in found])
-            alphas = [0.0, 0.3, 0.5, 0.8, 1.0]
-            axes.errorbar(alphas, means, (means - low, high - means), marker="o", capsize=3)
-            for one in np.transpose([of["seeds"] for of in found]):
-                axes.plot(alphas, one, ".", color="0.6", zorder=0)
+            draw_intervals(axes, [0.0, 0.3, 0.5, 0.8, 1.0], found, fmt="o-")
             axes.set(xlabel="alpha", ylabel=label)
             axes.grid(alpha=0.3)
         right.axhline(math.log(2), linestyle="--", color="0.4", label="best possible")

@@ -52,11 +52,11 @@ class Mmlu(Experiment):
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        methods = ("lora", "deep_ensemble", "alpha_0.8", "learned")
+        methods = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
         asked = {"asked": NUM_OF_SUBJECT[setting]}
         return [
             Variant("the answer is a letter", 4, methods, {"answer": "letter"} | asked),
-            Variant("the answer is a letter and its text", 4, methods[:3], {"answer": "text"} | asked),
+            Variant("the answer is a letter and its text", 4, methods, {"answer": "text"} | asked),
         ]
 
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:

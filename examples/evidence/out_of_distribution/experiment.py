@@ -29,7 +29,7 @@ from torch import Tensor
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc
-from examples.evidence.methods import ALL
+from examples.evidence.pictures import draw_intervals
 from renyi_engine.evaluation import calibration
 
 DOMAINS = ("BLM", "Covid-19", "Elections2020")
@@ -40,8 +40,8 @@ UNCERTAINTIES = ("total", "aleatoric", "epistemic")
 PLACES = {"in": ("in",), "out": ("near", "far")}
 TABLES = {"in": "tweets of the training domains", "out": "tweets from elsewhere"}
 COVERAGES = np.linspace(0.05, 1.0, 20)
-TRAINED = tuple(method for method in ALL if method not in ("alpha_0.3", "alpha_0.5"))
-SHOWN = ("lora", "deep_ensemble", "alpha_0.8", "learned")
+TRAINED = ("lora", "mc_dropout", "deep_ensemble", "alpha_0.8", "alpha_1", "fitted")
+SHOWN = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
 
 
 def tells_wrong(answers: Answers, kind: str) -> float:
@@ -190,9 +190,7 @@ class OutOfDistribution(Experiment):
         places = np.arange(len(methods))
         for shift, place in ((-0.12, "near"), (0.12, "far")):
             found = [of["metrics"][f"{place}_epistemic"] for of in methods.values()]
-            means = np.array([one["mean"] for one in found])
-            low, high = np.transpose([one["interval"] for one in found])
-            right.errorbar(means, places + shift, xerr=(means - low, high - means), fmt="o", capsize=3, label=place)
+            draw_intervals(right, places + shift, found, horizontal=True, label=place)
         right.axvline(0.5, linestyle=":", color="0.4")
         right.set(yticks=places, yticklabels=[of["label"] for of in methods.values()], xlabel="AUROC, epistemic")
         right.invert_yaxis()

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc, information as mutual_information
 from examples.evidence.methods import ALL
+from examples.evidence.pictures import draw_intervals
 
 NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
 """hs_brexit has so many; of md_agreement as many are drawn, and twice as many to test."""
@@ -31,7 +32,7 @@ TWEETS_TOGETHER = 4
 NUM_HELD_OUT = 256
 NUM_PERMUTATIONS = 500
 WORDS = ("no", "yes")
-FEW = ("lora", "deep_ensemble", "alpha_0.8", "learned", "fitted")
+FEW = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
 
 
 class People(Experiment):
@@ -51,9 +52,8 @@ class People(Experiment):
     def variants(self, setting: str) -> Sequence[Variant]:
         return [
             Variant("hate speech, three labels in an answer", 4, ALL, {"source": "hs_brexit", "form": "three labels"}),
-            Variant("hate speech, one label", 4, FEW, {"source": "hs_brexit", "form": "one label"}),
             Variant("hate speech, four tweets together", 4, FEW, {"source": "hs_brexit", "form": "four tweets"}),
-            Variant("offence, one label", 4, FEW, {"source": "md_agreement", "form": "one label"}),
+            Variant("hate speech, one label", 4, FEW, {"source": "hs_brexit", "form": "one label"}),
             Variant("offence, four tweets together", 4, FEW, {"source": "md_agreement", "form": "four tweets"}),
         ]
 
@@ -104,11 +104,8 @@ class People(Experiment):
         methods = results["variants"][0]["methods"]
         figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
         found = [of["metrics"]["cross_entropy"] for of in methods.values()]
-        means, places = np.array([one["mean"] for one in found]), np.arange(len(found))
-        low, high = np.transpose([one["interval"] for one in found])
-        axes.errorbar(means, places, xerr=(means - low, high - means), fmt="o", capsize=3)
-        for place, one in zip(places, found, strict=True):
-            axes.plot(one["seeds"], [place] * len(one["seeds"]), ".", color="0.6", zorder=0)
+        places = np.arange(len(found))
+        draw_intervals(axes, places, found, horizontal=True)
         axes.set(yticks=places, yticklabels=[of["label"] for of in methods.values()], xlabel="cross-entropy, nats")
         axes.invert_yaxis()
         axes.grid(alpha=0.3)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import average_precision, precision_at_number
+from examples.evidence.pictures import draw_intervals
 from examples.evidence.poison.words import WORDS
 from renyi_kernels import renyi_reduce
 
@@ -150,11 +151,9 @@ class Poison(Experiment):
     def variants(self, setting: str) -> Sequence[Variant]:
         kinds: list[tuple[str, float, tuple[str, ...]]] = [
             ("trigger, new words", 0.10, (*FEW, "alpha_1", "learned")),
-            ("trigger, new words", 0.05, FEW),
             ("trigger, new words", 0.25, FEW),
             ("trigger, an answer", 0.10, FEW),
             ("wrong labels", 0.10, FEW),
-            ("wrong labels", 0.25, FEW),
         ]
         return [
             Variant(f"{poison}, {share:.0%} of the rows", 4, methods, {"poison": poison, "share": share})
@@ -250,19 +249,10 @@ class Poison(Experiment):
                 left.plot(np.full(len(particles), place), particles, "_", color=color, alpha=0.6)
         for number, (score, label) in enumerate(SCORES.items()):
             for name, line in (("alpha_0.8", "-"), ("deep_ensemble", "--")):
-                values = [one["methods"][name]["metrics"][f"ranked_{score}"] for one in shown]
-                means = np.array([value["mean"] for value in values])
-                low, high = np.transpose([value["interval"] for value in values])
-                x = shares + 0.5 * (number - 1)
+                found = [one["methods"][name]["metrics"][f"ranked_{score}"] for one in shown]
+                style = {"fmt": "o" + line, "color": f"C{number}"}
                 method = shown[0]["methods"][name]["label"]
-                right.errorbar(
-                    x,
-                    means,
-                    (means - low, high - means),
-                    fmt="o" + line,
-                    color=f"C{number}",
-                    label=f"{label}, {method}",
-                )
+                draw_intervals(right, shares + 0.5 * (number - 1), found, label=f"{label}, {method}", **style)
         left.set(xlabel="share of planted rows, %", ylabel="attack success", ylim=(-0.05, 1.05))
         right.set(xlabel="share of planted rows, %", ylabel="average precision", ylim=(-0.05, 1.05))
         for axes in (left, right):

@@ -23,6 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
+from examples.evidence.pictures import draw_intervals
 from examples.evidence.refusal.pairs import make_pairs, pair
 from renyi_engine import LoraEnsemble
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, stop_tokens
@@ -68,10 +69,10 @@ class Refusal(Experiment):
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        methods = ("lora", "deep_ensemble", "alpha_0.8", "learned")
+        methods = ("lora", "deep_ensemble", "alpha_0.8")
         return [
             Variant("pairs that are contested where a prompt looks harmful", 4, methods, {"pairs": "contested"}),
-            Variant("pairs of people", 4, methods[:3], {"pairs": "people"}),
+            Variant("pairs of people", 4, methods, {"pairs": "people"}),
         ]
 
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
@@ -155,12 +156,7 @@ class Refusal(Experiment):
         for axes, variant in zip(all_axes[0], variants, strict=True):
             for number, of in enumerate(of for name, of in variant["methods"].items() if name != "lora"):
                 found = [of["metrics"][f"variance_{split}"] for split in SPLITS]
-                means, places = np.array([one["mean"] for one in found]), np.arange(2) + 0.25 * (number - 1)
-                low, high = np.transpose([one["interval"] for one in found])
-                bounds = np.maximum([means - low, high - means], 0)
-                axes.errorbar(places, means, bounds, fmt="o", capsize=3, label=of["label"])
-                for place, one in zip(places, found, strict=True):
-                    axes.plot([place] * len(one["seeds"]), one["seeds"], ".", color="0.6", zorder=0)
+                draw_intervals(axes, np.arange(2) + 0.25 * (number - 0.5), found, label=of["label"])
             axes.set(xticks=[0, 1], xticklabels=SPLITS, ylabel="variance, thousandths")
             axes.set_title(variant["name"], fontsize=9)
             axes.grid(alpha=0.3)
