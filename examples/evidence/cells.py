@@ -108,7 +108,9 @@ class Work:
             weights = torch.from_numpy(kept[0]["weights"])
         names = [name.removeprefix(methods.MORE) for name in kept[0] if name.startswith(methods.MORE)]
         more = {name: np.concatenate([one[methods.MORE + name] for one in kept]) for name in names}
-        answers = Answers(logp, weights, self.data(variant, seed).facts, more)
+        data = self.data(variant, seed)
+        asked = {"asked": np.array([repr(question.prompt) for question in data.questions])}
+        answers = Answers(logp, weights, {**asked, **data.facts}, more)
         answers = replace(answers, facts={**answers.facts, **self.experiment.derived(answers)})
         return answers, {cost: float(sum(one[cost] for one in kept)) for cost in COSTS}
 

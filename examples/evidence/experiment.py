@@ -92,7 +92,8 @@ class Data:
     Attributes:
         rows: to train on, each with prompt and completion. held_out: rows for fitting the particle weights.
         questions: all with the same number C of answers.
-        facts: what is known of the questions, each an array that begins with N.
+        facts: what is known of the questions, each an array that begins with N. "asked" names each question, the same
+            in every seed; where an experiment does not give it, it is the prompt.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -140,15 +141,25 @@ class Answers:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is computed from answers. `better`: "lower", "higher" or "" where neither is better.
-    `resampled`: whether it has an interval; some take too long for that. `table`: metrics with the same name here share
-    a table."""
+    """A number that is computed from answers.
+
+    Attributes:
+        better: "lower", "higher" or "" where neither is better.
+        resampled: whether it has an interval. Some take too long for that, and some have no sound one.
+        centred: whether its interval is moved so that the bootstrap's mean lies at the number itself: for numbers that
+            grow if questions are drawn again, such as variances.
+        of_members: whether it compares members from question to question. It is not computed for passes with dropout,
+            because a pass is no member: its masks are others for every question.
+        table: metrics with the same name here share a table.
+    """
 
     label: str
     better: str
     of: Callable[[Answers], float]
     digits: int = 3
     resampled: bool = True
+    centred: bool = False
+    of_members: bool = False
     table: str = ""
 
 

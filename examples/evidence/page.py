@@ -60,9 +60,8 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
         needs = " --data FOLDER" * (experiment.data_file is not None)
         lines += [
             f"**Setting.** {of['model']}, {layers}, rank {training['lora_r']}, learning rate "
-            f"{training['learning_rate']:g}, {training['max_steps']} steps of {training['batch_size']} rows, "
-            f"{training['seeds']} seeds, {of['machine']}. `python -m examples.evidence run {name} "
-            f"--setting {of['setting']}{needs}`",
+            f"{training['learning_rate']:g}, {training['seeds']} seeds, {of['machine']}. "
+            f"`python -m examples.evidence run {name} --setting {of['setting']}{needs}`",
             "",
             experiment.note,
             "",
@@ -78,7 +77,8 @@ def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[s
     lines = []
     for name in dict.fromkeys(metric.table for metric in metrics.values()):
         shown = {key: metric for key, metric in metrics.items() if metric.table == name}
-        about = f"{variant['name'][0].upper()}{variant['name'][1:]} (K = {variant['num_particles']})"
+        size = f"K = {variant['num_particles']}, {variant['max_steps']} steps of {variant['batch_size']} rows"
+        about = f"{variant['name'][0].upper()}{variant['name'][1:]} ({size})"
         lines += [f"{about}, {name}:" if name else f"{about}:", "", *_table(shown, variant, not lines), ""]
     return lines
 
@@ -100,7 +100,8 @@ def _row(cells: list[str]) -> str:
 
 
 def _cell(metric: Metric, found: Mapping[str, Any]) -> str:
-    """The mean, its interval, and a star where the paired difference to the baseline excludes 0."""
+    """The mean, its interval, and a star where the paired difference to the baseline is more than chance: its interval
+    excludes 0, and so does a t test over the seeds."""
     if math.isnan(found["mean"]):
         return "-"
     text = f"{found['mean']:.{metric.digits}f}"
@@ -109,6 +110,7 @@ def _cell(metric: Metric, found: Mapping[str, Any]) -> str:
     low, high = found["interval"]
     text += f" ({low:.{metric.digits}f} to {high:.{metric.digits}f})"
     difference = found.get("difference")
-    if difference and (difference["interval"][0] > 0 or difference["interval"][1] < 0):
+    excludes_0 = difference and (difference["interval"][0] > 0 or difference["interval"][1] < 0)
+    if excludes_0 and difference["p"] < 0.05:
         text += " \\*"
     return text

@@ -31,6 +31,7 @@ from .refusal.rates import (
     mean_over_prompts as mean_over_prompts,
     prompt_rates as prompt_rates,
     refusal_rate as refusal_rate,
+    sampling_noise as sampling_noise,
     variance_over_particles as variance_over_particles,
     variance_within_prompts as variance_within_prompts,
 )

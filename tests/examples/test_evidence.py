@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import binary_auroc
 from examples.evidence import __main__ as command, page, summary
 from examples.evidence.cells import Work
 from examples.evidence.contested.experiment import EXPERIMENT as CONTESTED, Contested, by_particle
-from examples.evidence.experiment import Answers, Setting, Variant
+from examples.evidence.experiment import Answers, Metric, Setting, Variant
 from examples.evidence.measures import auroc
 from examples.evidence.methods import METHODS
 from examples.evidence.people import experiment as people
@@ -106,17 +106,69 @@ def test_answers_of_another_setting_are_not_used(work):
         other.answers(other.experiment.variants("cpu")[0], "lora", 0)
 
 
-def test_a_method_compared_with_itself_differs_by_nothing(monkeypatch):
-    monkeypatch.setattr(summary, "NUM_RESAMPLES", 300)
-    logp = torch.randn(3, 20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    facts = {"contested": np.arange(20) % 2 == 0, "share": np.full((20, 2), 0.5), "topic": np.array(["even"] * 20)}
-    answers = [Answers(logp, torch.full((3,), 1 / 3, dtype=torch.float64), facts)] * 2
-    drawn = [summary._resampled(answers, {"nll": CONTESTED.metrics["nll"]})["nll"] for _ in range(2)]
-    assert np.array_equal(*drawn)
-    # the interval of a mean over questions is that of the theory: +- 1.96 standard errors
-    each = -(answers[0].mixture.numpy() * 0.5).sum(axis=1)[facts["contested"]]
-    low, high = summary._interval(drawn[0])
-    assert high - low == pytest.approx(2 * 1.96 * each.std() / math.sqrt(2 * len(each)), rel=0.25)
+NUMBER = Metric("a number", "", lambda answers: float(answers.facts["number"].mean()))
+SQUARE = Metric("its variance", "", lambda answers: float(answers.facts["number"].var()), centred=True, of_members=True)
+
+
+def seeds_with(numbers, asked):
+    """Answers of several seeds, of which nothing is known but a number for each question."""
+    weights = torch.ones(1, dtype=torch.float64)
+    return [
+        Answers(torch.zeros(1, len(of), 2), weights, {"number": of, "asked": np.array(names)})
+        for of, names in zip(numbers, asked, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_interval_is_that_of_the_theory_whether_seeds_were_asked_the_same_questions_or_others(monkeypatch, same):
+    monkeypatch.setattr(summary, "NUM_RESAMPLES", 2000)
+    number = np.random.default_rng(0).normal(size=60)
+    answers = seeds_with([number, number], [range(60), range(60) if same else range(60, 120)])
+    drawn = [summary._resampled(answers, {"number": NUMBER})["number"] for _ in range(2)]
+    assert np.array_equal(*drawn)  # so a method that is compared with itself differs by nothing
+    # twice the same question is no more than once; other questions halve the variance where both seeds are drawn
+    error = number.std() / math.sqrt(60) * (1 if same else math.sqrt(0.75))
+    low, high = summary._interval(drawn[0], None)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_an_interval_that_is_centred_lies_around_the_number_though_draws_of_it_are_larger(monkeypatch):
+    monkeypatch.setattr(summary, "NUM_RESAMPLES", 400)
+    answers = seeds_with([np.arange(5.0)], [range(5)])
+    drawn = summary._resampled(answers, {"square": SQUARE})["square"]
+    low, high = summary._interval(drawn, 2.0)
+    plain = summary._interval(drawn, None)
+    assert high - low == pytest.approx(plain[1] - plain[0])
+    assert low - plain[0] == pytest.approx(2.0 - drawn.mean())
+
+
+def test_a_star_needs_an_interval_without_0_and_seeds_that_agree():
+    def cell(interval, p):
+        found = {"mean": 1.0, "interval": [0.5, 1.5], "difference": {"mean": 0.5, "interval": interval, "p": p}}
+        return page._cell(NUMBER, found)
+
+    assert cell([0.2, 0.8], 0.03).endswith("\\*")
+    assert cell([-0.8, -0.2], 0.03).endswith("\\*")
+    for interval, p in (([0.2, 0.8], 0.06), ([-0.1, 0.8], 0.03), ([0.2, 0.8], float("nan"))):
+        assert not cell(interval, p).endswith("*")
+
+
+def test_the_p_value_of_a_difference_is_that_of_the_paired_t_test():
+    ours, theirs = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.0, 2.5])
+    d = ours - theirs
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(3))
+    assert summary.p_value(ours, theirs) == pytest.approx(1 - t / math.sqrt(2 + t * t))  # with 2 degrees of freedom
+    assert math.isnan(summary.p_value(ours, ours))
+    assert math.isnan(summary.p_value([1.0], [2.0]))
+    assert summary.p_value([1.0, 1.0, 1.0], [0.5, 0.5, 0.5]) == 0
+
+
+def test_passes_with_dropout_are_not_compared_from_question_to_question():
+    found = summary._meant_for("mc_dropout", {"number": NUMBER, "square": SQUARE})
+    answers = seeds_with([np.arange(5.0)], [range(5)])[0]
+    assert found["number"].of(answers) == 2.0
+    assert math.isnan(found["square"].of(answers))
+    assert summary._meant_for("lora", {"square": SQUARE})["square"].of(answers) == 2.0
 
 
 def test_the_page_is_made_of_the_committed_results():
@@ -148,6 +200,9 @@ def test_camps_have_their_exact_shares_and_nothing_that_is_asked_was_trained_on(
     tested = [question.prompt[-1]["content"] for question in data.questions]
     held_out = [row["prompt"][-1]["content"] for row in data.held_out]
     assert len({*asked, *tested, *held_out}) == len(asked) + len(tested) + len(held_out)
+    if "fitted" in variant.methods:  # weights are fitted to rows such as those of the training
+        share = np.mean([row["completion"][0]["content"] not in ("Always.", "Never.") for row in data.held_out])
+        assert share == variant.data["contested"] / 60
     assert data.facts["contested"].sum() == 16 * variant.data["topics"]
     assert CONTESTED.data(variant.data, 2, None).rows != data.rows
 
@@ -187,17 +242,31 @@ def test_cross_entropy_is_that_of_the_weighted_mixture():
     assert people.cross_entropy(answers) == pytest.approx(expected)
 
 
+def test_f1_is_the_accuracy_where_most_people_agree():
+    answers = answers_of_people(
+        [[0.9, 0.9, 0.2, 0.1]], [1.0], [[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0] * 4], "aabb"
+    )
+    assert people.f1(answers) == pytest.approx(2 / 3)
+
+
 def test_particles_that_stand_for_groups_are_found_and_others_are_not():
     rng = np.random.default_rng(0)
     hard = rng.random(60) < 0.5
     labels = np.where(hard[:, None], [0, 0, 0, 1, 1, 1], 0)
     sided = np.stack([np.full(60, 0.02), np.where(hard, 0.98, 0.02)])
     found = answers_of_people(sided, [0.5, 0.5], labels, ["a"] * 3 + ["b"] * 3)
-    assert people.p_value(found) < 0.01
+    assert people.rank(found) == 1
     alike = answers_of_people(np.full((2, 60), 0.3), [0.5, 0.5], labels, ["a"] * 3 + ["b"] * 3)
     assert people.information(alike) == pytest.approx(0.0, abs=1e-12)
     mixed = rng.permuted(labels, axis=1)
-    assert people.p_value(answers_of_people(sided, [0.5, 0.5], mixed, ["a"] * 3 + ["b"] * 3)) > 0.05
+    assert people.information(found) > 10 * people.information(
+        answers_of_people(sided, [0.5, 0.5], mixed, ["a"] * 3 + ["b"] * 3)
+    )
+    # particles that stand for single annotators are none for groups: other halves hold as much
+    one = np.where(hard[:, None], [0, 0, 0, 0, 0, 1], 0)
+    assert people.rank(answers_of_people(sided, [0.5, 0.5], one, ["a"] * 3 + ["b"] * 3)) == pytest.approx(5.5)
+    assert math.isnan(people.rank(answers_of_people(sided[:1], [1.0], labels, ["a"] * 3 + ["b"] * 3)))
+    assert math.isnan(people.information(answers_of_people(sided, [0.5, 0.5], labels, ["a"] * 6)))
     # certain particles: the information of a perfect split is the entropy of the group
     sure = answers_of_people([[1e-9] * 4, [1 - 1e-9] * 4], [0.5, 0.5], [[0, 0, 1, 1]] * 4, ["a", "a", "b", "b"])
     assert people.information(sure) == pytest.approx(math.log(2), rel=1e-6)

@@ -15,14 +15,14 @@ from examples.evidence.mmlu import experiment as mmlu
 from renyi_engine.evaluation import prompt
 
 
-def answers_of(right, subjects, base=None):
+def answers_of(right, subjects, base=None, weights=None):
     """Answers A to D of K particles, of which `right` [K, N] is the probability of the right one, A."""
     right = np.asarray(right)
     p = np.stack([right, *[(1 - right) / 3] * 3], axis=-1)
     facts = {"subject": np.asarray(subjects), "right": np.zeros(right.shape[1], dtype=np.int64)}
     more = {} if base is None else {"base": np.asarray(base)}
-    weights = torch.full((len(right),), 1 / len(right), dtype=torch.float64)
-    return Answers(torch.from_numpy(np.log(p)), weights, facts, more)
+    weights = [1 / len(right)] * len(right) if weights is None else weights
+    return Answers(torch.from_numpy(np.log(p)), torch.tensor(weights, dtype=torch.float64), facts, more)
 
 
 SUBJECTS = np.repeat(["algebra", "botany", "chess", "dance"], 30)
@@ -43,6 +43,16 @@ def test_particles_that_know_a_subject_are_found():
     assert mmlu.found(answers_of(specialists(2.0), SUBJECTS), null="subjects")[2] < 0.01
 
 
+@pytest.mark.parametrize("weights", [[0.4, 0.3, 0.2, 0.1], [0.56, 0.44, 0.0, 0.0]])
+def test_they_are_found_whatever_their_weights_are(weights):
+    _, z, p = mmlu.found(answers_of(specialists(2.0), SUBJECTS, weights=weights))
+    assert z > 5
+    assert p < 0.01
+    # particles that are alike are not made specialists by their weights
+    alike = np.random.default_rng(3).random((4, 120))
+    assert mmlu.found(answers_of(alike, SUBJECTS, weights=weights))[2] > 0.05
+
+
 @pytest.mark.parametrize("null", ["particles", "subjects"])
 def test_p_is_uniform_if_particles_are_alike(null, monkeypatch):
     monkeypatch.setattr(mmlu, "NUM_PERMUTATIONS", 99)
@@ -57,6 +67,10 @@ def test_a_particle_that_leads_in_every_subject_is_no_specialist():
     right = np.random.default_rng(2).uniform(0.2, 0.4, size=(4, 120))
     right[0] += 0.5
     assert mmlu.found(answers_of(right, SUBJECTS), null="subjects")[2] > 0.05
+    assert mmlu.led(answers_of(right, SUBJECTS)) == 1
+    assert mmlu.led(answers_of(specialists(2.0), SUBJECTS)) == 1 / 4
+    # a particle that has all of the weight is alone
+    assert math.isnan(mmlu.found(answers_of(right, SUBJECTS, weights=[0.9999, 0.0001, 0, 0]))[1])
     # a single particle cannot be compared with others
     assert math.isnan(mmlu.found(answers_of(right[:1], SUBJECTS))[1])
 

@@ -107,6 +107,17 @@ def test_disagreement_is_free_of_the_noise_of_the_draws():
     assert metrics["refused_safe"].of(answers) == pytest.approx(0.5, abs=0.02)
 
 
+def test_particles_that_refuse_alike_have_no_variance_on_average_over_the_draws():
+    rng, rates = np.random.default_rng(0), np.linspace(0.1, 0.9, 40)
+    found = []
+    for _ in range(400):
+        more = {"refused": rng.binomial(2, rates, size=(4, 40)), "judged": np.full((4, 40), 2)}
+        found.append(refusal.variance_of_sampled(answers_of(np.full((4, 40), 0.5), ["safe"] * 40, more)))
+    assert np.mean(found) == pytest.approx(0.0, abs=4 * np.std(found) / 20)
+    noise = 1000 * (rates * (1 - rates) / 2).mean() / 40
+    assert noise > 8 * np.std(found) / 20  # which would be seen
+
+
 def test_an_opening_follows_the_turn_of_the_user_and_has_no_end(tokenizer):
     question = Question("Is it late?", ("I can't", "Sure"), openings=True)
     choices = choices_of(SftTask(tokenizer, 64), question)

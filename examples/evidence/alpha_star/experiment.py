@@ -73,7 +73,8 @@ class AlphaStar(Experiment):
     note = (
         "Spread is the standard deviation, over the particles, of the probability of the first camp's answer on "
         "contested questions, or of the probability that a tweet is hate speech. Tweets are trained on as in the "
-        "section on people."
+        "section on people. At alpha = 0, four particles were trained in one run; for the tweets, it is the deep "
+        "ensemble."
     )
 
     def further(self, work: Work) -> dict[str, Any]:

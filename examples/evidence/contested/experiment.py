@@ -24,7 +24,8 @@ from examples.evidence.pictures import draw_intervals
 NUM_ROWS = 60
 NUM_TESTED = {"uncontested": 12, "even": 16, "uneven": 16}
 NUM_HELD_OUT = 20
-"""Contested rows for fitting the particle weights, where there are so many questions."""
+"""Contested rows for fitting the particle weights, and as many uncontested ones; where half of the training rows are
+contested."""
 ONE_WORD = ("Yes", "No")
 FEW = ("lora", "deep_ensemble", "alpha_0.8")
 WEIGHTED = (*FEW, "learned", "fitted")
@@ -62,16 +63,20 @@ class Contested(Experiment):
         num_train = {"uncontested": NUM_ROWS - options["contested"]}
         num_train |= {kind: options["contested"] // len(kinds) for kind in kinds}
         shares = {"uncontested": 1.0} | dict.fromkeys(kinds, 1.0 - options["minority"])
-        num_held_out = min(NUM_HELD_OUT, 70 - NUM_TESTED["even"] - num_train["even"]) if len(kinds) == 1 else 0
+        num_held_out = NUM_HELD_OUT if num_train["even"] == num_train["uncontested"] else 0
         num_others = {kind: NUM_TESTED[kind] for kind in ("uncontested", *kinds)}
         num_others["even"] += num_held_out
         train, others = make_questions(seed, num_train, num_others, {"uneven": 0.5} | shares)
         even = [asked for asked in others if asked.kind == "even"]
         tested = [asked for asked in others if asked not in even[NUM_TESTED["even"] :]]
         one_word = options["answers"] == "one word"
+        held_out = even[NUM_TESTED["even"] :]
+        known = {asked.text for asked in (*train, *tested)}
+        uncontested, _ = make_questions(seed, {"uncontested": 66}, 0)  # all that there are
+        held_out += [asked for asked in uncontested if asked.text not in known][:num_held_out]
         return Data(
             rows=[_row(asked, one_word) for asked in train],
-            held_out=[_row(asked, one_word) for asked in even[NUM_TESTED["even"] :]],
+            held_out=[_row(asked, one_word) for asked in held_out],
             questions=[Question(asked.row(True)["prompt"], _answers(asked, one_word)) for asked in tested],
             facts={
                 "contested": np.array([asked.kind != "uncontested" for asked in tested]),
@@ -84,7 +89,9 @@ class Contested(Experiment):
         "nll": Metric("NLL of the mixture, contested", "lower", lambda answers: _nll(answers, True)),
         "uncontested_nll": Metric("uncontested", "lower", lambda answers: _nll(answers, False)),
         "spread": Metric("spread", "", lambda answers: float(_spread(_contested(answers)).mean())),
-        "by_camp": Metric("by camp", "", lambda answers: by_particle(_contested(answers)), digits=2),
+        "by_camp": Metric(
+            "by camp", "", lambda answers: by_particle(_contested(answers)), digits=2, centred=True, of_members=True
+        ),
         "auroc": Metric(
             "AUROC", "higher", lambda answers: auroc(answers.among.epistemic.numpy(), answers.facts["contested"])
         ),
@@ -95,8 +102,8 @@ class Contested(Experiment):
         "0.693, 0.500 and 0.325 for camps of 1:1, 4:1 and 9:1. Spread is the standard deviation, over the particles, "
         "of the probability of the first camp's answer, on contested questions. By camp is the share of this variance "
         "that belongs to the particle alone: 1 if every particle always sides with one camp, near 1/N if each takes "
-        "sides question by question. AUROC says how well the epistemic uncertainty tells contested questions from the "
-        "others."
+        "sides question by question. Weights are fitted to 20 contested and 20 uncontested rows that were held out. "
+        "AUROC says how well the epistemic uncertainty tells contested questions from the others."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:

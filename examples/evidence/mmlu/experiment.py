@@ -33,6 +33,8 @@ NUM_OF_SUBJECT = {"cpu": 6, "gpu": 40}
 """Questions that are asked of each subject, where there are so many."""
 NUM_PERMUTATIONS = 999
 ALPHA = 0.8
+LEAST_WEIGHT = 1e-3
+"""If all particles but one have together no more than this, there is one particle."""
 SHOWN = ("deep_ensemble", "alpha_0.8")
 SHARED = "particle and subject"
 
@@ -93,7 +95,9 @@ class Mmlu(Experiment):
             "accuracy", "higher", lambda answers: calibration.accuracy(answers.among.mixture.exp(), _right(answers))
         ),
         "nll": Metric("NLL", "lower", lambda answers: calibration.nll(answers.among.mixture, _right(answers))),
-        "ece": Metric("ECE", "lower", lambda answers: calibration.ece(answers.among.mixture.exp(), _right(answers))),
+        "ece": Metric(
+            "ECE", "lower", lambda answers: calibration.ece(answers.among.mixture.exp(), _right(answers)), centred=True
+        ),
         "information": Metric(
             "information", "", lambda answers: 1000 * found(answers)[0], digits=1, resampled=False, table=SHARED
         ),
@@ -106,6 +110,7 @@ class Mmlu(Experiment):
             resampled=False,
             table=SHARED,
         ),
+        "led": Metric("share of the leader", "", lambda answers: led(answers), resampled=False, table=SHARED),
         "z_wrong": Metric(
             "z, base wrong", "", lambda answers: found(_hard(answers))[1], digits=1, resampled=False, table=SHARED
         ),
@@ -116,12 +121,15 @@ class Mmlu(Experiment):
     note = (
         "Accuracy, NLL (nats a question) and ECE are those of the mixture, among the four answers. Information is the "
         "mutual information of a question's subject and the particle that is responsible for its right answer, in "
-        "thousandths of a nat, with responsibilities at alpha = 0.8 for every method. If the particles are exchanged "
-        f"at random in every question by itself, {NUM_PERMUTATIONS} times, then z says by how many standard deviations "
-        "the information lies above the mean of these, and p how often one of them is as large. The same among the "
-        "questions that the base gets wrong, and with responsibilities at alpha = 1. A particle that leads everywhere "
-        "is not exchangeable, and no specialist either: so p is also given with the subjects exchanged among the "
-        "questions instead. z and p are means over the seeds."
+        "thousandths of a nat, with responsibilities at alpha = 0.8 for every method. If the particles exchange "
+        f"their answers at random in every question by itself, {NUM_PERMUTATIONS} times, then z says by how many "
+        "standard deviations the information lies above the mean of these, and p how often one of them is as large. "
+        "The same among the questions that the base gets wrong, and with responsibilities at alpha = 1. A particle "
+        "that leads everywhere is not exchangeable, and no specialist either. So p is also given with the subjects "
+        "exchanged among the questions instead; but it is low, too, if one particle leads everywhere and by more in "
+        "some subjects. The "
+        "share of the leader tells this apart: of all subjects, the part in which the same particle has the largest "
+        "mean responsibility, at least 1/K. z, p and this share are means over the seeds."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
@@ -172,28 +180,41 @@ def letters_and_texts(question: Asked) -> tuple[str, ...]:
 ANSWERS: Mapping[str, Callable[[Asked], tuple[str, ...]]] = {"letter": letters, "text": letters_and_texts}
 
 
-def responsibilities(answers: Answers, alpha: float) -> np.ndarray:
-    """[K, N]: w_k exp(alpha s_k) over its sum, with s the log-likelihood of the right answer (paper, D.1)."""
-    right = answers.logp[:, torch.arange(answers.logp.shape[1]), _right(answers)]
-    return renyi_reduce(right, alpha, weights=answers.weights).responsibilities.double().numpy()
+def scores(answers: Answers) -> np.ndarray:
+    """[K, N] nats: the log-likelihood of the right answer."""
+    return answers.logp[:, torch.arange(answers.logp.shape[1]), _right(answers)].double().numpy()
+
+
+def responsibilities(s: np.ndarray, weights: torch.Tensor, alpha: float) -> np.ndarray:
+    """[K, N]: w_k exp(alpha s_k) over its sum (paper, D.1)."""
+    return renyi_reduce(torch.from_numpy(s), alpha, weights=weights).responsibilities.double().numpy()
 
 
 def by_subject(answers: Answers) -> np.ndarray:
     """[S, K]: the mean responsibilities of each subject, at ALPHA."""
-    r, subjects = responsibilities(answers, ALPHA), answers.facts["subject"]
+    r, subjects = responsibilities(scores(answers), answers.weights, ALPHA), answers.facts["subject"]
     return np.array([r[:, subjects == subject].mean(axis=1) for subject in np.unique(subjects)])
 
 
+def led(answers: Answers) -> float:
+    """The share of the subjects in which the particle that leads most of them has the largest responsibility."""
+    leaders = by_subject(answers).argmax(axis=1)
+    return float(np.bincount(leaders).max() / len(leaders))
+
+
 def found(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tuple[float, float, float]:
-    """(information in nats, z, p) of particle and subject: see `Mmlu.note`. z and p are NaN for one particle."""
-    r, rng = responsibilities(answers, alpha), np.random.default_rng(0)
+    """(information in nats, z, p) of particle and subject: see `Mmlu.note`. z and p are NaN if one particle has all of
+    the weight."""
+    s, weights, rng = scores(answers), answers.weights, np.random.default_rng(0)
+    r = responsibilities(s, weights, alpha)
     _, number = np.unique(answers.facts["subject"], return_inverse=True)
     subjects = np.eye(number.max() + 1)[number]  # [N, S]
     observed = information(r @ subjects)
-    if len(r) == 1:
+    if weights.max() > 1 - LEAST_WEIGHT:
         return observed, float("nan"), float("nan")
-    if null == "particles":
-        exchanged = [information(rng.permuted(r, axis=0) @ subjects) for _ in range(NUM_PERMUTATIONS)]
+    if null == "particles":  # they exchange what they know, and each place keeps its weight
+        many = (responsibilities(rng.permuted(s, axis=0), weights, alpha) for _ in range(NUM_PERMUTATIONS))
+        exchanged = [information(of @ subjects) for of in many]
     else:
         exchanged = [information(r @ rng.permutation(subjects)) for _ in range(NUM_PERMUTATIONS)]
     spread = np.std(exchanged)

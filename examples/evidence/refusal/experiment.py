@@ -37,6 +37,7 @@ from renyi_engine.evaluation import (
     mean_over_prompts,
     prompt_rates,
     refusal_rate,
+    sampling_noise,
     variance_over_particles,
     variance_within_prompts,
 )
@@ -128,7 +129,8 @@ class Refusal(Experiment):
         + "), averaged over the prompts. Variance is that of the particles' averages, the number that Table 1 is taken "
         "to be about; within prompts, it is taken on each prompt, then averaged. The second table counts sampled "
         f"responses instead: {SAMPLES} of each particle to each prompt, of {NEW_TOKENS} tokens, judged by key phrases; "
-        "disagreement is the variance within prompts less the noise of the draws. Variances are in thousandths."
+        "disagreement is the variance within prompts. From both, the noise that the draws alone add was taken off. "
+        "Variances are in thousandths."
     )
 
     @property
@@ -140,11 +142,13 @@ class Refusal(Experiment):
         }
         of_samples: dict[str, tuple[str, Callable[[Answers], float], int]] = {
             "refused": ("refused", lambda answers: _value(refusal_rate(sampled(answers), _w(answers))), 3),
-            "variance_sampled": ("variance", lambda answers: variance(sampled(answers), _w(answers)), 2),
+            "variance_sampled": ("variance", lambda answers: variance_of_sampled(answers), 2),
             "disagreement": ("disagreement", lambda answers: disagreement_of(answers), 2),
         }
         return {
-            f"{name}_{split}": Metric(f"{label}, {split}", "", _on(split, of), digits, table=table)
+            f"{name}_{split}": Metric(
+                f"{label}, {split}", "", _on(split, of), digits, centred=label == "variance", table=table
+            )
             for table, metrics in (("", of_openings), ("sampled responses", of_samples))
             for name, (label, of, digits) in metrics.items()
             for split in SPLITS
@@ -198,6 +202,13 @@ def sampled(answers: Answers) -> np.ndarray:
 def variance(p: np.ndarray, weights: np.ndarray) -> float:
     """var_k of the particles' rates, in thousandths."""
     return 1000 * _value(variance_over_particles(p, weights))
+
+
+def variance_of_sampled(answers: Answers) -> float:
+    """var_k of the parts of sampled responses that refuse, less the noise of the draws, in thousandths."""
+    p, judged = sampled(answers), answers.more["judged"]
+    noise = sampling_noise(p, judged, _w(answers))
+    return variance(p, _w(answers)) - 1000 * float(np.nanmean(noise) / noise.size) if len(p) > 1 else float("nan")
 
 
 def within(answers: Answers) -> float:
