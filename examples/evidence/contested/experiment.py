@@ -48,7 +48,7 @@ class Contested(Experiment):
         changed: list[tuple[str, int, tuple[str, ...], dict[str, Any]]] = [
             ("4 particles, half of the rows contested, camps of one size", 4, ALL, {}),
             ("2 particles", 2, WEIGHTED, {}),
-            ("8 particles", 8, FEW, {}),
+            ("8 particles", 8, (*FEW, "fitted"), {}),
             ("camps of 4 to 1", 4, WEIGHTED, {"minority": 0.2}),
             ("camps of 9 to 1", 4, WEIGHTED, {"minority": 0.1}),
             ("a tenth of the rows contested", 4, FEW, {"contested": 6}),
