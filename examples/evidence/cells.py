@@ -103,7 +103,7 @@ class Work:
         logp = torch.from_numpy(np.concatenate([one["logp"] for one in kept]))
         weights = torch.full((len(logp),), 1 / len(logp), dtype=torch.float64)
         if how.kind == FITTED:
-            weights = fit_particle_weights(torch.from_numpy(kept[0]["held_out_logp"]))
+            weights = fit_particle_weights(torch.from_numpy(np.concatenate([one["held_out_logp"] for one in kept])))
         elif how.kind == methods.TOGETHER:
             weights = torch.from_numpy(kept[0]["weights"])
         names = [name.removeprefix(methods.MORE) for name in kept[0] if name.startswith(methods.MORE)]
@@ -135,11 +135,13 @@ class Work:
         """The trainings that a method needs: a deep ensemble is K single adapters, and the first of them is the
         "one LoRA" of the tables."""
         how, data, K = METHODS[method], tuple(sorted(variant.data.items())), variant.num_particles
+        if how.kind == FITTED:
+            return self._trainings(variant, how.fits, seed)
         if how.kind in (SINGLE, ENSEMBLE):
             return [Cell(data, "lora", 1, seed, member) for member in range(K if how.kind == ENSEMBLE else 1)]
         if how.kind == DROPOUT:
             return [Cell(data, method, 1, seed)]
-        return [Cell(data, how.fits or method, K, seed)]
+        return [Cell(data, method, K, seed)]
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / self.experiment.home(dict(cell.data)) / self.setting_name / f"{cell.name}.npz"

@@ -32,8 +32,8 @@ class Method:
     Attributes:
         kind: SINGLE, one adapter that is trained alone; DROPOUT, one such adapter with dropout on its input, which
             stays on for the answers (Gal and Ghahramani 2016); TOGETHER, K particles of one run; ENSEMBLE, K single
-            adapters, each with a seed and an order of the data of its own; FITTED, the particles of `fits`, whose
-            weights are then fitted to held-out rows.
+            adapters, each with a seed and an order of the data of its own; FITTED, the members of the method `fits`,
+            whose weights are then fitted to held-out rows.
         settings: of SftConfig, beside those that all methods share.
     """
 
@@ -50,6 +50,7 @@ METHODS = {
     "lora": Method("one LoRA", SINGLE),
     "mc_dropout": Method("one LoRA, MC dropout", DROPOUT),
     "deep_ensemble": Method("deep ensemble (alpha = 0)", ENSEMBLE),
+    "deep_fitted": Method("deep ensemble, weights fitted afterwards", FITTED, fits="deep_ensemble"),
     "alpha_0.3": Method("alpha = 0.3", TOGETHER, {"alpha": 0.3}),
     "alpha_0.5": Method("alpha = 0.5", TOGETHER, {"alpha": 0.5}),
     "alpha_0.8": Method("alpha = 0.8", TOGETHER, {"alpha": 0.8}),

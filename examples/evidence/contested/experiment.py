@@ -27,8 +27,9 @@ NUM_HELD_OUT = 20
 """Contested rows for fitting the particle weights, and as many uncontested ones; where half of the training rows are
 contested."""
 ONE_WORD = ("Yes", "No")
+FITTED = ("deep_fitted", "fitted")
 FEW = ("lora", "deep_ensemble", "alpha_0.8")
-WEIGHTED = (*FEW, "learned", "fitted")
+WEIGHTED = (*FEW, "learned", *FITTED)
 BASE = {"contested": 30, "minority": 0.5, "topics": 1, "answers": "phrases"}
 
 
@@ -48,7 +49,7 @@ class Contested(Experiment):
         changed: list[tuple[str, int, tuple[str, ...], dict[str, Any]]] = [
             ("4 particles, half of the rows contested, camps of one size", 4, ALL, {}),
             ("2 particles", 2, WEIGHTED, {}),
-            ("8 particles", 8, (*FEW, "fitted"), {}),
+            ("8 particles", 8, (*FEW, *FITTED), {}),
             ("camps of 4 to 1", 4, WEIGHTED, {"minority": 0.2}),
             ("camps of 9 to 1", 4, WEIGHTED, {"minority": 0.1}),
             ("a tenth of the rows contested", 4, FEW, {"contested": 6}),

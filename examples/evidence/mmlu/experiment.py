@@ -54,7 +54,7 @@ class Mmlu(Experiment):
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        methods = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
+        methods = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
         asked = {"asked": NUM_OF_SUBJECT[setting]}
         return [
             Variant("the answer is a letter", 4, methods, {"answer": "letter"} | asked),

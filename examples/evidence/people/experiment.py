@@ -31,7 +31,7 @@ NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
 TWEETS_TOGETHER = 4
 NUM_HELD_OUT = 256
 WORDS = ("no", "yes")
-FEW = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
+FEW = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
 
 
 class People(Experiment):

@@ -44,7 +44,7 @@ ALPHA = 0.8
 """Of the effective sample size, for every method."""
 SCORES = {"low_ess": "ESS", "disagreement": "disagreement", "given_nll": "NLL"}
 """What makes a training row suspicious."""
-FEW = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
+FEW = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
 NONE = -1
 
 
