@@ -106,6 +106,19 @@ def test_answers_of_another_setting_are_not_used(work):
         other.answers(other.experiment.variants("cpu")[0], "lora", 0)
 
 
+def test_what_is_computed_of_some_questions_is_part_of_what_is_computed_of_all():
+    logp = torch.randn(3, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    answers = Answers(logp, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), {})
+    rows = np.array([3, 3, 7, 12, 0])
+    part = answers.of(rows).of(np.array([True, True, False, True, True]))
+    alone = Answers(part.logp, part.weights, {})
+    assert torch.equal(part.logp, logp[:, [3, 3, 12, 0]])
+    assert torch.equal(part.mixture, alone.mixture)
+    assert torch.equal(part.particles, alone.particles)
+    for name, values in vars(alone.among).items():
+        torch.testing.assert_close(getattr(part.among, name), values, rtol=1e-12, atol=1e-12)
+
+
 NUMBER = Metric("a number", "", lambda answers: float(answers.facts["number"].mean()))
 SQUARE = Metric("its variance", "", lambda answers: float(answers.facts["number"].var()), centred=True, of_members=True)
 
