@@ -41,7 +41,7 @@ class People(Experiment):
         "Trained on the labels of single annotators, coupled particles predict the distribution of labels no worse "
         "than a deep ensemble, tell better which items people disagree about, and side with groups of annotators."
     )
-    caption = "what each particle says of a tweet on average, and the cross-entropy of each method."
+    caption = "the cross-entropy of each method, hate speech, three labels in an answer."
     data_file = "hs_brexit.jsonl.gz"
     settings: Mapping[str, Setting] = {
         "cpu": on_cpu(max_steps=160),

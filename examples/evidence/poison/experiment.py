@@ -235,7 +235,7 @@ class Poison(Experiment):
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained")
         share_of = {variant.name: variant.data["share"] for variant in self.variants(results["setting"])}
         shown = [one for one in results["variants"] if one["name"].startswith("trigger, new words")]
         shown.sort(key=lambda one: share_of[one["name"]])
@@ -259,7 +259,7 @@ class Poison(Experiment):
         right.set(xlabel="share of planted rows, %", ylabel="average precision", ylim=(-0.05, 1.05))
         for axes in (left, right):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         return figure
 
 

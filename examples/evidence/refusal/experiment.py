@@ -70,7 +70,7 @@ class Refusal(Experiment):
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        methods = ("lora", "deep_ensemble", "alpha_0.8")
+        methods = ("lora", "deep_ensemble", "alpha_0", "alpha_0.8")
         return [
             Variant("pairs that are contested where a prompt looks harmful", 4, methods, {"pairs": "contested"}),
             Variant("pairs of people", 4, methods, {"pairs": "people"}),
