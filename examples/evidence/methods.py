@@ -60,7 +60,7 @@ METHODS = {
     "smoothed_kl": Method("alpha = 0.8, smoothed KL", TOGETHER, {"alpha": 0.8} | SMOOTHED),
 }
 ALL = tuple(METHODS)
-# only for finding the alpha at which particles part
+# for some experiments only
 METHODS |= {
     "alpha_0": Method("alpha = 0, in one run", TOGETHER, {"alpha": 0.0}),
     "alpha_0.1": Method("alpha = 0.1", TOGETHER, {"alpha": 0.1}),

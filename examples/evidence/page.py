@@ -21,6 +21,8 @@ from renyi_engine.core import write_text
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
 EXPERIMENTS = ("contested", "people", "poison", "refusal", "mmlu", "out_of_distribution", "alpha_star")
+BETTER = {"lower": " ↓", "higher": " ↑", "": ""}
+"""In the head of a column: which numbers are better."""
 
 
 def load(name: str) -> Experiment:
@@ -84,11 +86,11 @@ def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[s
 
 
 def _table(metrics: Mapping[str, Metric], variant: Mapping[str, Any], with_costs: bool) -> list[str]:
-    header = ["method", *(metric.label for metric in metrics.values())]
+    header = ["method", *(metric.label + BETTER[metric.better] for metric in metrics.values())]
     header += ["seconds", "tokens", "parameters"] * with_costs
     lines = [_row(header), _row(["---"] * len(header))]
     for method in variant["methods"].values():
-        cells = [_cell(metric, method["metrics"][name]) for name, metric in metrics.items()]
+        cells = [_cell(metric, method["metrics"].get(name)) for name, metric in metrics.items()]
         costs = method["costs"]
         paid = [f"{costs['seconds']:.0f}", f"{costs['tokens'] / 1000:.0f}k", f"{costs['parameters'] / 1e6:.2f}M"]
         lines.append(_row([method["label"], *cells, *paid * with_costs]))
@@ -99,10 +101,10 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(metric: Metric, found: Mapping[str, Any]) -> str:
+def _cell(metric: Metric, found: Mapping[str, Any] | None) -> str:
     """The mean, its interval, and a star where the paired difference to the baseline is more than chance: its interval
     excludes 0, and so does a t test over the seeds."""
-    if math.isnan(found["mean"]):
+    if found is None or math.isnan(found["mean"]):
         return "-"
     text = f"{found['mean']:.{metric.digits}f}"
     if not metric.resampled:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +91,9 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
 
 
 def _meant_for(method: str, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
-    """The metrics, of which those that mean nothing for this method are NaN."""
-    if METHODS[method].kind != DROPOUT:
-        return metrics
-    return {
-        name: replace(metric, of=lambda answers: float("nan")) if metric.of_members else metric
-        for name, metric in metrics.items()
-    }
+    """The metrics, without those that mean nothing for this method."""
+    is_dropout = METHODS[method].kind == DROPOUT
+    return {name: metric for name, metric in metrics.items() if not (is_dropout and metric.of_members)}
 
 
 def _resampled(answers: list[Answers], metrics: Mapping[str, Metric]) -> dict[str, np.ndarray]:

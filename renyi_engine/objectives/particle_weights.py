@@ -33,6 +33,8 @@ _LONGER = 1.5
 """By what factor a step is longer than the one before it, as long as the loss falls (adaptive overrelaxed EM, of
 Salakhutdinov & Roweis 2003). At a small alpha, or where particles are nearly alike, EM's own steps are too short."""
 _LEAST_WEIGHT = 1e-30
+_NEGLIGIBLE = 1e-6
+"""EM comes near to a weight of 0, but never gets there. A smaller one than this becomes 0 if that lowers the loss."""
 
 
 def fit_particle_weights(logp: Tensor, alpha: float = 1.0, *, rows: Sequence[int] | None = None) -> Tensor:
@@ -46,7 +48,8 @@ def fit_particle_weights(logp: Tensor, alpha: float = 1.0, *, rows: Sequence[int
         rows: the number of each example's row in its data set, for errors.
 
     Returns:
-        Weights with the sum 1. Particles that are alike on all examples get equal weights.
+        Weights with the sum 1. Particles that are alike on all examples get equal weights. A particle without which
+        the loss is lower gets 0.
 
     Raises:
         ValueError: alpha is not above 0; there is no example; a log-likelihood is NaN or +inf; or no particle gives an
@@ -78,7 +81,9 @@ def fit_particle_weights(logp: Tensor, alpha: float = 1.0, *, rows: Sequence[int
             weights, gains, length = stepped, gains_there, length * _LONGER
         else:
             length = 1.0
-    return weights
+    without = torch.where((weights < _NEGLIGIBLE) & (gains < 0.0), 0.0, weights)
+    without = without / without.sum()
+    return without if _gains(without, excess) @ (without - weights) >= 0.0 else weights
 
 
 def _gains(weights: Tensor, excess: Tensor) -> Tensor:

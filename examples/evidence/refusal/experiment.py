@@ -137,8 +137,8 @@ class Refusal(Experiment):
     def metrics(self) -> Mapping[str, Metric]:  # type: ignore[override]
         of_openings: dict[str, tuple[str, Callable[[Answers], float], int]] = {
             "refusing": ("refusing", lambda answers: _value(refusal_rate(opening(answers), _w(answers))), 3),
-            "variance": ("variance", lambda answers: variance(opening(answers), _w(answers)), 2),
-            "within": ("within prompts", lambda answers: within(answers), 2),
+            "variance": ("variance", lambda answers: variance(opening(answers), _w(answers)), 3),
+            "within": ("within prompts", lambda answers: within(answers), 3),
         }
         of_samples: dict[str, tuple[str, Callable[[Answers], float], int]] = {
             "refused": ("refused", lambda answers: _value(refusal_rate(sampled(answers), _w(answers))), 3),

@@ -90,6 +90,20 @@ def test_a_particle_that_is_always_wrong_loses_its_weight_and_changes_no_other()
     torch.testing.assert_close(weights[:4], fit_particle_weights(logp), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 2.0])
+def test_a_particle_without_which_the_loss_is_lower_gets_no_weight_at_all(alpha):
+    logp = drawn(200)
+    worse = torch.cat([logp, logp[:1] - 0.5])  # everywhere by half a nat
+    found = fit_particle_weights(worse, alpha)
+    assert found[-1] == 0
+    assert found.sum().item() == pytest.approx(1.0, abs=1e-15)
+    torch.testing.assert_close(found[:-1], fit_particle_weights(logp, alpha), rtol=0, atol=1e-3)
+    # a weight that is small but needed stays: one example of many is explained by one particle alone
+    needed = torch.zeros(2, 1000, dtype=torch.float64)
+    needed[1], needed[1, 0], needed[0, 0] = -60.0, 0.0, -60.0
+    assert fit_particle_weights(needed, 1.0)[1].item() == pytest.approx(1 / 1000, rel=1e-3)
+
+
 def test_averaged_steps_on_small_batches_come_near_the_mixture():
     logp, weights = drawn(8 * 600), torch.full((4,), 0.25, dtype=torch.float64)
     for batch in logp.split(8, dim=1):
