@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from examples.evidence.cells import Work
 
 Messages = list[dict[str, str]]
-OF_PARTICLES = ("particles", "answers")
-"""The fields of `Predictive` that begin with [K, N]; the others begin with [N]."""
 
 
 @dataclass(frozen=True)
@@ -111,47 +109,33 @@ class Answers:
     Attributes:
         logp: [K, N, C] nats, the log-likelihood of each answer. weights: [K], how much each member counts.
         facts: what is known of these questions. more: what `Experiment.ask_more` found, each [K, N, ...].
-        part_of: the answers that these were chosen of, and which. What is computed of every question by itself is
-            computed there, once for all draws of the bootstrap.
     """
 
     logp: Tensor
     weights: Tensor
     facts: Mapping[str, np.ndarray]
     more: Mapping[str, np.ndarray] = field(default_factory=dict)
-    part_of: tuple[Answers, Tensor] | None = None
 
     def of(self, chosen: np.ndarray) -> Answers:
         """The answers to some of the questions; `chosen` are their numbers, or a mask."""
         facts = {name: values[chosen] for name, values in self.facts.items()}
         more = {name: values[:, chosen] for name, values in self.more.items()}
-        which = torch.as_tensor(chosen)
-        return Answers(self.logp[:, which], self.weights, facts, more, (self, which))
+        return Answers(self.logp[:, torch.as_tensor(chosen)], self.weights, facts, more)
 
-    @cached_property
+    @property
     def mixture(self) -> Tensor:
         """[N, C] nats: the log-likelihood of each answer under the mixture. Other answers have the rest of 1."""
-        if self.part_of:
-            whole, which = self.part_of
-            return whole.mixture[which]
         nll = renyi_reduce(self.logp.flatten(1), 1.0, weights=self.weights).loss
         return -nll.view(self.logp.shape[1:])
 
     @cached_property
     def among(self) -> Predictive:
         """The predictions and uncertainties if one of the C answers is given."""
-        if self.part_of:
-            whole, which = self.part_of
-            fields = vars(whole.among).items()
-            return Predictive(**{name: of[:, which] if name in OF_PARTICLES else of[which] for name, of in fields})
         return predictive(self.logp, self.weights)
 
-    @cached_property
+    @property
     def particles(self) -> Tensor:
         """[K, N, C]: the probability that each member gives to each answer, if one of them is given."""
-        if self.part_of:
-            whole, which = self.part_of
-            return whole.particles[:, which]
         return self.logp.double().softmax(dim=-1)
 
 

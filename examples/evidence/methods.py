@@ -60,6 +60,8 @@ METHODS = {
     "smoothed_kl": Method("alpha = 0.8, smoothed KL", TOGETHER, {"alpha": 0.8} | SMOOTHED),
 }
 ALL = tuple(METHODS)
+FEW = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
+"""Of the parts that do not compare all."""
 # for some experiments only
 METHODS |= {
     "alpha_0": Method("alpha = 0, in one run", TOGETHER, {"alpha": 0.0}),

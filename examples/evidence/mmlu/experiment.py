@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import information
-from examples.evidence.methods import ask
+from examples.evidence.methods import FEW, ask
 from renyi_engine import LoraEnsemble
 from renyi_engine.evaluation import COMPLETIONS, Question as Asked, calibration, load_questions, prompt
 from renyi_engine.objectives import SftTask
@@ -54,11 +54,10 @@ class Mmlu(Experiment):
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        methods = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
         asked = {"asked": NUM_OF_SUBJECT[setting]}
         return [
-            Variant("the answer is a letter", 4, methods, {"answer": "letter"} | asked),
-            Variant("the answer is a letter and its text", 4, methods, {"answer": "text"} | asked),
+            Variant("the answer is a letter", 4, FEW, {"answer": "letter"} | asked),
+            Variant("the answer is a letter and its text", 4, FEW, {"answer": "text"} | asked),
         ]
 
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
@@ -87,16 +86,20 @@ class Mmlu(Experiment):
         with ensemble.disable_adapters():
             return {"base": ask(ensemble, task, data.questions).numpy()}
 
+    def derived(self, answers: Answers) -> Mapping[str, np.ndarray]:
+        """mixture, [N, C]: the log-probabilities of the answers under the mixture, if one of them is given."""
+        return {"mixture": answers.among.mixture.numpy()}
+
     curves: Mapping[str, Callable[[Answers], Sequence[float]]] = {
         "by_subject": lambda answers: by_subject(answers).ravel().tolist()
     }
     metrics: Mapping[str, Metric] = {
         "accuracy": Metric(
-            "accuracy", "higher", lambda answers: calibration.accuracy(answers.among.mixture.exp(), _right(answers))
+            "accuracy", "higher", lambda answers: calibration.accuracy(_mixture(answers).exp(), _right(answers))
         ),
-        "nll": Metric("NLL", "lower", lambda answers: calibration.nll(answers.among.mixture, _right(answers))),
+        "nll": Metric("NLL", "lower", lambda answers: calibration.nll(_mixture(answers), _right(answers))),
         "ece": Metric(
-            "ECE", "lower", lambda answers: calibration.ece(answers.among.mixture.exp(), _right(answers)), centred=True
+            "ECE", "lower", lambda answers: calibration.ece(_mixture(answers).exp(), _right(answers)), centred=True
         ),
         "information": Metric(
             "information", "", lambda answers: 1000 * found(answers)[0], digits=1, resampled=False, table=SHARED
@@ -127,9 +130,8 @@ class Mmlu(Experiment):
         "The same among the questions that the base gets wrong, and with responsibilities at alpha = 1. A particle "
         "that leads everywhere is not exchangeable, and no specialist either. So p is also given with the subjects "
         "exchanged among the questions instead; but it is low, too, if one particle leads everywhere and by more in "
-        "some subjects. The "
-        "share of the leader tells this apart: of all subjects, the part in which the same particle has the largest "
-        "mean responsibility, at least 1/K. z, p and this share are means over the seeds."
+        "some subjects. The share of the leader tells this apart: of all subjects, the part in which the same particle "
+        "has the largest mean responsibility, at least 1/K. z, p and this share are means over the seeds."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
@@ -213,8 +215,9 @@ def found(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tu
     if weights.max() > 1 - LEAST_WEIGHT:
         return observed, float("nan"), float("nan")
     if null == "particles":  # they exchange what they know, and each place keeps its weight
-        many = (responsibilities(rng.permuted(s, axis=0), weights, alpha) for _ in range(NUM_PERMUTATIONS))
-        exchanged = [information(of @ subjects) for of in many]
+        many = np.concatenate([rng.permuted(s, axis=0) for _ in range(NUM_PERMUTATIONS)], axis=1)
+        each = np.split(responsibilities(many, weights, alpha), NUM_PERMUTATIONS, axis=1)
+        exchanged = [information(of @ subjects) for of in each]
     else:
         exchanged = [information(r @ rng.permutation(subjects)) for _ in range(NUM_PERMUTATIONS)]
     spread = np.std(exchanged)
@@ -225,6 +228,10 @@ def found(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tu
 def _hard(answers: Answers) -> Answers:
     """The questions that the base gets wrong."""
     return answers.of(answers.more["base"][0].argmax(axis=-1) != answers.facts["right"])
+
+
+def _mixture(answers: Answers) -> torch.Tensor:
+    return torch.from_numpy(answers.facts["mixture"])
 
 
 def _right(answers: Answers) -> torch.Tensor:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc, information as mutual_information
-from examples.evidence.methods import ALL
+from examples.evidence.methods import ALL, FEW
 from examples.evidence.pictures import draw_intervals
 
 NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
@@ -31,7 +31,6 @@ NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
 TWEETS_TOGETHER = 4
 NUM_HELD_OUT = 256
 WORDS = ("no", "yes")
-FEW = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
 
 
 class People(Experiment):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import average_precision, precision_at_number
+from examples.evidence.methods import FEW
 from examples.evidence.pictures import draw_intervals
 from examples.evidence.poison.words import WORDS
 from renyi_kernels import renyi_reduce
@@ -44,7 +45,6 @@ ALPHA = 0.8
 """Of the effective sample size, for every method."""
 SCORES = {"low_ess": "ESS", "disagreement": "disagreement", "given_nll": "NLL"}
 """What makes a training row suspicious."""
-FEW = ("lora", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
 NONE = -1
 
 
