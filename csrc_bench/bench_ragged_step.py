@@ -7,13 +7,12 @@ row is the time of one step on a batch whose numbers of tokens are typical of th
 from __future__ import annotations
 
 from csrc_bench.batches import Family, padded, random_families, shortened, typical
+from csrc_bench.floors import FrozenBase, Gemms
 from csrc_bench.measure import Shape, Variant
 from csrc_bench.step_suite import StepSuite, shows_nothing
 from csrc_bench.training_steps import (
     CONFIGS,
     Ensemble,
-    FrozenBase,
-    Gemms,
     Peft,
     PeftPaddingFree,
     Read,

@@ -13,14 +13,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from csrc_bench.batches import Family, equal_lengths, stacked
+from csrc_bench.floors import FrozenBase, Gemms
 from csrc_bench.measure import Shape, Skipped, Variant, device_type
 from csrc_bench.step_suite import StepSuite, shows_nothing
 from csrc_bench.training_steps import (
     CONFIGS,
     Compiled,
     Ensemble,
-    FrozenBase,
-    Gemms,
     Peft,
     Vmap,
     build_model,

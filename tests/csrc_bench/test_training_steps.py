@@ -13,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from csrc_bench import bench_ragged_step, bench_training_step
 from csrc_bench.batches import random_families, sequences_of
+from csrc_bench.floors import FrozenBase, Gemms
 from csrc_bench.measure import Wrong
 from csrc_bench.training_steps import (
     CONFIGS,
     Ensemble,
-    FrozenBase,
-    Gemms,
     Peft,
     PeftPaddingFree,
     Vmap,
