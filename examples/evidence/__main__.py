@@ -1,6 +1,7 @@
 """Train what an experiment needs, and write its results; or make docs/evidence.md of all results.
 
-    python -m examples.evidence run contested [--setting cpu|gpu] [--model NAME] [--data FOLDER] [--output_dir FOLDER]
+    python -m examples.evidence run contested [--setting cpu|gpu] [--model NAME] [--dtype NAME]
+                                          [--data FOLDER] [--output_dir FOLDER]
     python -m examples.evidence page
 
 `run` may be stopped and started again. Started in two terminals, it uses two processors.
@@ -31,6 +32,7 @@ def main() -> None:
     run.add_argument("experiment", choices=EXPERIMENTS)
     run.add_argument("--setting", choices=("cpu", "gpu"), default="cpu")
     run.add_argument("--model", help="a folder or a hub id, in place of the setting's")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model, in place of the setting's")
     run.add_argument("--data", type=Path, help="folder of the data, for experiments that need one")
     run.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
     commands.add_parser("page", help="make docs/evidence.md of all results")
@@ -43,7 +45,8 @@ def main() -> None:
     experiment = load(options.experiment)
     if experiment.data_file and not (options.data and (options.data / experiment.data_file).is_file()):
         run.error(f"--data: expected a folder that holds {experiment.data_file} (see README.md); got {options.data}")
-    work = Work(experiment, options.setting, options.output_dir, options.data, options.model)
+    changes = {name: value for name in ("model", "dtype") if (value := getattr(options, name))}
+    work = Work(experiment, options.setting, options.output_dir, options.data, changes)
     if left := work.run():
         print(f"{left} trainings are still being done by other processes; start this again when they have finished")
         return

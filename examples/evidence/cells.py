@@ -11,8 +11,8 @@ stopped and started again. Several processes may work on one folder: each takes 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,21 @@ class Cell:
 
 @dataclass
 class Work:
-    """The cells of an experiment in one setting, under `folder`."""
+    """The cells of an experiment in one setting, under `folder`. `changes` are to that setting: another model, say."""
 
     experiment: Experiment
     setting_name: str
     folder: Path
     source: Path | None
-    model: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def setting(self) -> Setting:
-        return self.experiment.settings[self.setting_name]
+        return replace(self.experiment.settings[self.setting_name], **self.changes)
+
+    def setting_of(self, of: Variant | Cell) -> Setting:
+        """The setting in which a variant or a cell is trained."""
+        return replace(self.experiment.setting_of(self.setting_name, dict(of.data)), **self.changes)
 
     def cells(self) -> Iterator[Cell]:
         """Every training, one variant after the other. Some come more than once."""
@@ -121,7 +125,7 @@ class Work:
     @property
     def model_path(self) -> str:
         """The folder or the hub id of the model. SmolLM2 is fetched if it is not there."""
-        name = self.model or self.setting.model
+        name = self.setting.model
         if name != "SmolLM2-135M-Instruct":
             return name
         from examples.contested import smollm2
@@ -157,11 +161,7 @@ class Work:
 
     def _made_with(self, cell: Cell) -> list:
         """What a cell's answers depend on, as JSON keeps it."""
-        settings = {
-            **asdict(self.experiment.setting_of(self.setting_name, dict(cell.data))),
-            "model": self.model or self.setting.model,
-            "seeds": None,
-        }
+        settings = asdict(self.setting_of(cell)) | {"seeds": None}
         return json.loads(json.dumps([settings, cell.num_particles, METHODS[cell.method].settings]))
 
     def _load(self) -> tuple:
@@ -170,7 +170,7 @@ class Work:
 
     def _train(self, cell: Cell, path: Path, model, tokenizer) -> None:
         data, how, run = self.data(cell, cell.seed), METHODS[cell.method], path.with_suffix("")
-        setting = self.experiment.setting_of(self.setting_name, dict(cell.data))
+        setting = self.setting_of(cell)
         print(f"--- {self.experiment.name} {cell.name}", flush=True)
         if how.kind == DROPOUT:
             found = mc_dropout.train(model, tokenizer, setting, data, cell.seed)

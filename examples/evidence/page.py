@@ -80,7 +80,7 @@ def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[s
     for name in dict.fromkeys(metric.table for metric in metrics.values()):
         shown = {key: metric for key, metric in metrics.items() if metric.table == name}
         size = f"K = {variant['num_particles']}, {variant['max_steps']} steps of {variant['batch_size']} rows"
-        about = f"{variant['name'][0].upper()}{variant['name'][1:]} ({size})"
+        about = f"{variant['name'][0].upper()}{variant['name'][1:]} ({size}, {variant['dtype']})"
         lines += [f"{about}, {name}:" if name else f"{about}:", "", *_table(shown, variant, not lines), ""]
     return lines
 

@@ -32,7 +32,7 @@ def summarise(work: Work, machine: str) -> dict[str, Any]:
     return {
         "experiment": experiment.name,
         "setting": work.setting_name,
-        "model": work.model or work.setting.model,
+        "model": work.setting.model,
         "training": {name: value for name, value in vars(work.setting).items() if name != "model"},
         "machine": machine,
         "versions": versions(),
@@ -86,8 +86,9 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
         if curves := work.experiment.curves:
             lines = {name: [list(curve(one)) for one in answers[method]] for name, curve in curves.items()}
             methods[method]["curves"] = lines
-    training = work.experiment.setting_of(work.setting_name, dict(variant.data))
-    return {"max_steps": training.max_steps, "batch_size": training.batch_size, "methods": methods}
+    training = work.setting_of(variant)
+    trained = {name: getattr(training, name) for name in ("max_steps", "batch_size", "dtype")}
+    return trained | {"methods": methods}
 
 
 def _meant_for(method: str, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:

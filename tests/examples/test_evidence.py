@@ -106,6 +106,19 @@ def test_answers_of_another_setting_are_not_used(work):
         other.answers(other.experiment.variants("cpu")[0], "lora", 0)
 
 
+def test_a_change_of_the_setting_holds_in_every_part_and_its_answers_are_not_taken_for_others(tmp_path):
+    plain = Work(people.EXPERIMENT, "cpu", tmp_path, None)
+    changed = replace(plain, changes={"model": "a-model", "dtype": "float32"})
+    rows = set()
+    for variant in people.EXPERIMENT.variants("cpu"):
+        before, after = plain.setting_of(variant), changed.setting_of(variant)
+        assert after == replace(before, model="a-model", dtype="float32") != before
+        rows.add(after.batch_size)
+        assert all(plain._made_with(cell) != changed._made_with(cell) for cell in plain.cells_of(variant))
+    assert rows == {2, 8}  # what a part says of its own setting still holds
+    assert changed.model_path == "a-model"
+
+
 def test_what_is_computed_of_some_questions_is_part_of_what_is_computed_of_all():
     logp = torch.randn(3, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     answers = Answers(logp, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), {})

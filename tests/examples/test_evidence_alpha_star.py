@@ -89,7 +89,7 @@ def test_an_estimate_is_made_once(tmp_path, monkeypatch):
         (Path(config.output_dir) / "results.json").write_text(results)
 
     monkeypatch.setattr(alpha_star, "find_alpha_star", find)
-    work = Work(alpha_star.EXPERIMENT, "cpu", tmp_path, None, model="a-model")
+    work = Work(alpha_star.EXPERIMENT, "cpu", tmp_path, None, {"model": "a-model"})
     variant = alpha_star.EXPERIMENT.variants("cpu")[0]
     first, second = (alpha_star.estimate(work, variant, 0) for _ in range(2))
     assert first == second == {"alpha_star": 0.5, "interval": [0.4, 0.6], "by_dims": [0.9, 0.5]}

@@ -127,11 +127,12 @@ def test_metrics_with_a_table_of_their_own_are_shown_apart_and_the_first_table_h
         "metrics": dict.fromkeys(away.EXPERIMENT.metrics, value),
         "costs": {"seconds": 1.0, "tokens": 2000.0, "parameters": 3e6},
     }
-    variant = {"name": "a variant", "num_particles": 4, "max_steps": 80, "batch_size": 2, "methods": {"lora": method}}
+    trained = {"num_particles": 4, "max_steps": 80, "batch_size": 2, "dtype": "float32"}
+    variant = {"name": "a variant", **trained, "methods": {"lora": method}}
     lines = page._tables(away.EXPERIMENT.metrics, variant)
     names = list(dict.fromkeys(metric.table for metric in away.EXPERIMENT.metrics.values()))
     assert [line for line in lines if line.endswith(":")] == [
-        f"A variant (K = 4, 80 steps of 2 rows), {name}:" for name in names
+        f"A variant (K = 4, 80 steps of 2 rows, float32), {name}:" for name in names
     ]
     headers = [line for line in lines if line.startswith("| method")]
     assert ["seconds | tokens | parameters" in header for header in headers] == [True, False, False]

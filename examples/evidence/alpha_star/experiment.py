@@ -27,8 +27,7 @@ from examples.evidence.methods import METHODS
 from examples.evidence.people.experiment import EXPERIMENT as PEOPLE, particles_yes
 from renyi_engine.critical_alpha import AlphaStarConfig, find_alpha_star
 
-GRID = ("alpha_0.1", "alpha_0.2", "alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1")
-COARSE = GRID[2:]
+GRID = ("alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1")
 PARTED = 0.1
 """Particles have parted if their spread is larger by so much than that of particles at alpha = 0."""
 MAX_EXAMPLES, NUM_DIMS = 64, 8
@@ -49,15 +48,16 @@ class AlphaStar(Experiment):
     settings: Mapping[str, Setting] = {name: replace(of, seeds=3) for name, of in CONTESTED.settings.items()}
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        made: dict[str, dict[str, Any]] = {
-            "camps of one size": {},
-            "camps of 9 to 1": {"minority": 0.1},
-            "answers of one word": {"answers": "one word"},
+        # where particles do not part at 0.8, smaller alphas are not tried
+        made: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+            "camps of one size": (GRID, {}),
+            "answers of one word": (GRID[2:], {"answers": "one word"}),
+            "camps of 9 to 1": (GRID[1:], {"minority": 0.1}),
         }
         people = PEOPLE.variants(setting)[0]
         return [
-            *(Variant(name, 4, ("lora", "alpha_0", *GRID), BASE | changed) for name, changed in made.items()),
-            replace(people, methods=("lora", "deep_ensemble", *COARSE)),
+            *(Variant(name, 4, ("lora", "alpha_0", *alphas), BASE | data) for name, (alphas, data) in made.items()),
+            replace(people, methods=("lora", "deep_ensemble", *GRID)),
         ]
 
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:

@@ -40,7 +40,7 @@ UNCERTAINTIES = ("total", "aleatoric", "epistemic")
 PLACES = {"in": ("in",), "out": ("near", "far")}
 TABLES = {"in": "tweets of the training domains", "out": "tweets from elsewhere"}
 COVERAGES = np.linspace(0.05, 1.0, 20)
-TRAINED = ("lora", "mc_dropout", "deep_ensemble", "deep_fitted", "alpha_0.8", "alpha_1", "fitted")
+TRAINED = ("lora", "mc_dropout", "deep_ensemble", "deep_fitted", "alpha_0.8", "fitted")
 SHOWN = ("lora", "deep_ensemble", "alpha_0.8", "fitted")
 
 
