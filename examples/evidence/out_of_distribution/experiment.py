@@ -14,8 +14,6 @@ Layout: K members of an ensemble, N questions, C answers.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from torch import Tensor
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc
 from examples.evidence.pictures import draw_intervals
+from renyi_engine.data.row_files import read_file
 from renyi_engine.evaluation import calibration
 
 DOMAINS = ("BLM", "Covid-19", "Elections2020")
@@ -202,10 +201,8 @@ class OutOfDistribution(Experiment):
 
 def read(path: Path, labels: str = "labels") -> list[dict[str, Any]]:
     """The tweets, each with what most of its annotators say; those without a majority are left out."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        tweets = [json.loads(line) for line in file]
     found = []
-    for tweet in tweets:
+    for tweet in read_file(path, "json"):
         given = [label for label in tweet[labels] if label is not None]
         if 2 * sum(given) != len(given):
             found.append(tweet | {"majority": 2 * sum(given) > len(given)})

@@ -7,8 +7,6 @@ al. 2021: three annotators of the group that is insulted, three others) and `md_
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from examples.evidence.experiment import Answers, Data, Experiment, Metric, Ques
 from examples.evidence.measures import auroc, information as mutual_information
 from examples.evidence.methods import ALL, FEW
 from examples.evidence.pictures import draw_intervals
+from renyi_engine.data.row_files import read_file
 
 NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
 """hs_brexit has so many; of md_agreement as many are drawn."""
@@ -200,8 +199,7 @@ FORMS = {"one label": OneLabel(), "three labels": ThreeLabels(), "four tweets": 
 
 def read(path: Path, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
     """The tweets by split; of a data set with more tweets, a sample."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        tweets = [json.loads(line) for line in file]
+    tweets = read_file(path, "json")
     parts = {part: [tweet for tweet in tweets if tweet["split"] == part] for part in NUM_TWEETS}
     return {part: rng.sample(of, min(NUM_TWEETS[part], len(of))) for part, of in parts.items()}
 

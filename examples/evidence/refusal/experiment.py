@@ -9,9 +9,6 @@ Layout: K particles, N prompts, C openings.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +24,7 @@ from examples.evidence.pictures import draw_intervals
 from examples.evidence.refusal.pairs import make_pairs, pair
 from renyi_engine import LoraEnsemble
 from renyi_engine.data import decode_answer, encode_prompts, left_padded, stop_tokens
+from renyi_engine.data.row_files import read_file
 from renyi_engine.evaluation import (
     LABELS,
     REFUSALS,
@@ -84,8 +82,7 @@ class Refusal(Experiment):
         else:
             drawn = rng.sample(of_people(source / "hh_rlhf_harmless" / "test.jsonl.gz"), NUM_PEOPLE + NUM_HELD_OUT)
             rows, held_out = drawn[:NUM_PEOPLE], drawn[NUM_PEOPLE:]
-        with (source / "xstest" / "xstest_prompts.csv").open(encoding="utf-8", newline="") as file:
-            prompts = list(csv.DictReader(file))
+        prompts = read_file(source / "xstest" / "xstest_prompts.csv", "csv")
         asked = [
             row for split in SPLITS for row in rng.sample([one for one in prompts if one["label"] == split], NUM_ASKED)
         ]
@@ -174,10 +171,8 @@ def made(seed: int) -> list[dict[str, Any]]:
 
 def of_people(path: Path) -> list[dict[str, Any]]:
     """The short dialogues of one request and two replies."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     pairs = []
-    for row in rows:
+    for row in read_file(path, "json"):
         chosen, rejected = ([text.strip() for text in _turns(row[side])] for side in ("chosen", "rejected"))
         is_short = max(len(row["chosen"]), len(row["rejected"])) <= LONGEST
         if is_short and len(chosen) == len(rejected) == 2 and chosen[0] == rejected[0] and all((*chosen, *rejected)):
