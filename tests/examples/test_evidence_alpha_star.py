@@ -73,7 +73,7 @@ def test_the_table_and_the_picture_show_every_seed():
         }
     }
     lines = alpha_star.EXPERIMENT.further_lines({"further": found})
-    assert "| camps | 0.50 (0.40 to 0.80), -9.00 (-20.00 to 0.10) | 0.5, never |" in lines
+    assert "| camps | 0.50 (0.40 to 0.80), -9.00 (-20.00 to 0.10) | 0.5, not at 0.8 |" in lines
     axes = alpha_star.EXPERIMENT.picture({"further": found}).axes[0]
     dots = next(line for line in axes.get_lines() if line.get_label() == "camps")
     assert dots.get_xydata().tolist() == [[0.5, 0.5], [0.0, 1.15]]

@@ -54,10 +54,10 @@ class AlphaStar(Experiment):
             "answers of one word": (GRID[2:], {"answers": "one word"}),
             "camps of 9 to 1": (GRID[1:], {"minority": 0.1}),
         }
-        people = PEOPLE.variants(setting)[0]
+        people = next(one for one in PEOPLE.variants(setting) if one.data["form"] == "four tweets")
         return [
             *(Variant(name, 4, ("lora", "alpha_0", *alphas), BASE | data) for name, (alphas, data) in made.items()),
-            replace(people, methods=("lora", "deep_ensemble", *GRID)),
+            replace(people, methods=("lora", "deep_ensemble", "alpha_0.8")),
         ]
 
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
@@ -103,24 +103,24 @@ class AlphaStar(Experiment):
             predicted = [
                 "{:.2f} ({:.2f} to {:.2f})".format(one["alpha_star"], *one["interval"]) for one in found["predicted"]
             ]
-            seen = ["never" if one is None else f"{one:g}" for one in found["observed"]]
+            seen = [f"not at {found['alphas'][-1]:g}" if one is None else f"{one:g}" for one in found["observed"]]
             lines.append(f"| {name} | {', '.join(predicted)} | {', '.join(seen)} |")
         return [*lines, ""]
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        never = 1.15
-        axes.axhline(never, color="0.8", linewidth=1)
+        not_parted = 1.15
+        axes.axhline(not_parted, color="0.8", linewidth=1)
         axes.plot([0, 1], [0, 1], "--", color="0.5", label="predicted = observed")
         for number, (name, found) in enumerate(results["further"].items()):
-            predicted = np.clip([one["alpha_star"] for one in found["predicted"]], 0, never)
-            seen = np.array([never if one is None else one for one in found["observed"]])
+            predicted = np.clip([one["alpha_star"] for one in found["predicted"]], 0, not_parted)
+            seen = np.array([not_parted if one is None else one for one in found["observed"]])
             alphas = [0.0, *found["alphas"]]
             before = [alphas[-1] if one is None else alphas[alphas.index(one) - 1] for one in found["observed"]]
             axes.plot(predicted, seen, "o", color=f"C{number}", label=name)
             axes.vlines(predicted, before, seen, color=f"C{number}")
         axes.set(xlabel="alpha*, predicted", ylabel="alpha at which particles part", xlim=(0, 1.2), ylim=(0, 1.2))
-        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1, never], ["0", "0.2", "0.4", "0.6", "0.8", "1", "never"])
+        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1, not_parted], ["0", "0.2", "0.4", "0.6", "0.8", "1", "not parted"])
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
