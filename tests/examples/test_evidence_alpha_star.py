@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from examples.evidence.cells import Work
 from examples.evidence.contested.experiment import EXPERIMENT as CONTESTED
 from examples.evidence.experiment import Answers
 from examples.evidence.people.experiment import EXPERIMENT as PEOPLE
+from renyi_engine import EnsembleConfig, LoraEnsemble
+from renyi_engine.base_model import load_model, load_tokenizer
+from renyi_engine.critical_alpha import AlphaStarConfig
+from renyi_engine.data import decode_answer, encode_prompts
+from renyi_engine.ensemble import ModelConfig
 
 
 def test_trainings_are_those_of_the_other_experiments(tmp_path):
@@ -68,12 +74,17 @@ def test_the_table_and_the_picture_show_every_seed():
     found = {
         "camps": {
             "predicted": [{"alpha_star": 0.5, "interval": [0.4, 0.8]}, {"alpha_star": -9.0, "interval": [-20.0, 0.1]}],
+            "own_answers": [
+                {"alpha_star": 0.25, "interval": [0.1, 1.0]},
+                {"alpha_star": 1.0, "interval": [0.5, 1.5]},
+            ],
             "observed": [0.5, None],
             "alphas": [0.3, 0.5, 0.8],
         }
     }
     lines = alpha_star.EXPERIMENT.further_lines({"further": found})
-    assert "| camps | 0.50 (0.40 to 0.80), -9.00 (-20.00 to 0.10) | 0.5, not at 0.8 |" in lines
+    predicted, own = "0.50 (0.40 to 0.80), -9.00 (-20.00 to 0.10)", "0.25 (0.10 to 1.00), 1.00 (0.50 to 1.50)"
+    assert f"| camps | {predicted} | 0.5, not at 0.8 | {own} |" in lines
     axes = alpha_star.EXPERIMENT.picture({"further": found}).axes[0]
     dots = next(line for line in axes.get_lines() if line.get_label() == "camps")
     assert dots.get_xydata().tolist() == [[0.5, 0.5], [0.0, 1.15]]
@@ -96,3 +107,31 @@ def test_an_estimate_is_made_once(tmp_path, monkeypatch):
     assert len(made) == 1
     assert len(Path(made[0].dataset_name).read_text().splitlines()) == 60
     assert made[0].ensemble == str(work.run_folder(variant, "lora", 0) / "particles")
+    rows = work.data(variant, 0).rows
+    monkeypatch.setattr(alpha_star, "answered_by", lambda adapter, rows, config: [{"answered": row} for row in rows])
+    alpha_star.estimate(work, variant, 0, own_answers=True)
+    kept = [json.loads(line) for config in made for line in Path(config.dataset_name).read_text().splitlines()]
+    assert kept == [*rows, *({"answered": row} for row in rows)]
+
+
+def test_own_answers_are_what_the_adapter_says_to_the_same_prompts(model_folder, tmp_path):
+    config = ModelConfig(model_name_or_path=str(model_folder), dtype="float32")
+    tokenizer = load_tokenizer(config)
+    ensemble = LoraEnsemble.attach(load_model(config), EnsembleConfig(num_particles=1))
+    with torch.no_grad():
+        for parameter in ensemble.parameters():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    ensemble.save_pretrained(tmp_path)
+    asked = ["Who sings?", "Who dances in the park?", "Who reads?"]
+    answer = [{"role": "assistant", "content": "Nobody does."}]
+    rows = [{"prompt": [{"role": "user", "content": text}], "completion": answer} for text in asked]
+    settings = AlphaStarConfig(
+        model_name_or_path=str(model_folder), ensemble=str(tmp_path), dataset_name="-", output_dir="-", seed=3
+    )
+    answered = alpha_star.answered_by(tmp_path, rows, settings)
+    assert [row["prompt"] for row in answered] == [row["prompt"] for row in rows]
+    for number, ids in enumerate(encode_prompts(tokenizer, asked)):
+        said = ensemble.generate(torch.tensor([ids]), max_new_tokens=50, seed=3, prompt_ids=[number])[0, 0, 0].tolist()
+        beginnings = [decode_answer(tokenizer, ids, said[:length]) for length in range(2, 50)]
+        assert answered[number]["completion"][0]["content"] in beginnings
+    ensemble.detach()

@@ -3,11 +3,14 @@
 Predicted: what `renyi-engine alpha-star` says of the first single adapter of each seed, on the rows that it was trained
 on. Observed: particles are trained at several alpha on the same rows. The trainings are those of `contested` and
 `people`, and are shared with these if all have the same --output_dir.
+
+A control: the same estimate where alpha* is known to be 1, because the adapter drew the answers itself.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +28,11 @@ from examples.evidence.experiment import Answers, Data, Experiment, Metric, Sett
 from examples.evidence.measures import variance
 from examples.evidence.methods import METHODS
 from examples.evidence.people.experiment import EXPERIMENT as PEOPLE, particles_yes
+from renyi_engine import LoraEnsemble
+from renyi_engine.base_model import load_model, load_tokenizer
 from renyi_engine.critical_alpha import AlphaStarConfig, find_alpha_star
+from renyi_engine.data import decode_answer, left_padded, stop_tokens
+from renyi_engine.objectives import SftTask
 
 GRID = ("alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1")
 PARTED = 0.1
@@ -83,6 +90,7 @@ class AlphaStar(Experiment):
         return {
             variant.name: {
                 "predicted": [estimate(work, variant, seed) for seed in seeds],
+                "own_answers": [estimate(work, variant, seed, own_answers=True) for seed in seeds],
                 "observed": [observed(work, variant, seed) for seed in seeds],
                 "alphas": [METHODS[name].settings["alpha"] for name in variant.methods if name in GRID],
             }
@@ -94,17 +102,17 @@ class AlphaStar(Experiment):
         lines = [
             f"Predicted is alpha* (Gauss-Newton, {NUM_DIMS} dimensions, at most {MAX_EXAMPLES} training rows), with "
             "its 95 % interval over rows. Observed is the smallest alpha that was tried from which on the spread is "
-            f"larger by {PARTED} than at alpha = 0. There is a number for each seed.",
+            f"larger by {PARTED} than at alpha = 0. The last column is the same estimate on the same prompts with "
+            "answers that the adapter drew itself: of these a single adapter states the odds exactly, so alpha* is 1. "
+            "There is a number for each seed.",
             "",
-            "| part | predicted | observed |",
-            "| --- | --- | --- |",
+            "| part | predicted | observed | predicted where alpha* is 1 |",
+            "| --- | --- | --- | --- |",
         ]
         for name, found in results["further"].items():
-            predicted = [
-                "{:.2f} ({:.2f} to {:.2f})".format(one["alpha_star"], *one["interval"]) for one in found["predicted"]
-            ]
             seen = [f"not at {found['alphas'][-1]:g}" if one is None else f"{one:g}" for one in found["observed"]]
-            lines.append(f"| {name} | {', '.join(predicted)} | {', '.join(seen)} |")
+            cells = [_with_intervals(found["predicted"]), ", ".join(seen), _with_intervals(found["own_answers"])]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         return [*lines, ""]
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
@@ -150,24 +158,31 @@ def observed(work: Work, variant: Variant, seed: int) -> float | None:
     return parted({METHODS[name].settings["alpha"]: spreads[name] for name in spreads if name in GRID}, uncoupled)
 
 
-def estimate(work: Work, variant: Variant, seed: int) -> dict[str, Any]:
-    """alpha_star, its interval, and alpha_star by the number of dimensions. It takes minutes, and is kept."""
-    folder = work.folder / "alpha_star" / work.setting_name / variant.name.replace(" ", "_") / str(seed)
+def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False) -> dict[str, Any]:
+    """alpha_star, its interval, and alpha_star by the number of dimensions, on the rows of the training, or on the same
+    prompts with answers that the adapter draws itself. It takes minutes, and is kept."""
+    name = f"{seed}-own-answers" if own_answers else f"{seed}"
+    folder = work.folder / "alpha_star" / work.setting_name / variant.name.replace(" ", "_") / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "results.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # of an estimate that was cut off
-            rows = folder.with_suffix(".jsonl")
-            rows.write_text("".join(json.dumps(row) + "\n" for row in work.data(variant, seed).rows))
+            rows = list(work.data(variant, seed).rows)
+            if len(rows) > MAX_EXAMPLES:
+                rows = random.Random(seed).sample(rows, MAX_EXAMPLES)
+            adapter = work.run_folder(variant, "lora", seed) / "particles"
             config = AlphaStarConfig(
                 model_name_or_path=work.model_path,
-                ensemble=str(work.run_folder(variant, "lora", seed) / "particles"),
-                dataset_name=str(rows),
+                ensemble=str(adapter),
+                dataset_name=str(folder.with_suffix(".jsonl")),
                 output_dir=str(folder),
                 max_examples=MAX_EXAMPLES,
                 subspace_dims=NUM_DIMS,
                 seed=seed,
             )
+            if own_answers:
+                rows = answered_by(adapter, rows, config)
+            folder.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             find_alpha_star(config)
         found = json.loads((folder / "results.json").read_text())
     return {
@@ -175,6 +190,33 @@ def estimate(work: Work, variant: Variant, seed: int) -> dict[str, Any]:
         "interval": found["alpha_star_interval"],
         "by_dims": found["alpha_star_by_dims"],
     }
+
+
+def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaStarConfig) -> list[dict[str, Any]]:
+    """The rows, each with an answer that the adapter draws. It states the odds of these answers exactly."""
+    tokenizer = load_tokenizer(config)
+    ensemble = LoraEnsemble.from_pretrained(load_model(config), adapter)
+    task = SftTask(tokenizer, config.max_length)
+    examples = [task.example(number, dict(row)) for number, row in enumerate(rows)]
+    starts = [next(place for place, label in enumerate(one.labels) if label >= 0) for one in examples]
+    prompts = [one.input_ids[:start] for one, start in zip(examples, starts, strict=True)]
+    drawn = ensemble.generate(
+        *left_padded(prompts, task.pad_token_id),
+        max_new_tokens=max(len(one.input_ids) - start for one, start in zip(examples, starts, strict=True)),
+        seed=config.seed,
+        eos_token_id=stop_tokens(ensemble.model, tokenizer),
+        pad_token_id=task.pad_token_id,
+    )[0, :, 0].tolist()
+    answered = []
+    for row, prompt, tokens in zip(rows, prompts, drawn, strict=True):
+        text = decode_answer(tokenizer, prompt, tokens)
+        is_text = isinstance(row["completion"], str)
+        answered.append({**row, "completion": text if is_text else [{"role": "assistant", "content": text}]})
+    return answered
+
+
+def _with_intervals(estimates: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join("{:.2f} ({:.2f} to {:.2f})".format(one["alpha_star"], *one["interval"]) for one in estimates)
 
 
 def _owner(options: Mapping[str, Any]) -> Experiment:
