@@ -85,6 +85,9 @@ class Work:
 
     def run(self) -> int:
         """Do every training that is neither done nor being done elsewhere. Returns how many others are doing."""
+        for cell in self.cells():
+            if self._path(cell).exists():
+                self._read(cell)  # answers of another setting are refused before anything is trained
         left, loaded = 0, None
         for cell in self.cells():
             path = self._path(cell)
@@ -121,6 +124,10 @@ class Work:
     def run_folder(self, variant: Variant, method: str, seed: int) -> Path:
         """The run of a method, or of the first of its single adapters."""
         return self._path(self._trainings(variant, method, seed)[0]).with_suffix("")
+
+    def made_with(self, variant: Variant, method: str, seed: int) -> list:
+        """What the answers of a method depend on, as JSON keeps it."""
+        return self._made_with(self._trainings(variant, method, seed)[0])
 
     @property
     def model_path(self) -> str:

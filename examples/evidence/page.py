@@ -60,6 +60,8 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
         training = of["training"]
         layers = "all layers" if training["last_layers"] is None else f"the last {training['last_layers']} layers"
         needs = " --data FOLDER" * (experiment.data_file is not None)
+        if training["dtype"] != experiment.settings[of["setting"]].dtype:
+            needs += f" --dtype {training['dtype']}"
         lines += [
             f"**Setting.** {of['model']}, {layers}, rank {training['lora_r']}, learning rate "
             f"{training['learning_rate']:g}, {training['seeds']} seeds, {of['machine']}. "

@@ -98,12 +98,16 @@ def test_results_are_the_metrics_of_each_method_and_their_paired_differences(wor
 
 
 @pytest.mark.usefixtures("without_report")
-def test_answers_of_another_setting_are_not_used(work):
+def test_answers_of_another_setting_are_not_used(work, monkeypatch):
     work.run()
     other = replace(work, experiment=Tiny())
     other.experiment.settings = {"cpu": replace(work.setting, max_steps=3)}
     with pytest.raises(SystemExit, match="remove it"):
         other.answers(other.experiment.variants("cpu")[0], "lora", 0)
+    monkeypatch.setattr(other, "_load", lambda: pytest.fail("nothing may be trained"))
+    next(other.folder.rglob("alpha_0.8-1.npz")).unlink()
+    with pytest.raises(SystemExit, match="remove it"):
+        other.run()
 
 
 def test_a_change_of_the_setting_holds_in_every_part_and_its_answers_are_not_taken_for_others(tmp_path):
@@ -199,6 +203,14 @@ def test_passes_with_dropout_are_not_compared_from_question_to_question():
 def test_the_page_is_made_of_the_committed_results():
     assert page.PAGE.read_text(encoding="utf-8") == page.page_text()
     assert page.shown(), "no experiment has results"
+
+
+def test_the_command_of_a_section_names_the_dtype_if_it_is_not_the_settings():
+    for name, results in page.shown().items():
+        for trained, option in (("bfloat16", ""), ("float32", " --dtype float32")):
+            of = results[0] | {"training": results[0]["training"] | {"dtype": trained}}
+            setting = page._section(page.load(name), [of]).split("**Setting.**")[1].splitlines()[0]
+            assert setting.endswith(f"--setting {of['setting']}{' --data FOLDER' * ('FOLDER' in setting)}{option}`")
 
 
 def test_a_folder_without_the_data_is_refused_by_name(monkeypatch, capsys, tmp_path):

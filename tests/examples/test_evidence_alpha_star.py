@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_the_table_and_the_picture_show_every_seed():
         "camps": {
             "predicted": [{"alpha_star": 0.5, "interval": [0.4, 0.8]}, {"alpha_star": -9.0, "interval": [-20.0, 0.1]}],
             "own_answers": [
-                {"alpha_star": 0.25, "interval": [0.1, 1.0]},
+                {"alpha_star": 0.00161, "interval": [0.001, 1.0]},
                 {"alpha_star": 1.0, "interval": [0.5, 1.5]},
             ],
             "observed": [0.5, None],
@@ -83,7 +84,7 @@ def test_the_table_and_the_picture_show_every_seed():
         }
     }
     lines = alpha_star.EXPERIMENT.further_lines({"further": found})
-    predicted, own = "0.50 (0.40 to 0.80), -9.00 (-20.00 to 0.10)", "0.25 (0.10 to 1.00), 1.00 (0.50 to 1.50)"
+    predicted, own = "0.5 (0.4 to 0.8), -9 (-20 to 0.1)", "0.0016 (0.001 to 1), 1 (0.5 to 1.5)"
     assert f"| camps | {predicted} | 0.5, not at 0.8 | {own} |" in lines
     axes = alpha_star.EXPERIMENT.picture({"further": found}).axes[0]
     dots = next(line for line in axes.get_lines() if line.get_label() == "camps")
@@ -107,6 +108,8 @@ def test_an_estimate_is_made_once(tmp_path, monkeypatch):
     assert len(made) == 1
     assert len(Path(made[0].dataset_name).read_text().splitlines()) == 60
     assert made[0].ensemble == str(work.run_folder(variant, "lora", 0) / "particles")
+    with pytest.raises(SystemExit, match="remove it"):
+        alpha_star.estimate(replace(work, changes={"model": "a-model", "dtype": "float32"}), variant, 0)
     rows = work.data(variant, 0).rows
     monkeypatch.setattr(alpha_star, "answered_by", lambda adapter, rows, config: [{"answered": row} for row in rows])
     alpha_star.estimate(work, variant, 0, own_answers=True)

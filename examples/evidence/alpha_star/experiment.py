@@ -2,7 +2,7 @@
 
 Predicted: what `renyi-engine alpha-star` says of the first single adapter of each seed, on the rows that it was trained
 on. Observed: particles are trained at several alpha on the same rows. The trainings are those of `contested` and
-`people`, and are shared with these if all have the same --output_dir.
+`people`, and are shared with these if all have the same --output_dir and --dtype.
 
 A control: the same estimate where alpha* is known to be 1, because the adapter drew the answers itself.
 """
@@ -38,6 +38,7 @@ GRID = ("alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1")
 PARTED = 0.1
 """Particles have parted if their spread is larger by so much than that of particles at alpha = 0."""
 MAX_EXAMPLES, NUM_DIMS = 64, 8
+MADE_WITH = "made_with.json"
 
 
 class AlphaStar(Experiment):
@@ -55,7 +56,7 @@ class AlphaStar(Experiment):
     settings: Mapping[str, Setting] = {name: replace(of, seeds=3) for name, of in CONTESTED.settings.items()}
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        # where particles do not part at 0.8, smaller alphas are not tried
+        # Smaller alphas are left out where particles hardly part at 0.8. Tweets have the alpha that `people` trains.
         made: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "camps of one size": (GRID, {}),
             "answers of one word": (GRID[2:], {"answers": "one word"}),
@@ -79,9 +80,8 @@ class AlphaStar(Experiment):
     metrics: Mapping[str, Metric] = {"spread": Metric("spread", "", lambda answers: spread(answers))}
     note = (
         "Spread is the standard deviation, over the particles, of the probability of the first camp's answer on "
-        "contested questions, or of the probability that a tweet is hate speech. Tweets are trained on as in the "
-        "section on people. At alpha = 0, four particles were trained in one run; for the tweets, it is the deep "
-        "ensemble."
+        "contested questions, or of the probability that a tweet is hate speech. At alpha = 0, four particles were "
+        "trained in one run; for tweets, it is the deep ensemble."
     )
 
     def further(self, work: Work) -> dict[str, Any]:
@@ -103,8 +103,8 @@ class AlphaStar(Experiment):
             f"Predicted is alpha* (Gauss-Newton, {NUM_DIMS} dimensions, at most {MAX_EXAMPLES} training rows), with "
             "its 95 % interval over rows. Observed is the smallest alpha that was tried from which on the spread is "
             f"larger by {PARTED} than at alpha = 0. The last column is the same estimate on the same prompts with "
-            "answers that the adapter drew itself: of these a single adapter states the odds exactly, so alpha* is 1. "
-            "There is a number for each seed.",
+            "answers that the adapter drew itself. It knows the odds of these answers exactly, so alpha* is 1 over "
+            "many draws. There is a number for each seed.",
             "",
             "| part | predicted | observed | predicted where alpha* is 1 |",
             "| --- | --- | --- | --- |",
@@ -164,6 +164,7 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
     name = f"{seed}-own-answers" if own_answers else f"{seed}"
     folder = work.folder / "alpha_star" / work.setting_name / variant.name.replace(" ", "_") / name
     folder.parent.mkdir(parents=True, exist_ok=True)
+    expected = [*work.made_with(variant, "lora", seed), NUM_DIMS, MAX_EXAMPLES]
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "results.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # of an estimate that was cut off
@@ -184,6 +185,9 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
                 rows = answered_by(adapter, rows, config)
             folder.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             find_alpha_star(config)
+            (folder / MADE_WITH).write_text(json.dumps(expected))
+        if (made_with := json.loads((folder / MADE_WITH).read_text())) != expected:
+            raise SystemExit(f"{folder}: made with {made_with}, but the experiment now says {expected}; remove it")
         found = json.loads((folder / "results.json").read_text())
     return {
         "alpha_star": found["alpha_star"],
@@ -193,7 +197,8 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
 
 
 def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaStarConfig) -> list[dict[str, Any]]:
-    """The rows, each with an answer that the adapter draws. It states the odds of these answers exactly."""
+    """The rows, each with an answer that the adapter draws. It knows the odds of these answers, so over many draws H is
+    G and alpha* is 1."""
     tokenizer = load_tokenizer(config)
     ensemble = LoraEnsemble.from_pretrained(load_model(config), adapter)
     task = SftTask(tokenizer, config.max_length)
@@ -216,7 +221,7 @@ def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaS
 
 
 def _with_intervals(estimates: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join("{:.2f} ({:.2f} to {:.2f})".format(one["alpha_star"], *one["interval"]) for one in estimates)
+    return ", ".join("{:.2g} ({:.2g} to {:.2g})".format(one["alpha_star"], *one["interval"]) for one in estimates)
 
 
 def _owner(options: Mapping[str, Any]) -> Experiment:
