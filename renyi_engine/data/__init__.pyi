@@ -30,7 +30,7 @@ from .reasoning import (
     decode_answer as decode_answer,
     without_thought as without_thought,
 )
-from .row_files import Row as Row, csv_cells as csv_cells
+from .row_files import Row as Row, csv_cells as csv_cells, read_file as read_file
 from .rows import Splits as Splits, content_hash as content_hash, given_rows as given_rows, load_splits as load_splits
 from .sampling import StepSampler as StepSampler
 from .turns import common_prefix as common_prefix

@@ -28,7 +28,7 @@ from torch import Tensor
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Question, Setting, Variant, on_cpu, on_gpu
 from examples.evidence.measures import auroc
 from examples.evidence.pictures import draw_intervals
-from renyi_engine.data.row_files import read_file
+from renyi_engine.data import read_file
 from renyi_engine.evaluation import calibration
 
 DOMAINS = ("BLM", "Covid-19", "Elections2020")

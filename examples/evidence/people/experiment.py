@@ -23,7 +23,7 @@ from examples.evidence.experiment import Answers, Data, Experiment, Metric, Ques
 from examples.evidence.measures import auroc, information as mutual_information
 from examples.evidence.methods import ALL, FEW
 from examples.evidence.pictures import draw_intervals
-from renyi_engine.data.row_files import read_file
+from renyi_engine.data import read_file
 
 NUM_TWEETS = {"train": 784, "dev": 168, "test": 168}
 """hs_brexit has so many; of md_agreement as many are drawn."""

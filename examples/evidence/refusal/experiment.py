@@ -23,8 +23,7 @@ from examples.evidence.experiment import Answers, Data, Experiment, Metric, Ques
 from examples.evidence.pictures import draw_intervals
 from examples.evidence.refusal.pairs import make_pairs, pair
 from renyi_engine import LoraEnsemble
-from renyi_engine.data import decode_answer, encode_prompts, left_padded, stop_tokens
-from renyi_engine.data.row_files import read_file
+from renyi_engine.data import decode_answer, encode_prompts, left_padded, read_file, stop_tokens
 from renyi_engine.evaluation import (
     LABELS,
     REFUSALS,
