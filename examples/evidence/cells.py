@@ -50,6 +50,12 @@ class Cell:
         return f"{data}/K={self.num_particles}/{self.method}-{self.seed}"
 
 
+def refuse_other(path: Path, made_with: list, expected: list) -> None:
+    """End the program if what is kept at `path` was made with other settings than are expected now."""
+    if made_with != expected:
+        raise SystemExit(f"{path}: made with {made_with}, but the experiment now says {expected}; remove it")
+
+
 @dataclass
 class Work:
     """The cells of an experiment in one setting, under `folder`. `changes` are to that setting: another model, say."""
@@ -159,11 +165,7 @@ class Work:
 
     def _read(self, cell: Cell) -> dict[str, np.ndarray]:
         with np.load(self._path(cell), allow_pickle=False) as kept:
-            made_with, expected = json.loads(str(kept["setting"])), self._made_with(cell)
-            if made_with != expected:
-                raise SystemExit(
-                    f"{self._path(cell)}: made with {made_with}, but the experiment now says {expected}; remove it"
-                )
+            refuse_other(self._path(cell), json.loads(str(kept["setting"])), self._made_with(cell))
             return {name: kept[name] for name in kept.files}
 
     def _made_with(self, cell: Cell) -> list:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.evidence.experiment import Data, Question, Setting
 from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, Trainer
-from renyi_engine.data import encode_prompts
+from renyi_engine.data import Example, encode_prompts
 from renyi_engine.evaluation import Choices, encode_choices, score_choices
 from renyi_engine.objectives import DpoTask, SftTask
 
@@ -147,7 +147,12 @@ def choices_of(task: SftTask, question: Question) -> Choices:
         task.example(0, {"prompt": question.prompt, "completion": [{"role": "assistant", "content": answer}]})
         for answer in question.answers
     ]
-    starts = [next(place for place, label in enumerate(one.labels) if label >= 0) for one in examples]
+    starts = [answer_start(one) for one in examples]
     prompt = examples[0].input_ids[: starts[0]]
     assert all(one.input_ids[:start] == prompt for one, start in zip(examples, starts, strict=True))
     return Choices(prompt, [one.input_ids[start:] for one, start in zip(examples, starts, strict=True)])
+
+
+def answer_start(example: Example) -> int:
+    """The place of the first token of the answer, which is the first that has a label."""
+    return next(place for place, label in enumerate(example.labels) if label >= 0)

@@ -22,11 +22,11 @@ import numpy as np
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from examples.evidence.cells import Work
+from examples.evidence.cells import Work, refuse_other
 from examples.evidence.contested.experiment import BASE, EXPERIMENT as CONTESTED
 from examples.evidence.experiment import Answers, Data, Experiment, Metric, Setting, Variant
 from examples.evidence.measures import variance
-from examples.evidence.methods import METHODS
+from examples.evidence.methods import METHODS, answer_start
 from examples.evidence.people.experiment import EXPERIMENT as PEOPLE, particles_yes
 from renyi_engine import LoraEnsemble
 from renyi_engine.base_model import load_model, load_tokenizer
@@ -166,7 +166,7 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
     folder.parent.mkdir(parents=True, exist_ok=True)
     expected = [*work.made_with(variant, "lora", seed), NUM_DIMS, MAX_EXAMPLES]
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "results.json").exists():
+        if not (folder / MADE_WITH).exists():  # it is written last
             shutil.rmtree(folder, ignore_errors=True)  # of an estimate that was cut off
             rows = list(work.data(variant, seed).rows)
             if len(rows) > MAX_EXAMPLES:
@@ -186,8 +186,7 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
             folder.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             find_alpha_star(config)
             (folder / MADE_WITH).write_text(json.dumps(expected))
-        if (made_with := json.loads((folder / MADE_WITH).read_text())) != expected:
-            raise SystemExit(f"{folder}: made with {made_with}, but the experiment now says {expected}; remove it")
+        refuse_other(folder, json.loads((folder / MADE_WITH).read_text()), expected)
         found = json.loads((folder / "results.json").read_text())
     return {
         "alpha_star": found["alpha_star"],
@@ -203,7 +202,7 @@ def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaS
     ensemble = LoraEnsemble.from_pretrained(load_model(config), adapter)
     task = SftTask(tokenizer, config.max_length)
     examples = [task.example(number, dict(row)) for number, row in enumerate(rows)]
-    starts = [next(place for place, label in enumerate(one.labels) if label >= 0) for one in examples]
+    starts = [answer_start(one) for one in examples]
     prompts = [one.input_ids[:start] for one, start in zip(examples, starts, strict=True)]
     drawn = ensemble.generate(
         *left_padded(prompts, task.pad_token_id),
