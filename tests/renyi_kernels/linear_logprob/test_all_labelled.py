@@ -20,11 +20,15 @@ PRECISIONS = [torch.float64, torch.float32, torch.bfloat16]
 @every_head
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lead", [(0,), (11,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("D", [13, 32])
 @every_backend
-def test_it_gives_the_bits_of_the_default_if_all_labels_count(
-    case, score, value_and_grads, uneven, head, dtype, lead, backend
+def test_it_gives_what_the_default_gives_if_all_labels_count(
+    case, score, value_and_grads, uneven, head, dtype, lead, D, backend
 ):
-    hidden, weight, labels, head = case(lead, 13, 101, head, labelled=1.0)
+    """The default copies a chunk's rows, and this does not. So the bits are compared where each row begins at a
+    multiple of 64 bytes: elsewhere, those of a CPU's product can depend on the address. (Low precision is widened
+    first, into memory of its own.)"""
+    hidden, weight, labels, head = case(lead, D, 101, head, labelled=1.0)
     if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter gets bf16 wrong")
     options = {"chunk_mib": mib_of_rows(4, 101, 6), "backend": backend, **cast(head, dtype)}
@@ -36,8 +40,10 @@ def test_it_gives_the_bits_of_the_default_if_all_labels_count(
         )
         for every in (True, False)
     )
-    assert torch.equal(value, expected)
-    assert torch.equal(grads[0], expected_grads[0])
+    any_address = dtype == torch.float32 and D == 13
+    tolerance = {"rtol": 0, "atol": 1e-5} if any_address else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(value, expected, **tolerance)
+    torch.testing.assert_close(grads[0], expected_grads[0], **tolerance)
 
 
 @fast_paths
