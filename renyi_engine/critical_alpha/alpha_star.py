@@ -18,7 +18,7 @@ from renyi_engine.core import CONFIG_FILE, files, output_folder, seeding, to_yam
 from renyi_engine.critical_alpha.config import AlphaStarConfig
 from renyi_engine.critical_alpha.curvature import particle, project_adapter
 from renyi_engine.critical_alpha.derivatives import parts_of
-from renyi_engine.critical_alpha.findings import Driver, growth, make_drivers, make_results, say
+from renyi_engine.critical_alpha.findings import OF_ONE, Driver, growth, make_drivers, make_results, num_drivers, say
 from renyi_engine.critical_alpha.projection import CriticalAlpha, Projection
 from renyi_engine.critical_alpha.report import write_alpha_star_report
 from renyi_engine.data import excerpt, load_splits
@@ -125,6 +125,7 @@ def _summary(config: AlphaStarConfig, folder: Path, results: dict[str, Any], dri
             as_text(growth(results)).rstrip(),
             "driven by:",
             *first,
+            *([f"  {OF_ONE}"] if num_drivers(drivers) == 1 else []),
             f"table: {folder / 'examples.csv'}",
             f"report: {folder / 'report.html'}",
         ]

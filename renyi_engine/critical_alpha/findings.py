@@ -19,6 +19,11 @@ from renyi_engine.reports import Table
 INTERVAL = (0.025, 0.975)
 WHAT_H_IS = {"hessian": "the whole Hessian", "gauss_newton": "the Gauss-Newton part of the Hessian"}
 
+OF_ONE = (
+    "one example makes up half or more of what pulls the copies apart, so this says more about that example than about "
+    "the data: ask again with more examples, or without it"
+)
+
 
 @dataclass(frozen=True)
 class Driver:
@@ -112,8 +117,10 @@ def plainly(results: Mapping[str, Any], num_drivers: int) -> str:
         found = f"the copies would stay together. They would move apart only if they were coupled more than {times}."
     else:
         found = "the copies would stay together, as they are not coupled at all."
+    if num_drivers == 1:
+        return f"Found: {found} But {OF_ONE}."
     other = "might well give the opposite" if low <= alpha <= high else "would very probably give the same"
-    some = "One example makes" if num_drivers == 1 else f"{num_drivers} of {results['num_examples']:,} examples make"
+    some = f"{num_drivers} of {results['num_examples']:,} examples make"
     return (
         f"Found: {found} Other examples of the same kind {other} answer. {some} up half of what pulls the copies apart."
     )

@@ -64,7 +64,7 @@ def _pictures(results: Mapping[str, Any]) -> list[Picture]:
         vertical={"leading directions of G end": results["num_leading_dims"] + 0.5},
         caption="How the critical alpha sinks as more directions are looked at. Good: the line is flat at its end; "
         "then more directions would hardly change the answer. Bad: it still falls; then ask again with a larger "
-        "--subspace_dims.",
+        "--subspace_dims, or, if one example makes up most of the pull, with more examples.",
     )
     spectrum = lines(
         "spectrum",

@@ -152,6 +152,25 @@ def test_what_was_found_is_said_in_words(alpha, critical, interval, answer):
     assert "*" not in plainly(results, num_drivers=2)
 
 
+def test_an_answer_that_rests_on_one_example_says_so():
+    results = {"alpha": 0.8, "alpha_star": 0.2, "alpha_star_interval": (0.1, 0.3), "num_examples": 9}
+    said = plainly(results, num_drivers=1)
+    assert f"{APART}. They would stay together only" in said
+    assert "But one example makes up half or more of what pulls the copies apart" in said
+    assert "very probably" not in said
+
+
+@pytest.mark.parametrize("of_one", [False, True])
+def test_the_command_says_so_too(command, jsonl, tmp_path, capsys, of_one):
+    """Ten rows with one prompt have like shares; of the rows that the adapter has learned, one has most of it."""
+    same_prompt = [{"prompt": "0", "completion": answer} for answer in "ab" * 5]
+    assert command(*([] if of_one else [f"--dataset_name={jsonl(tmp_path / 'rows.jsonl', same_prompt)}"])) == 0
+    with (tmp_path / "found" / "examples.csv").open(encoding="utf-8") as file:
+        largest = float(next(csv.DictReader(file))["share"])
+    assert (largest >= 0.5) == of_one
+    assert ("one example makes up half or more of what pulls" in capsys.readouterr().out) == of_one
+
+
 def test_as_many_examples_drive_it_as_make_up_half_of_the_pull():
     shares = [0.3, 0.25, 0.25, 0.2]
     assert num_drivers([Driver(i, share, 1.0, 1.0, "") for i, share in enumerate(shares)]) == 2
