@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
     if ensemble["format"] == _FORMAT and digest != files.sha256_of_json(ensemble):
         raise ValueError(
             f"{path}: its digest does not fit its content, so the file is damaged or was edited; restore it, or remove "
-            f"{path.name} and pass its alpha with --alpha"
+            f"{path.name} and pass its alpha with --alpha; without it, every particle has the weight 1/K"
         )
     alpha, names = ensemble.get("alpha"), ensemble["particles"]
     if alpha is not None and not (is_number(alpha) and alpha >= 0):
@@ -98,5 +98,5 @@ def verify(directory: Path, sha256: Mapping[str, str]) -> None:
         if files.sha256_of(path) != expected:
             raise ValueError(
                 f"{path}: its sha256 is not the one in {ENSEMBLE_FILE}, so the file is damaged or was edited; restore "
-                f"it, or remove {ENSEMBLE_FILE} to load it as it is"
+                f"it, or remove {ENSEMBLE_FILE} to load it as it is, with the weight 1/K for every particle"
             )

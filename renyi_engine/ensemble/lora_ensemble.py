@@ -206,6 +206,7 @@ class LoraEnsemble(nn.Module):
     @particle_weights.setter
     def particle_weights(self, weights: Tensor | NDArray[np.floating[Any]] | Sequence[float]) -> None:
         given = weights.tolist() if isinstance(weights, Tensor | np.ndarray) else list(weights)
+        given = [float(weight) if isinstance(weight, np.floating) else weight for weight in given]
         K = self.config.num_particles
         if not ensemble_file.is_distribution(given, K):
             raise ValueError(

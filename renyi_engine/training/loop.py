@@ -32,7 +32,7 @@ from renyi_engine.training.dataset import Dataset
 from renyi_engine.training.figures import MadeStep
 from renyi_engine.training.journal import Journal
 from renyi_engine.training.outcomes import Outcomes, describe_checkpoint
-from renyi_engine.training.records import REPORT_FILE
+from renyi_engine.training.records import FINISHED, REPORT_FILE
 from renyi_engine.training.report import write_report
 from renyi_engine.training.run_folder import RunFolder, another_version, require_same_base
 from renyi_engine.training.state import State, Window
@@ -82,6 +82,7 @@ class Loop:
 
     def run_to_the_end(self) -> Evaluation:
         config, state = self.config, self.state
+        nothing_is_left = self._is_over() and self.run.is_finished()
         self.run.begin(config, state.step)
         self.journal.describe("running")
         with StopSignals() as signals, self.progress, self.steps.batches:
@@ -101,8 +102,9 @@ class Loop:
                     self._save()
                     raise DoesNotFit(f"{error}; what was trained is {self._what_is_saved()}") from None
                 raise
-            self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
-            self.journal.describe("finished")
+            if not nothing_is_left:  # else they stay as they are: their weights may have been fitted since
+                self.ensemble.save_pretrained(self.run.particles, alpha=state.alpha)
+            self.journal.describe(FINISHED)
             self.progress.say(f"particles: {self.run.particles}")
             if self.run.records.has_training():  # not if a callback ended the run before its first step
                 self.progress.say(f"report: {write_report([self.run.path], self.run.path / REPORT_FILE)}")

@@ -43,6 +43,9 @@ Record = Mapping[str, Any]
 METRICS_FILE, SKIPS_FILE = "metrics.jsonl", "skipped.jsonl"
 FACTS_FILE, EVALUATION_FILE, REPORT_FILE, PARTICLES = "run.json", "evaluation.json", "report.html", "particles"
 
+FINISHED = "finished"
+"""What run.json says of a run that came to its end."""
+
 TASKS: dict[str, type[Task]] = {SftConfig.kind: SftTask, DpoConfig.kind: DpoTask}
 
 STEP, EPOCH = Metric("step", "steps"), Metric("epoch", "passes over the data")

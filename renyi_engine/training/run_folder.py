@@ -20,6 +20,7 @@ from renyi_engine.training.dataset import Dataset
 from renyi_engine.training.records import (
     EVALUATION_FILE,
     FACTS_FILE,
+    FINISHED,
     METRICS_FILE,
     PARTICLES,
     REPORT_FILE,
@@ -87,6 +88,14 @@ class RunFolder:
         resumed."""
         if not (self.path / CONFIG_FILE).exists():
             self._save(config)
+
+    def is_finished(self) -> bool:
+        """Whether a run came to its end here, and its particles are still there."""
+        try:
+            facts = files.read_json(self.path / FACTS_FILE)
+        except ValueError:  # no such file, or a broken one: it is written anew
+            return False
+        return isinstance(facts, dict) and facts.get("status") == FINISHED and self.particles.is_dir()
 
     def begin(self, config: TrainConfig, step: int) -> None:
         """Save the settings. Where the run goes back to `step`, set aside the later checkpoints, and remove the later

@@ -185,6 +185,7 @@ def _among(healthy: Tensor, weights: Tensor) -> Tensor:
 
 def _moved(weights: Tensor, responsibilities: Tensor, healthy: Tensor, floor: float) -> Tensor:
     """The weights [K] after a step of `averaged`. The responsibilities [K, examples] are those among the particles that
-    are `healthy` [K]; these share what the others leave, which keep their weights."""
+    are `healthy` [K]; these share what the others leave, which keep their weights, unless the floor raises one: that
+    scales all others."""
     responsibilities = responsibilities * (weights * healthy).sum()
     return averaged(weights, responsibilities.where(healthy[:, None], weights[:, None]), AVERAGING_RATE, floor)

@@ -66,6 +66,13 @@ def test_other_weights_cannot_be_set(llama, weights):
     assert ensemble.particle_weights.tolist() == WEIGHTS
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_weights_of_any_kind_of_sequence_can_be_set(llama, kind):
+    ensemble = attach(llama)
+    ensemble.particle_weights = kind(np.array(WEIGHTS))
+    assert ensemble.particle_weights.tolist() == WEIGHTS
+
+
 def test_weights_stay_in_fp64_and_are_no_parameters(llama):
     ensemble = attach(llama)
     ensemble.particle_weights = WEIGHTS
