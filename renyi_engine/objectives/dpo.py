@@ -180,8 +180,8 @@ class DpoTask:
             MARGIN: margins,
             CHOSEN_LOGP: logp[..., 0],
             REJECTED_LOGP: logp[..., 1],
-            # the excess over 1/2 is exactly 0 in a tie, whatever the weights are
-            MIXTURE_ACCURACY: (ensemble.particle_weights @ (s.exp().double() - 0.5) > 0.0).float(),
+            # the excess over 1/2 is exactly 0 in a tie, whatever the weights are; a particle with NaN is left out
+            MIXTURE_ACCURACY: (ensemble.particle_weights @ (s.exp().double() - 0.5).nan_to_num(nan=0.0) > 0.0).float(),
         }
         return Scores(s, {metric.name: details[metric].detach() for metric in self.details})
 

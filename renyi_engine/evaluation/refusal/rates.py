@@ -105,9 +105,10 @@ def disagreement(p: Array, judged: NDArray[np.int64], weights: Array | None = No
     and particle would say the same in nats. But estimated from n draws it is too large by about
     (1 - sum_k w_k^2) / (2 n), and this error matters most where the particles do not differ.
 
-    NaN where a particle has fewer than two verdicts: then the noise cannot be estimated.
+    NaN where a particle has fewer than two verdicts: then the noise cannot be estimated. Both terms are often equal by
+    algebra, so their rounding is taken off: prompts that tie must tie in a ranking, too.
     """
-    return variance_within_prompts(p, weights) - sampling_noise(p, judged, weights)
+    return np.round(variance_within_prompts(p, weights) - sampling_noise(p, judged, weights), 12)
 
 
 def mean_over_prompts(values: Array) -> Estimate:

@@ -170,6 +170,24 @@ def test_a_mixture_that_has_learned_nothing_prefers_no_answer(task, model_folder
     assert found.details["rewards/mixture_accuracies"].tolist() == [0.0]
 
 
+def test_a_particle_with_nan_has_no_say_in_the_mixture(task, model_folder, tmp_path):
+    ensemble = LoraEnsemble.attach(
+        AutoModelForCausalLM.from_pretrained(model_folder), EnsembleConfig(3, rank=2, lora_alpha=960, init="spread")
+    )
+    answers = [("yes" * (i + 1), "no" * (i + 1)) for i in range(3)]
+    rows = [{"prompt": "? ", "chosen": one, "rejected": other} for a, b in answers for one, other in ((a, b), (b, a))]
+    items = [task.example(number, row) for number, row in enumerate(rows)]
+    items = task.prepare(ensemble, items, tmp_path, 3, "fingerprint")
+    ensemble.particle_weights = [0.75, 0.25, 0.0]
+    expected = evaluate(ensemble, task, items, 3).details["rewards/mixture_accuracies"]
+    assert expected.sum() == 3
+    with torch.no_grad():
+        next(iter(ensemble.parameters()))[2].fill_(torch.nan)
+    found = evaluate(ensemble, task, items, 3)
+    assert found.logp[2].isnan().all()
+    assert torch.equal(found.details["rewards/mixture_accuracies"], expected)
+
+
 def test_the_mixture_decides_by_the_weights_of_its_particles(task, model_folder, tmp_path):
     ensemble = LoraEnsemble.attach(
         AutoModelForCausalLM.from_pretrained(model_folder), EnsembleConfig(2, rank=2, lora_alpha=960, init="spread")

@@ -147,6 +147,26 @@ def test_disagreement_of_a_prompt_by_hand():
     assert rates.disagreement(p, judged) == pytest.approx([1 / 8 - 1 / 16, -1 / 12, 1 / 2])
 
 
+@pytest.mark.parametrize("weights", [None, np.array([0.55, 0.0, 0.3, 0.15])], ids=["equal", "unequal"])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_prompts_that_tie_by_algebra_have_one_number(n, weights):
+    """Where one particle refuses once in n and no other does, the variance is the noise: p^2 = p (1 - p) / (n - 1)."""
+    refused = np.concatenate([np.eye(4, dtype=int), np.zeros((4, 1), dtype=int)], axis=1)
+    judged = np.full((4, 5), n)
+    found = rates.disagreement(rates.prompt_rates(refused, judged), judged, weights)
+    assert found.tolist() == [0.0] * 5 if weights is None else found[4] == found[1] == 0.0
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_whose_refusals_they_are_does_not_matter_if_all_particles_count_alike(n):
+    counts = list(itertools.product(range(n + 1), repeat=3))
+    judged = np.full((3, len(counts)), n)
+    found = rates.disagreement(rates.prompt_rates(np.array(counts).T, judged), judged)
+    of_counts = {}
+    for column, value in zip(counts, found, strict=True):
+        assert of_counts.setdefault(tuple(sorted(column)), value) == value
+
+
 def test_what_is_not_defined_is_none_or_nan():
     refused, judged = np.array([[1, 0, 2], [0, 0, 0]]), np.array([[2, 1, 2], [2, 2, 0]])
     p = rates.prompt_rates(refused, judged)
