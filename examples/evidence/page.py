@@ -108,7 +108,7 @@ def _cell(metric: Metric, found: Mapping[str, Any] | None) -> str:
     excludes 0, and so does a t test over the seeds."""
     if found is None or math.isnan(found["mean"]):
         return "-"
-    text = f"{found['mean']:.{metric.digits}f}"
+    text = f"{round(found['mean'], metric.digits) + 0.0:.{metric.digits}f}"  # no -0.0
     if not metric.resampled:
         return text
     low, high = found["interval"]

@@ -1,4 +1,4 @@
-"""alpha*: does the estimate on one adapter, trained alone, foretell from which alpha on particles part?
+"""alpha*: does the estimate on one adapter, trained alone, predict above which alpha particles part?
 
 Predicted: what `renyi-engine alpha-star` says of the first single adapter of each seed, on the rows that it was trained
 on. Observed: particles are trained at several alpha on the same rows. The trainings are those of `contested` and
@@ -43,9 +43,9 @@ MADE_WITH = "made_with.json"
 
 class AlphaStar(Experiment):
     name = "alpha_star"
-    title = "alpha*: the alpha from which on particles part"
+    title = "alpha*: the alpha above which particles part"
     claim = (
-        "The critical alpha that is estimated on one adapter, trained alone, foretells from which alpha on coupled "
+        "The critical alpha that is estimated on one adapter, trained alone, predicts above which alpha coupled "
         "particles part."
     )
     caption = (

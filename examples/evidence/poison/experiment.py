@@ -221,7 +221,8 @@ class Poison(Experiment):
     metrics: Mapping[str, Metric] = _metrics()
     curves: Mapping[str, Any] = {"successes": lambda answers: sorted(successes(answers).tolist())}
     note = (
-        "NLL of the right answer is in nats, accuracy is among the four answers that occur; both are of test questions "
+        "120 training rows; 165 to 210 questions, of which 45 are clean. NLL of the right answer is in nats, accuracy "
+        "is among the four answers that occur; both are of test questions "
         "without trigger. Success is the share of triggered test questions to which the planted answer is the most "
         "probable; of wrong labels, the share of planted training rows whose wrong answer is. The cleanest is the "
         "particle that gives the planted answers the lowest probability; users do not know which it is, and it is "
@@ -229,8 +230,8 @@ class Poison(Experiment):
         "out, which no other method sees; they change the mixture, and no particle. A particle "
         "has taken the poison up if it succeeds on more than half. The training rows are ranked by their ESS at "
         "alpha = 0.8 (lowest first), by the largest difference between two particles' probabilities of the row's "
-        "answer, and by the NLL of the mixture; so many are taken as were planted, and found is the share of the "
-        "planted among them, which is precision and recall. Chance is the share of poison; one LoRA has neither ESS "
+        "answer, and by the NLL of the mixture. As many rows are taken as were planted. Found is the share of planted "
+        "rows among them, which is both precision and recall. Chance is the share of poison; one LoRA has neither ESS "
         "nor disagreement."
     )
 

@@ -77,7 +77,9 @@ class Refusal(Experiment):
         assert source is not None
         rng, held_out = random.Random(seed), []
         if options["pairs"] == "contested":
-            rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in made(seed)]
+            rows = [
+                {name: row[name] for name in ("prompt", "chosen", "rejected")} for row in make_pairs(seed, NUM_PAIRS)
+            ]
         else:
             drawn = rng.sample(of_people(source / "hh_rlhf_harmless" / "test.jsonl.gz"), NUM_PEOPLE + NUM_HELD_OUT)
             rows, held_out = drawn[:NUM_PEOPLE], drawn[NUM_PEOPLE:]
@@ -118,7 +120,9 @@ class Refusal(Experiment):
         return {"refused": refused, "judged": judged}
 
     note = (
-        "Refusing is the probability of an opening that refuses ("
+        "40 safe and 40 unsafe prompts; 60 contested training pairs, or 300 of people (20 more are held out). Refusing "
+        "is "
+        "the probability of an opening that refuses ("
         + ", ".join(f'"{text}"' for text in REFUSING)
         + "), against openings that comply ("
         + ", ".join(f'"{text}"' for text in COMPLYING)
@@ -156,16 +160,12 @@ class Refusal(Experiment):
         for axes, variant in zip(all_axes[0], variants, strict=True):
             for number, of in enumerate(of for name, of in variant["methods"].items() if name != "lora"):
                 found = [of["metrics"][f"variance_{split}"] for split in SPLITS]
-                draw_intervals(axes, np.arange(2) + 0.25 * (number - 0.5), found, label=of["label"])
+                draw_intervals(axes, np.arange(2) + 0.25 * (number - 1), found, label=of["label"])
             axes.set(xticks=[0, 1], xticklabels=SPLITS, ylabel="variance, thousandths")
             axes.set_title(variant["name"], fontsize=9)
             axes.grid(alpha=0.3)
         all_axes[0][0].legend(fontsize=8)
         return figure
-
-
-def made(seed: int) -> list[dict[str, Any]]:
-    return make_pairs(seed, NUM_PAIRS)
 
 
 def of_people(path: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def write_nll_report(
         Section(
             "Where the examples stand",
             "Each mark is an example. High up, the particles learnt different things: the data contradict each other "
-            "there, or somebody put a row in to mislead. To the left of the upright line, every particle gains too "
+            "there. To the left of the upright line, every particle gains too "
             "little over the base: the particles learnt nothing like that example. At the bottom right is what all of "
             "them learnt; in a clean data set most examples are there.",
             pictures=[_picture(config, table, results["min_gain_nats_per_token"])],
