@@ -36,28 +36,28 @@ def specialists(strength):
 
 
 def test_particles_that_know_a_subject_are_found():
-    information, z, p = mmlu.found(answers_of(specialists(2.0), SUBJECTS))
+    information, z, p = mmlu.specialisation(answers_of(specialists(2.0), SUBJECTS))
     assert information > 0
     assert z > 5
     assert p < 0.01
-    assert mmlu.found(answers_of(specialists(2.0), SUBJECTS), null="subjects")[2] < 0.01
+    assert mmlu.specialisation(answers_of(specialists(2.0), SUBJECTS), null="subjects")[2] < 0.01
 
 
 @pytest.mark.parametrize("weights", [[0.4, 0.3, 0.2, 0.1], [0.56, 0.44, 0.0, 0.0]])
 def test_they_are_found_whatever_their_weights_are(weights):
-    _, z, p = mmlu.found(answers_of(specialists(2.0), SUBJECTS, weights=weights))
+    _, z, p = mmlu.specialisation(answers_of(specialists(2.0), SUBJECTS, weights=weights))
     assert z > 5
     assert p < 0.01
     # particles that are alike are not made specialists by their weights
     alike = np.random.default_rng(3).random((4, 120))
-    assert mmlu.found(answers_of(alike, SUBJECTS, weights=weights))[2] > 0.05
+    assert mmlu.specialisation(answers_of(alike, SUBJECTS, weights=weights))[2] > 0.05
 
 
 @pytest.mark.parametrize("null", ["particles", "subjects"])
 def test_p_is_uniform_if_particles_are_alike(null, monkeypatch):
     monkeypatch.setattr(mmlu, "NUM_PERMUTATIONS", 99)
     rng = np.random.default_rng(1)
-    found = [mmlu.found(answers_of(rng.random((4, 120)), SUBJECTS), null=null)[2] for _ in range(200)]
+    found = [mmlu.specialisation(answers_of(rng.random((4, 120)), SUBJECTS), null=null)[2] for _ in range(200)]
     # the standard deviation of the distribution function of 200 uniform numbers is at most 0.035
     for level in (0.1, 0.25, 0.5, 0.75):
         assert np.mean(np.array(found) <= level) == pytest.approx(level, abs=0.11)
@@ -66,13 +66,13 @@ def test_p_is_uniform_if_particles_are_alike(null, monkeypatch):
 def test_a_particle_that_leads_in_every_subject_is_no_specialist():
     right = np.random.default_rng(2).uniform(0.2, 0.4, size=(4, 120))
     right[0] += 0.5
-    assert mmlu.found(answers_of(right, SUBJECTS), null="subjects")[2] > 0.05
+    assert mmlu.specialisation(answers_of(right, SUBJECTS), null="subjects")[2] > 0.05
     assert mmlu.led(answers_of(right, SUBJECTS)) == 1
     assert mmlu.led(answers_of(specialists(2.0), SUBJECTS)) == 1 / 4
     # a particle that has all of the weight is alone
-    assert math.isnan(mmlu.found(answers_of(right, SUBJECTS, weights=[0.9999, 0.0001, 0, 0]))[1])
+    assert math.isnan(mmlu.specialisation(answers_of(right, SUBJECTS, weights=[0.9999, 0.0001, 0, 0]))[1])
     # a single particle cannot be compared with others
-    assert math.isnan(mmlu.found(answers_of(right[:1], SUBJECTS))[1])
+    assert math.isnan(mmlu.specialisation(answers_of(right[:1], SUBJECTS))[1])
 
 
 def test_information_is_that_of_the_joint_distribution():
@@ -89,7 +89,7 @@ def test_only_what_the_base_gets_wrong_is_hard():
     base = np.log(np.where(np.arange(120)[:, None] % 3 == 0, [0.7, 0.1, 0.1, 0.1], [0.2, 0.2, 0.5, 0.1]))[None]
     answers = answers_of(specialists(1.0), SUBJECTS, base)
     hard = answers.of(np.arange(120) % 3 != 0)
-    assert mmlu.EXPERIMENT.metrics["z_wrong"].of(answers) == mmlu.found(hard)[1]
+    assert mmlu.EXPERIMENT.metrics["z_wrong"].of(answers) == mmlu.specialisation(hard)[1]
     assert not np.isnan(mmlu.EXPERIMENT.metrics["p_wrong"].of(answers))
 
 

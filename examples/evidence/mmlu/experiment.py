@@ -102,24 +102,38 @@ class Mmlu(Experiment):
             "ECE", "lower", lambda answers: calibration.ece(_mixture(answers).exp(), _right(answers)), centred=True
         ),
         "information": Metric(
-            "information", "", lambda answers: 1000 * found(answers)[0], digits=1, resampled=False, table=SHARED
+            "information",
+            "",
+            lambda answers: 1000 * specialisation(answers)[0],
+            digits=1,
+            resampled=False,
+            table=SHARED,
         ),
-        "z": Metric("z", "", lambda answers: found(answers)[1], digits=1, resampled=False, table=SHARED),
-        "p": Metric("p", "", lambda answers: found(answers)[2], resampled=False, table=SHARED),
+        "z": Metric("z", "", lambda answers: specialisation(answers)[1], digits=1, resampled=False, table=SHARED),
+        "p": Metric("p", "", lambda answers: specialisation(answers)[2], resampled=False, table=SHARED),
         "p_subjects": Metric(
             "p, subjects exchanged",
             "",
-            lambda answers: found(answers, null="subjects")[2],
+            lambda answers: specialisation(answers, null="subjects")[2],
             resampled=False,
             table=SHARED,
         ),
         "led": Metric("share of the leader", "", lambda answers: led(answers), resampled=False, table=SHARED),
         "z_wrong": Metric(
-            "z, base wrong", "", lambda answers: found(_hard(answers))[1], digits=1, resampled=False, table=SHARED
+            "z, base wrong",
+            "",
+            lambda answers: specialisation(_hard(answers))[1],
+            digits=1,
+            resampled=False,
+            table=SHARED,
         ),
-        "p_wrong": Metric("p, base wrong", "", lambda answers: found(_hard(answers))[2], resampled=False, table=SHARED),
-        "z_one": Metric("z at 1", "", lambda answers: found(answers, 1.0)[1], digits=1, resampled=False, table=SHARED),
-        "p_one": Metric("p at 1", "", lambda answers: found(answers, 1.0)[2], resampled=False, table=SHARED),
+        "p_wrong": Metric(
+            "p, base wrong", "", lambda answers: specialisation(_hard(answers))[2], resampled=False, table=SHARED
+        ),
+        "z_one": Metric(
+            "z at 1", "", lambda answers: specialisation(answers, 1.0)[1], digits=1, resampled=False, table=SHARED
+        ),
+        "p_one": Metric("p at 1", "", lambda answers: specialisation(answers, 1.0)[2], resampled=False, table=SHARED),
     }
     note = (
         "723 training questions, 312 test questions. Accuracy, NLL (nats a question) and ECE are those of the mixture, "
@@ -206,7 +220,7 @@ def led(answers: Answers) -> float:
     return float(np.bincount(leaders).max() / len(leaders))
 
 
-def found(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tuple[float, float, float]:
+def specialisation(answers: Answers, alpha: float = ALPHA, null: str = "particles") -> tuple[float, float, float]:
     """(information in nats, z, p) of particle and subject: see `Mmlu.note`. z and p are NaN if one particle has all of
     the weight."""
     s, weights, rng = scores(answers), answers.weights, np.random.default_rng(0)

@@ -120,18 +120,18 @@ class OneLabel:
 
     yes = (False, True)
 
-    def prompt(self, text: str, judged: str) -> str:
+    def prompt(self, text: str) -> str:
         return f"Tweet: {text}\nLabels:"
 
     def rows(self, tweets: Sequence[Mapping[str, Any]], judged: str, rng: random.Random) -> list[dict[str, str]]:
         return [
-            {"prompt": self.prompt(tweet["text"], judged), "completion": f" {judged} {WORDS[label]}"}
+            {"prompt": self.prompt(tweet["text"]), "completion": f" {judged} {WORDS[label]}"}
             for tweet in tweets
             for label in tweet["labels"]
         ]
 
     def question(self, tweets: Sequence[Mapping[str, Any]], number: int, judged: str) -> tuple[str, tuple[str, ...]]:
-        return self.prompt(tweets[number]["text"], judged), tuple(f" {judged} {word}" for word in WORDS)
+        return self.prompt(tweets[number]["text"]), tuple(f" {judged} {word}" for word in WORDS)
 
     def given(self, tweet: Mapping[str, Any]) -> list[int]:
         return list(tweet["labels"])
@@ -149,13 +149,13 @@ class ThreeLabels(OneLabel):
 
     def rows(self, tweets: Sequence[Mapping[str, Any]], judged: str, rng: random.Random) -> list[dict[str, str]]:
         return [
-            {"prompt": self.prompt(tweet["text"], judged), "completion": self.answer(labels)}
+            {"prompt": self.prompt(tweet["text"]), "completion": self.answer(labels)}
             for tweet in tweets
             for labels in self._labels(tweet)
         ]
 
     def question(self, tweets: Sequence[Mapping[str, Any]], number: int, judged: str) -> tuple[str, tuple[str, ...]]:
-        return self.prompt(tweets[number]["text"], judged), tuple(map(self.answer, self.combinations))
+        return self.prompt(tweets[number]["text"]), tuple(map(self.answer, self.combinations))
 
     def given(self, tweet: Mapping[str, Any]) -> list[int]:
         return [self.combinations.index(labels) for labels in self._labels(tweet)]
@@ -170,7 +170,7 @@ class ThreeLabels(OneLabel):
 class FourTweets(OneLabel):
     """A row is four tweets and what one annotator says of each. What is said of the first is asked for."""
 
-    def prompt(self, text: str, judged: str) -> str:
+    def prompt(self, text: str) -> str:
         return f"{text}\nLabels:"
 
     def rows(self, tweets: Sequence[Mapping[str, Any]], judged: str, rng: random.Random) -> list[dict[str, str]]:
@@ -184,15 +184,15 @@ class FourTweets(OneLabel):
             for start in range(0, len(judgements) - TWEETS_TOGETHER + 1, TWEETS_TOGETHER):
                 four = judgements[start : start + TWEETS_TOGETHER]
                 answer = ",".join(f" {judged} {WORDS[label]}" for _, label in four)
-                rows.append({"prompt": self._listed([text for text, _ in four], judged), "completion": answer})
+                rows.append({"prompt": self._listed([text for text, _ in four]), "completion": answer})
         return rows
 
     def question(self, tweets: Sequence[Mapping[str, Any]], number: int, judged: str) -> tuple[str, tuple[str, ...]]:
         texts = [tweets[(number + step) % len(tweets)]["text"] for step in range(TWEETS_TOGETHER)]
-        return self._listed(texts, judged), tuple(f" {judged} {word}" for word in WORDS)
+        return self._listed(texts), tuple(f" {judged} {word}" for word in WORDS)
 
-    def _listed(self, texts: Sequence[str], judged: str) -> str:
-        return self.prompt("\n".join(f"Tweet {number}: {text}" for number, text in enumerate(texts, 1)), judged)
+    def _listed(self, texts: Sequence[str]) -> str:
+        return self.prompt("\n".join(f"Tweet {number}: {text}" for number, text in enumerate(texts, 1)))
 
 
 FORMS = {"one label": OneLabel(), "three labels": ThreeLabels(), "four tweets": FourTweets()}
