@@ -57,23 +57,26 @@ def both_ways(config):
     return results
 
 
-def assert_same(results):
+def assert_same(results, model=""):
+    """To 1e-5. Gradient norms of gpt_oss to 3e-5: its experts multiply in fp32 at most, its gradients are near 300, and
+    with padding, too, they move by up to 7e-6 if micro-batches are cut in half."""
     packed, padded = results
+    relative = {"grad_norm": 3e-5} if model == "gpt_oss" else {}
     for ours, theirs in zip(metrics(packed.output_dir), metrics(padded.output_dir), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (theirs["step"], name)
+            assert ours[name] == pytest.approx(value, rel=relative.get(name, 1e-5), abs=1e-5), (theirs["step"], name)
     for (path, ours), theirs in zip(packed.ensemble.stacked().items(), padded.ensemble.stacked().values(), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=path)
 
 
-def test_sft(settings, sft_config):
-    assert_same(both_ways(lambda **s: sft_config(**settings | s)))
+def test_sft(settings, sft_config, request):
+    assert_same(both_ways(lambda **s: sft_config(**settings | s)), request.node.callspec.params["settings"])
 
 
-def test_dpo(settings, dpo_config):
-    assert_same(both_ways(lambda **s: dpo_config(**settings | s)))
+def test_dpo(settings, dpo_config, request):
+    assert_same(both_ways(lambda **s: dpo_config(**settings | s)), request.node.callspec.params["settings"])
 
 
 def test_a_limit_of_tokens_cuts_micro_batches_and_changes_no_step(dpo_config, monkeypatch):
