@@ -67,10 +67,12 @@ class Refusal(Experiment):
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
-        methods = ("lora", "deep_ensemble", "alpha_0", "alpha_0.8")
+        methods = ("lora", "deep_ensemble", "alpha_0.8")
         return [
             Variant("pairs that are contested where a prompt looks harmful", 4, methods, {"pairs": "contested"}),
             Variant("pairs of people", 4, methods, {"pairs": "people"}),
+            # whether it is the coupling alone: the same seeds, and the same order of the data for all particles
+            Variant("pairs of people, trained in one run", 4, ("alpha_0", "alpha_0.8"), {"pairs": "people"}),
         ]
 
     def data(self, options: Mapping[str, Any], seed: int, source: Path | None) -> Data:
@@ -156,15 +158,17 @@ class Refusal(Experiment):
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
         variants = results["variants"]
-        figure, all_axes = plt.subplots(1, len(variants), figsize=(9, 3.6), layout="constrained", squeeze=False)
+        figure, all_axes = plt.subplots(
+            1, len(variants), figsize=(4.5 * len(variants), 3.6), layout="constrained", squeeze=False
+        )
         for axes, variant in zip(all_axes[0], variants, strict=True):
             for number, of in enumerate(of for name, of in variant["methods"].items() if name != "lora"):
                 found = [of["metrics"][f"variance_{split}"] for split in SPLITS]
-                draw_intervals(axes, np.arange(2) + 0.25 * (number - 1), found, label=of["label"])
+                draw_intervals(axes, np.arange(2) + 0.25 * (number - 0.5), found, label=of["label"])
             axes.set(xticks=[0, 1], xticklabels=SPLITS, ylabel="variance, thousandths")
             axes.set_title(variant["name"], fontsize=9)
             axes.grid(alpha=0.3)
-        all_axes[0][0].legend(fontsize=8)
+            axes.legend(fontsize=8)
         return figure
 
 
