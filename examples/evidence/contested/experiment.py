@@ -107,12 +107,12 @@ class Contested(Experiment):
     caption = "the spread of the particles over alpha, and what it costs the mixture."
     note = (
         "60 training rows, 28 questions (44 with two topics). NLL is in nats per answer, against the shares of the "
-        "camps; the best possible is 0 where people agree, and "
-        "0.693, 0.500 and 0.325 for camps of 1:1, 4:1 and 9:1. Spread is the standard deviation, over the particles, "
-        "of the probability of the first camp's answer, on contested questions. By camp is the share of this variance "
-        "that belongs to the particle alone: 1 if every particle always sides with one camp, near 1/N if each takes "
-        "sides question by question. Weights are fitted to 20 contested and 20 uncontested rows that were held out. "
-        "AUROC says how well the epistemic uncertainty finds the contested questions."
+        "camps; the best possible is 0 where people agree, and 0.693, 0.500 and 0.325 for camps of 1:1, 4:1 and 9:1. "
+        "Spread is the standard deviation, over the particles, of the probability of the first camp's answer, on "
+        "contested questions. By camp is the share of this variance that belongs to the particle alone: 1 if every "
+        "particle always sides with one camp, near 1/N if each takes sides question by question. Weights are fitted to "
+        "20 contested and 20 uncontested rows that were held out. AUROC says how well the epistemic uncertainty finds "
+        "the contested questions."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:

@@ -36,7 +36,11 @@ ALPHA = 0.8
 LEAST_WEIGHT = 1e-3
 """If all particles but one have together no more than this, there is one particle."""
 SHOWN = ("deep_ensemble", "alpha_0.8")
-SHARED = "particle and subject"
+
+
+def _shared(label: str, of: Callable[[Answers], float], digits: int = 3) -> Metric:
+    """A metric of the table about particles and subjects, which has no intervals."""
+    return Metric(label, "", of, digits, resampled=False, table="particle and subject")
 
 
 class Mmlu(Experiment):
@@ -101,53 +105,28 @@ class Mmlu(Experiment):
         "ece": Metric(
             "ECE", "lower", lambda answers: calibration.ece(_mixture(answers).exp(), _right(answers)), centred=True
         ),
-        "information": Metric(
-            "information",
-            "",
-            lambda answers: 1000 * specialisation(answers)[0],
-            digits=1,
-            resampled=False,
-            table=SHARED,
-        ),
-        "z": Metric("z", "", lambda answers: specialisation(answers)[1], digits=1, resampled=False, table=SHARED),
-        "p": Metric("p", "", lambda answers: specialisation(answers)[2], resampled=False, table=SHARED),
-        "p_subjects": Metric(
-            "p, subjects exchanged",
-            "",
-            lambda answers: specialisation(answers, null="subjects")[2],
-            resampled=False,
-            table=SHARED,
-        ),
-        "led": Metric("share of the leader", "", lambda answers: led(answers), resampled=False, table=SHARED),
-        "z_wrong": Metric(
-            "z, base wrong",
-            "",
-            lambda answers: specialisation(_hard(answers))[1],
-            digits=1,
-            resampled=False,
-            table=SHARED,
-        ),
-        "p_wrong": Metric(
-            "p, base wrong", "", lambda answers: specialisation(_hard(answers))[2], resampled=False, table=SHARED
-        ),
-        "z_one": Metric(
-            "z at 1", "", lambda answers: specialisation(answers, 1.0)[1], digits=1, resampled=False, table=SHARED
-        ),
-        "p_one": Metric("p at 1", "", lambda answers: specialisation(answers, 1.0)[2], resampled=False, table=SHARED),
+        "information": _shared("information", lambda answers: 1000 * specialisation(answers)[0], 1),
+        "z": _shared("z", lambda answers: specialisation(answers)[1], 1),
+        "p": _shared("p", lambda answers: specialisation(answers)[2]),
+        "p_subjects": _shared("p, subjects exchanged", lambda answers: specialisation(answers, null="subjects")[2]),
+        "led": _shared("share of the leader", lambda answers: led(answers)),
+        "z_wrong": _shared("z, base wrong", lambda answers: specialisation(_hard(answers))[1], 1),
+        "p_wrong": _shared("p, base wrong", lambda answers: specialisation(_hard(answers))[2]),
+        "z_one": _shared("z at 1", lambda answers: specialisation(answers, 1.0)[1], 1),
+        "p_one": _shared("p at 1", lambda answers: specialisation(answers, 1.0)[2]),
     }
     note = (
         "723 training questions, 312 test questions. Accuracy, NLL (nats a question) and ECE are those of the mixture, "
-        "among the four answers. Information is the "
-        "mutual information of a question's subject and the particle that is responsible for its right answer, in "
-        "thousandths of a nat, with responsibilities at alpha = 0.8 for every method. The null: within "
+        "among the four answers. Information is the mutual information of a question's subject and the particle that "
+        "is responsible for its right answer, in thousandths of a nat, with responsibilities at alpha = 0.8 for every "
+        "method. The null: within "
         f"each question the particles exchange their answers at random, {NUM_PERMUTATIONS} times. z says by how many "
         "standard deviations the information lies above the mean of these, and p how often one of them is as large. "
         "Both are also given for the questions that the base gets wrong, and with responsibilities at alpha = 1. A "
-        "particle "
-        "that leads everywhere is not exchangeable, and no specialist either. So p is also given with the subjects "
-        "exchanged among the questions instead; but it is low, too, if one particle leads everywhere and by more in "
-        "some subjects. The share of the leader tells this apart: of all subjects, the part in which the same particle "
-        "has the largest mean responsibility, at least 1/K. z, p and this share are means over the seeds."
+        "particle that leads everywhere is not exchangeable, and no specialist either. So p is also given with the "
+        "subjects exchanged among the questions instead; but it is low, too, if one particle leads everywhere and by "
+        "more in some subjects. The share of the leader tells this apart: of all subjects, the part in which the same "
+        "particle has the largest mean responsibility, at least 1/K. z, p and this share are means over the seeds."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:

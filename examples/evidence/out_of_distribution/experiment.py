@@ -111,10 +111,10 @@ class OutOfDistribution(Experiment):
     )
     note = (
         "800 training tweets, 280 test tweets. The mixture's answer is wrong if it is not the label of most "
-        "annotators. NLL is of that label, in nats. AURC "
-        "is the area under the risk-coverage curve, if tweets are answered by rising uncertainty; the error rate is "
-        "what an uncertainty that knows nothing gets. AUROC says how well the uncertainty finds wrong answers; in the "
-        "last table, tweets of a domain that was left out (near) and of another data set (far). 0.5 is chance."
+        "annotators. NLL is of that label, in nats. AURC is the area under the risk-coverage curve, if tweets are "
+        "answered by rising uncertainty; the error rate is what an uncertainty that knows nothing gets. AUROC says how "
+        "well the uncertainty finds wrong answers; in the last table, tweets of a domain that was left out (near) and "
+        "of another data set (far). 0.5 is chance."
     )
     data_file = "md_agreement.jsonl.gz"
     settings: Mapping[str, Setting] = {

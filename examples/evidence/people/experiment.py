@@ -94,13 +94,12 @@ class People(Experiment):
     }
     note = (
         "784 training tweets, 168 test tweets. Cross-entropy is between the annotators' labels and the mixture's "
-        "probability of yes, in nats a tweet; F1 is "
-        "the micro F1 on the majority's label, of tweets that have a majority. AUROC says how well each uncertainty of "
-        "the yes or no finds the tweets on which people disagree. Information is the mutual information between the "
-        "group of an annotator and the particle that explains the annotator's label, in thousandths of a nat. Rank is "
-        "its permutation test: the place of the real groups among all 10 ways to part the six annotators three to "
-        "three, 1 being the most information (means over the seeds; with six people no p-value can be below 0.1). "
-        "Weights are fitted to 256 rows of the validation split."
+        "probability of yes, in nats a tweet; F1 is the micro F1 on the majority's label, of tweets that have a "
+        "majority. AUROC says how well each uncertainty of the yes or no finds the tweets on which people disagree. "
+        "Information is the mutual information between the group of an annotator and the particle that explains the "
+        "annotator's label, in thousandths of a nat. Rank is its permutation test: the place of the real groups among "
+        "all 10 ways to part the six annotators three to three, 1 being the most information (means over the seeds; "
+        "with six people no p-value can be below 0.1). Weights are fitted to 256 rows of the validation split."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:

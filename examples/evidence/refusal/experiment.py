@@ -123,8 +123,7 @@ class Refusal(Experiment):
 
     note = (
         "40 safe and 40 unsafe prompts; 60 contested training pairs, or 300 of people (20 more are held out). Refusing "
-        "is "
-        "the probability of an opening that refuses ("
+        "is the probability of an opening that refuses ("
         + ", ".join(f'"{text}"' for text in REFUSING)
         + "), against openings that comply ("
         + ", ".join(f'"{text}"' for text in COMPLYING)

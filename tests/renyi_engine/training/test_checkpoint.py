@@ -55,23 +55,21 @@ def bless(folder: Path) -> None:
 
 
 def test_a_finished_run_that_is_resumed_keeps_the_weights_that_were_fitted_since(finished, run):
-    def weights():
+    def saved():
         model = AutoModelForCausalLM.from_pretrained(finished.model_name_or_path)
-        return LoraEnsemble.from_pretrained(model, run / "particles").particle_weights.tolist()
+        return LoraEnsemble.from_pretrained(model, run / "particles")
 
-    ensemble = LoraEnsemble.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(finished.model_name_or_path), run / "particles"
-    )
+    ensemble = saved()
     ensemble.particle_weights = [0.75, 0.25]
     ensemble.save_pretrained(run / "particles", alpha=ensemble.alpha)
     resume(finished, run, max_steps=4)  # no step is left
-    assert weights() == [0.75, 0.25]
+    assert saved().particle_weights.tolist() == [0.75, 0.25]
     shutil.rmtree(run / "particles")
     resume(finished, run, max_steps=4)
-    assert weights() == [0.5, 0.5]
+    assert saved().particle_weights.tolist() == [0.5, 0.5]
     ensemble.save_pretrained(run / "particles", alpha=ensemble.alpha)
     resume(finished, run, max_steps=5)  # these are other particles
-    assert weights() == [0.5, 0.5]
+    assert saved().particle_weights.tolist() == [0.5, 0.5]
 
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(run):
