@@ -68,7 +68,7 @@ def smoothed_kl(particles: Tensor, std: float, bandwidth: float | None) -> Tenso
     nearest = norms.detach().where(healthy, torch.inf).argmin().view(1)
     squared = squared_distances(particles.where(healthy[:, None], particles.detach().index_select(0, nearest)))
     if bandwidth is not None:
-        h2 = torch.as_tensor(bandwidth**2, dtype=squared.dtype, device=squared.device)
+        h2 = torch.full((), bandwidth**2, dtype=squared.dtype, device=squared.device)  # copies nothing to the device
     else:
         h2 = _median_bandwidth_squared(squared.detach(), healthy)
     h2 = h2.clamp(min=torch.finfo(h2.dtype).tiny)  # else 0, if the bandwidth is tiny or particles are equal

@@ -44,7 +44,9 @@ class Tiny(Contested):
         data = super().data(options, seed, source)
         asked = slice(6, 18)  # 6 questions on which people agree, 6 that are contested
         facts = {name: values[asked] for name, values in data.facts.items()}
-        return replace(data, questions=data.questions[asked], facts=facts, held_out=data.held_out[:6])
+        too_long = {"prompt": "long " * 3000, "completion": "yes"}  # no method can train on this one
+        rows = [*data.rows, too_long]
+        return replace(data, rows=rows, questions=data.questions[asked], facts=facts, held_out=data.held_out[:6])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,14 @@ def test_an_experiment_that_is_started_again_trains_only_what_is_missing(work, m
     assert len(kept) == 2 * (2 + 1 + 2)
     lost = next(path for path in kept if path.name == "alpha_0.8-1.npz")
     lost.unlink()
-    assert not work.is_done(work.experiment.variants("cpu")[0])
+    (variant,) = work.experiment.variants("cpu")
+    assert not work.is_done(variant)
+    assert work.seeds_done(variant) == [0]
+    assert summary.summarise(work, "a machine")["variants"] == []  # one seed is not enough
+    monkeypatch.setattr(summary, "LEAST_SEEDS", 1)
+    monkeypatch.setattr(summary, "NUM_RESAMPLES", 2)
+    (part,) = summary.summarise(work, "a machine")["variants"]
+    assert part["num_seeds"] == len(part["methods"]["lora"]["metrics"]["nll"]["seeds"]) == 1
     assert work.run() == 0
     again = {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.npz")}
     assert {path for path in kept if again[path] != kept[path]} == {lost}
@@ -75,6 +84,7 @@ def test_results_are_the_metrics_of_each_method_and_their_paired_differences(wor
     monkeypatch.setattr(summary, "NUM_RESAMPLES", 50)
     work.run()
     results = summary.summarise(work, "a machine")
+    assert results["variants"][0]["num_seeds"] == 2
     methods = results["variants"][0]["methods"]
     assert list(methods) == list(work.experiment.variants("cpu")[0].methods)
     variant = work.experiment.variants("cpu")[0]

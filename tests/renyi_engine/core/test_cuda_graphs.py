@@ -316,7 +316,8 @@ def test_a_gpu_replays_what_it_would_have_done():
     weight.grad = torch.zeros_like(weight)
 
     def function(inputs):
-        loss = (inputs["x"] @ weight).square().mean()
+        x = inputs["x"].to(device, non_blocking=True)  # a plain call gets the inputs where they lie
+        loss = (x @ weight).square().mean()
         loss.backward()
         return {"loss": loss.detach()}
 
