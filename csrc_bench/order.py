@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
-_OURS = "ours|ours_captured|ours_compiled|ours_captured_compiled"
-_FLOORS = "gemms|frozen_base|frozen_base_captured_compiled"
+_OURS, _FLOORS = "ours|ours_captured", "gemms|frozen_base"
+_COMPILED = "ours_compiled|ours_captured_compiled|frozen_base_captured_compiled"  # the first of them may take minutes
 
 FIRST = [
     rf"training_step bar_\w+_all-step-({_OURS}|{_FLOORS}|peft_bf16)",
     rf"ragged_step bar_\w+_(hh_rlhf_pairs|mmlu_completion)_k\d\w*-step-({_OURS}|{_FLOORS}|peft_padding_free)",
+    rf"training_step bar_\w+_all-step-({_COMPILED})",
+    rf"ragged_step bar_\w+_(hh_rlhf_pairs|mmlu_completion)_k\d\w*-step-({_COMPILED})",
     r"renyi_loss bar_(qwen2|tiny)-both-\w+",
     r"(lora_linears|grouped_lora) bar_\w+-(graph|both)-(ours|ours_torch|baddbmm_|gemms|copy)",
     r"training_step smollm2_k\d+-step-(ours|ours_captured|gemms)",
