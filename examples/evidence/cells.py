@@ -82,12 +82,19 @@ class Work:
     def cells_of(self, variant: Variant) -> Iterator[Cell]:
         """The trainings that a variant needs."""
         for seed in range(self.setting.seeds):
-            for method in variant.methods:
-                yield from self._trainings(variant, method, seed)
+            yield from self._of_seed(variant, seed)
 
     def is_done(self, variant: Variant) -> bool:
         """Whether everything that a variant needs was trained."""
-        return all(self._path(cell).exists() for cell in self.cells_of(variant))
+        return len(self.seeds_done(variant)) == self.setting.seeds
+
+    def seeds_done(self, variant: Variant) -> list[int]:
+        """The seeds with which every method of a variant was trained."""
+        return [
+            seed
+            for seed in range(self.setting.seeds)
+            if all(self._path(cell).exists() for cell in self._of_seed(variant, seed))
+        ]
 
     def run(self) -> int:
         """Do every training that is neither done nor being done elsewhere. Returns how many others are doing."""
@@ -147,6 +154,10 @@ class Work:
 
     def data(self, of: Variant | Cell, seed: int) -> Data:
         return self.experiment.data(dict(of.data), seed, self.source)
+
+    def _of_seed(self, variant: Variant, seed: int) -> Iterator[Cell]:
+        for method in variant.methods:
+            yield from self._trainings(variant, method, seed)
 
     def _trainings(self, variant: Variant, method: str, seed: int) -> list[Cell]:
         """The trainings that a method needs: a deep ensemble is K single adapters, and the first of them is the

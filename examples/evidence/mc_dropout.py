@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 
 from examples.evidence.experiment import Data, Setting
 from examples.evidence.methods import choices_of
-from renyi_engine.data import Example, collate
+from renyi_engine.data import Example, collate, tokenize
 from renyi_engine.objectives import SftTask
 from renyi_kernels import linear_logprob
 
@@ -49,7 +49,7 @@ def train(
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, setting.max_steps)
-    examples = [task.example(number, row) for number, row in enumerate(data.rows)]
+    examples, _ = tokenize(data.rows, task.example, "rows")  # without those that are too long, as other methods
     tokens, order, started = 0, [], time.monotonic()
     adapted.train()
     for _ in range(setting.max_steps):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.evidence.experiment import Data, Question, Setting
 from renyi_engine import DpoConfig, LoraEnsemble, SftConfig, Trainer
-from renyi_engine.data import Example, encode_prompts
+from renyi_engine.data import Example, encode_prompts, tokenize
 from renyi_engine.evaluation import Choices, encode_choices, score_choices
 from renyi_engine.objectives import DpoTask, SftTask
 
@@ -110,7 +110,7 @@ def train(
     ensemble, task = result.ensemble, SftTask(tokenizer, setting.max_length)
     run = json.loads((folder / "run.json").read_text())
     trained = DpoTask(tokenizer, setting.max_length, config.beta) if isinstance(config, DpoConfig) else task
-    examples = [trained.example(number, row) for number, row in enumerate(data.rows)]
+    examples, _ = tokenize(data.rows, trained.example, "rows")  # without those that are too long, as in training
     num_tokens = sum(len(sequence.input_ids) for example in examples for sequence in example.sequences)
     per_step = setting.batch_size * num_tokens / len(examples)
     try:

@@ -60,6 +60,8 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
         training = of["training"]
         layers = "all layers" if training["last_layers"] is None else f"the last {training['last_layers']} layers"
         needs = " --data FOLDER" * (experiment.data_file is not None)
+        if of["model"] != experiment.settings[of["setting"]].model:
+            needs += f" --model {of['model']}"
         if training["dtype"] != experiment.settings[of["setting"]].dtype:
             needs += f" --dtype {training['dtype']}"
         lines += [
@@ -71,17 +73,19 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
             "",
         ]
         for variant in of["variants"]:
-            lines += _tables(experiment.metrics, variant)
+            lines += _tables(experiment.metrics, variant, training["seeds"])
         lines += experiment.further_lines(of)
     return "\n".join(lines)
 
 
-def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any]) -> list[str]:
-    """A table for each name in `Metric.table`. The first one has the costs, too."""
+def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any], num_seeds: int) -> list[str]:
+    """A table for each name in `Metric.table`. The first one has the costs, too. The setting has `num_seeds`."""
     lines = []
     for name in dict.fromkeys(metric.table for metric in metrics.values()):
         shown = {key: metric for key, metric in metrics.items() if metric.table == name}
         size = f"K = {variant['num_particles']}, {variant['max_steps']} steps of {variant['batch_size']} rows"
+        if variant.get("num_seeds", num_seeds) != num_seeds:
+            size += f", {variant['num_seeds']} seeds"
         about = f"{variant['name'][0].upper()}{variant['name'][1:]} ({size}, {variant['dtype']})"
         lines += [f"{about}, {name}:" if name else f"{about}:", "", *_table(shown, variant, not lines), ""]
     return lines

@@ -24,11 +24,13 @@ from examples.evidence.methods import BASELINE, DROPOUT, METHODS
 from renyi_engine.core import files, versions
 
 NUM_RESAMPLES = 1000
+LEAST_SEEDS = 3
+"""A variant is summed up as soon as so many seeds are done."""
 
 
 def summarise(work: Work, machine: str) -> dict[str, Any]:
-    """The results of an experiment, as the page needs them, of every variant that is done."""
-    experiment = work.experiment
+    """The results of an experiment, as the page needs them, of every variant of which enough seeds are done."""
+    experiment, enough = work.experiment, min(LEAST_SEEDS, work.setting.seeds)
     return {
         "experiment": experiment.name,
         "setting": work.setting_name,
@@ -40,7 +42,7 @@ def summarise(work: Work, machine: str) -> dict[str, Any]:
         "variants": [
             {"name": variant.name, "num_particles": variant.num_particles} | _variant(work, variant)
             for variant in experiment.variants(work.setting_name)
-            if work.is_done(variant)
+            if len(work.seeds_done(variant)) >= enough
         ],
         "further": experiment.further(work),
     }
@@ -55,7 +57,7 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _variant(work: Work, variant: Variant) -> dict[str, Any]:
-    seeds = range(work.setting.seeds)
+    seeds = work.seeds_done(variant)
     found = {method: [work.answers(variant, method, seed) for seed in seeds] for method in variant.methods}
     answers = {method: [one for one, _ in of] for method, of in found.items()}
     metrics = {method: _meant_for(method, work.experiment.metrics) for method in variant.methods}
@@ -88,7 +90,7 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
             methods[method]["curves"] = lines
     training = work.setting_of(variant)
     trained = {name: getattr(training, name) for name in ("max_steps", "batch_size", "dtype")}
-    return trained | {"methods": methods}
+    return trained | {"num_seeds": len(seeds), "methods": methods}
 
 
 def _meant_for(method: str, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:

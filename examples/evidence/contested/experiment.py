@@ -42,7 +42,7 @@ class Contested(Experiment):
     )
     settings: Mapping[str, Setting] = {
         "cpu": on_cpu(max_steps=60),
-        "gpu": on_gpu(learning_rate=5e-4, max_steps=120, seeds=8),
+        "gpu": on_gpu(learning_rate=5e-4, max_steps=120, seeds=5),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:

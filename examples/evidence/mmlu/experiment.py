@@ -54,7 +54,7 @@ class Mmlu(Experiment):
     data_file = "test.jsonl.gz"
     settings: Mapping[str, Setting] = {
         "cpu": on_cpu(max_steps=60),
-        "gpu": on_gpu(learning_rate=2e-4, max_steps=500, seeds=5),
+        "gpu": on_gpu(learning_rate=5e-4, max_steps=180, seeds=5),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:

@@ -43,7 +43,7 @@ class People(Experiment):
     data_file = "hs_brexit.jsonl.gz"
     settings: Mapping[str, Setting] = {
         "cpu": on_cpu(max_steps=160),
-        "gpu": on_gpu(learning_rate=2e-4, max_steps=600, seeds=5),
+        "gpu": on_gpu(learning_rate=5e-4, max_steps=300, seeds=5),
     }
 
     def variants(self, setting: str) -> Sequence[Variant]:
