@@ -21,6 +21,8 @@ from renyi_engine.core import write_text
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
 EXPERIMENTS = ("contested", "people", "poison", "refusal", "mmlu", "out_of_distribution", "alpha_star")
+PICTURED = -1
+"""The picture is made of the results that come last: those of the large setting, if there are some."""
 BETTER = {"lower": " ↓", "higher": " ↑", "": ""}
 """In the head of a column: which numbers are better."""
 
@@ -46,7 +48,7 @@ def write_page() -> Path:
     """Make the page and the pictures. Experiments without results are left out."""
     mpl.use("Agg")
     for name, results in shown().items():
-        load(name).picture(results[0]).savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
+        load(name).picture(results[PICTURED]).savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
     write_text(PAGE, page_text())
     return PAGE
 
@@ -56,6 +58,7 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
     lines = [f"## {experiment.title}", "", f"**Claim.** {experiment.claim}", ""]
     lines += [(HERE / name / "findings.md").read_text(encoding="utf-8").strip(), ""]
     lines += [f"![{experiment.title}: {experiment.caption}](../examples/evidence/{name}/picture.png)", ""]
+    lines += [f"The picture ({results[PICTURED]['machine']}) shows {experiment.caption}", ""]
     for of in results:
         training = of["training"]
         layers = "all layers" if training["last_layers"] is None else f"the last {training['last_layers']} layers"

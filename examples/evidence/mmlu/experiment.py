@@ -116,7 +116,7 @@ class Mmlu(Experiment):
         "p_one": _shared("p at 1", lambda answers: specialisation(answers, 1.0)[2]),
     }
     note = (
-        "723 training questions, 312 test questions. Accuracy, NLL (nats a question) and ECE are those of the mixture, "
+        "723 training questions; 312 test questions, and 2004 in the large setting. Accuracy, NLL (nats a question) and ECE are those of the mixture, "
         "among the four answers. Information is the mutual information of a question's subject and the particle that "
         "is responsible for its right answer, in thousandths of a nat, with responsibilities at alpha = 0.8 for every "
         "method. The null: within "
