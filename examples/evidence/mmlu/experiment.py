@@ -116,17 +116,17 @@ class Mmlu(Experiment):
         "p_one": _shared("p at 1", lambda answers: specialisation(answers, 1.0)[2]),
     }
     note = (
-        "723 training questions; 312 test questions, and 2004 in the large setting. Accuracy, NLL (nats a question) and ECE are those of the mixture, "
-        "among the four answers. Information is the mutual information of a question's subject and the particle that "
-        "is responsible for its right answer, in thousandths of a nat, with responsibilities at alpha = 0.8 for every "
-        "method. The null: within "
-        f"each question the particles exchange their answers at random, {NUM_PERMUTATIONS} times. z says by how many "
-        "standard deviations the information lies above the mean of these, and p how often one of them is as large. "
-        "Both are also given for the questions that the base gets wrong, and with responsibilities at alpha = 1. A "
-        "particle that leads everywhere is not exchangeable, and no specialist either. So p is also given with the "
-        "subjects exchanged among the questions instead; but it is low, too, if one particle leads everywhere and by "
-        "more in some subjects. The share of the leader tells this apart: of all subjects, the part in which the same "
-        "particle has the largest mean responsibility, at least 1/K. z, p and this share are means over the seeds."
+        "723 training questions; 312 test questions, and 2004 in the large setting. Accuracy, NLL (nats a question) "
+        "and ECE are those of the mixture, among the four answers. Information is the mutual information of a "
+        "question's subject and the particle that is responsible for its right answer, in thousandths of a nat, "
+        "with responsibilities at alpha = 0.8 for every method. The null: within each question the particles exchange "
+        f"their answers at random, {NUM_PERMUTATIONS} times. z says by how many standard deviations the information "
+        "lies above the mean of these, and p how often one of them is as large. Both are also given for the "
+        "questions that the base gets wrong, and with responsibilities at alpha = 1. A particle that leads "
+        "everywhere is not exchangeable, and no specialist either. So p is also given with the subjects exchanged "
+        "among the questions instead; but it is low, too, if one particle leads everywhere and by more in some "
+        "subjects. The share of the leader tells this apart: of all subjects, the part in which the same particle "
+        "has the largest mean responsibility, at least 1/K. z, p and this share are means over the seeds."
     )
 
     def picture(self, results: Mapping[str, Any]) -> Figure:
