@@ -1,7 +1,7 @@
 """Train what an experiment needs, and write its results; or make docs/evidence.md of all results.
 
     python -m examples.evidence run contested [--setting cpu|gpu] [--model NAME] [--dtype NAME]
-                                          [--data FOLDER] [--output_dir FOLDER]
+                                          [--data FOLDER] [--output_dir FOLDER] [--no_training]
     python -m examples.evidence page
 
 `run` may be stopped and started again. Started in two terminals, it uses two processors.
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from examples.evidence.cells import Work
 from examples.evidence.page import EXPERIMENTS, load, write_page
-from examples.evidence.summary import summarise, write
+from examples.evidence.summary import LEAST_SEEDS, summarise, write
 
 HERE = Path(__file__).parent
 
@@ -35,6 +35,9 @@ def main() -> None:
     run.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model, in place of the setting's")
     run.add_argument("--data", type=Path, help="folder of the data, for experiments that need one")
     run.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
+    run.add_argument(
+        "--no_training", action="store_true", help=f"sum up the parts of which {LEAST_SEEDS} seeds are trained"
+    )
     commands.add_parser("page", help="make docs/evidence.md of all results")
     options = parser.parse_args()
     if options.command == "page":
@@ -47,7 +50,7 @@ def main() -> None:
         run.error(f"--data: expected a folder that holds {experiment.data_file} (see README.md); got {options.data}")
     changes = {name: value for name in ("model", "dtype") if (value := getattr(options, name))}
     work = Work(experiment, options.setting, options.output_dir, options.data, changes)
-    if left := work.run():
+    if not options.no_training and (left := work.run()):
         print(f"{left} trainings are still being done by other processes; start this again when they have finished")
         return
     print(write(summarise(work, machine()), HERE / options.experiment))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from renyi_engine.core import write_text
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
 EXPERIMENTS = ("contested", "people", "poison", "refusal", "mmlu", "out_of_distribution", "alpha_star")
-PICTURED = -1
-"""The picture is made of the results that come last: those of the large setting, if there are some."""
 BETTER = {"lower": " ↓", "higher": " ↑", "": ""}
 """In the head of a column: which numbers are better."""
 
@@ -48,9 +46,24 @@ def write_page() -> Path:
     """Make the page and the pictures. Experiments without results are left out."""
     mpl.use("Agg")
     for name, results in shown().items():
-        load(name).picture(results[PICTURED]).savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
+        experiment = load(name)
+        picture = experiment.picture(pictured(experiment, results))
+        picture.savefig(HERE / name / "picture.png", dpi=120, metadata={"Software": None})
     write_text(PAGE, page_text())
     return PAGE
+
+
+def pictured(experiment: Experiment, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results that the picture is made of: the last ones that have the experiment's first part, so those of the
+    large setting if there are some."""
+    with_first = [
+        of
+        for of in results
+        if experiment.variants(of["setting"])[0].name in [variant["name"] for variant in of["variants"]]
+    ]
+    if not with_first:
+        raise SystemExit(f"{experiment.name}: the results lack the first part, which the picture shows; run it first")
+    return with_first[-1]
 
 
 def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
@@ -58,7 +71,7 @@ def _section(experiment: Experiment, results: list[dict[str, Any]]) -> str:
     lines = [f"## {experiment.title}", "", f"**Claim.** {experiment.claim}", ""]
     lines += [(HERE / name / "findings.md").read_text(encoding="utf-8").strip(), ""]
     lines += [f"![{experiment.title}: {experiment.caption}](../examples/evidence/{name}/picture.png)", ""]
-    lines += [f"The picture ({results[PICTURED]['machine']}) shows {experiment.caption}", ""]
+    lines += [f"The picture ({pictured(experiment, results)['machine']}) shows {experiment.caption}", ""]
     for of in results:
         training = of["training"]
         layers = "all layers" if training["last_layers"] is None else f"the last {training['last_layers']} layers"
@@ -87,8 +100,8 @@ def _tables(metrics: Mapping[str, Metric], variant: Mapping[str, Any], num_seeds
     for name in dict.fromkeys(metric.table for metric in metrics.values()):
         shown = {key: metric for key, metric in metrics.items() if metric.table == name}
         size = f"K = {variant['num_particles']}, {variant['max_steps']} steps of {variant['batch_size']} rows"
-        if variant.get("num_seeds", num_seeds) != num_seeds:
-            size += f", {variant['num_seeds']} seeds"
+        if "seeds" in variant and len(variant["seeds"]) != num_seeds:
+            size += f", {len(variant['seeds'])} seeds"
         about = f"{variant['name'][0].upper()}{variant['name'][1:]} ({size}, {variant['dtype']})"
         lines += [f"{about}, {name}:" if name else f"{about}:", "", *_table(shown, variant, not lines), ""]
     return lines
@@ -116,6 +129,9 @@ def _cell(metric: Metric, found: Mapping[str, Any] | None) -> str:
     if found is None or math.isnan(found["mean"]):
         return "-"
     text = f"{round(found['mean'], metric.digits) + 0.0:.{metric.digits}f}"  # no -0.0
+    known = [value for value in found["seeds"] if not math.isnan(value)]
+    if len(known) < len(found["seeds"]):
+        text += f" [{len(known)} of {len(found['seeds'])} seeds]"
     if not metric.resampled:
         return text
     low, high = found["interval"]

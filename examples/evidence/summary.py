@@ -25,7 +25,7 @@ from renyi_engine.core import files, versions
 
 NUM_RESAMPLES = 1000
 LEAST_SEEDS = 3
-"""A variant is summed up as soon as so many seeds are done."""
+"""Of how many seeds a variant is summed up, at least."""
 
 
 def summarise(work: Work, machine: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _variant(work: Work, variant: Variant) -> dict[str, Any]:
             methods[method]["curves"] = lines
     training = work.setting_of(variant)
     trained = {name: getattr(training, name) for name in ("max_steps", "batch_size", "dtype")}
-    return trained | {"num_seeds": len(seeds), "methods": methods}
+    return trained | {"seeds": seeds, "methods": methods}
 
 
 def _meant_for(method: str, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:

@@ -68,7 +68,9 @@ def smoothed_kl(particles: Tensor, std: float, bandwidth: float | None) -> Tenso
     nearest = norms.detach().where(healthy, torch.inf).argmin().view(1)
     squared = squared_distances(particles.where(healthy[:, None], particles.detach().index_select(0, nearest)))
     if bandwidth is not None:
-        h2 = torch.full((), bandwidth**2, dtype=squared.dtype, device=squared.device)  # copies nothing to the device
+        # full, unlike as_tensor, copies nothing to the device; but it takes no number that the dtype does not hold
+        largest = torch.finfo(squared.dtype).max
+        h2 = torch.full((), min(bandwidth**2, largest), dtype=squared.dtype, device=squared.device)
     else:
         h2 = _median_bandwidth_squared(squared.detach(), healthy)
     h2 = h2.clamp(min=torch.finfo(h2.dtype).tiny)  # else 0, if the bandwidth is tiny or particles are equal

@@ -71,7 +71,8 @@ def test_an_experiment_that_is_started_again_trains_only_what_is_missing(work, m
     monkeypatch.setattr(summary, "LEAST_SEEDS", 1)
     monkeypatch.setattr(summary, "NUM_RESAMPLES", 2)
     (part,) = summary.summarise(work, "a machine")["variants"]
-    assert part["num_seeds"] == len(part["methods"]["lora"]["metrics"]["nll"]["seeds"]) == 1
+    assert part["seeds"] == [0]
+    assert len(part["methods"]["lora"]["metrics"]["nll"]["seeds"]) == 1
     assert work.run() == 0
     again = {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.npz")}
     assert {path for path in kept if again[path] != kept[path]} == {lost}
@@ -84,7 +85,7 @@ def test_results_are_the_metrics_of_each_method_and_their_paired_differences(wor
     monkeypatch.setattr(summary, "NUM_RESAMPLES", 50)
     work.run()
     results = summary.summarise(work, "a machine")
-    assert results["variants"][0]["num_seeds"] == 2
+    assert results["variants"][0]["seeds"] == [0, 1]
     methods = results["variants"][0]["methods"]
     assert list(methods) == list(work.experiment.variants("cpu")[0].methods)
     variant = work.experiment.variants("cpu")[0]
@@ -184,13 +185,38 @@ def test_an_interval_that_is_centred_lies_around_the_number_though_draws_of_it_a
 
 def test_a_star_needs_an_interval_without_0_and_seeds_that_agree():
     def cell(interval, p):
-        found = {"mean": 1.0, "interval": [0.5, 1.5], "difference": {"mean": 0.5, "interval": interval, "p": p}}
+        difference = {"mean": 0.5, "interval": interval, "p": p}
+        found = {"mean": 1.0, "seeds": [0.8, 1.2], "interval": [0.5, 1.5], "difference": difference}
         return page._cell(NUMBER, found)
 
     assert cell([0.2, 0.8], 0.03).endswith("\\*")
     assert cell([-0.8, -0.2], 0.03).endswith("\\*")
     for interval, p in (([0.2, 0.8], 0.06), ([-0.1, 0.8], 0.03), ([0.2, 0.8], float("nan"))):
         assert not cell(interval, p).endswith("*")
+
+
+def test_a_mean_of_fewer_seeds_than_the_others_says_so():
+    found = {"mean": 1.0, "seeds": [1.0, float("nan"), 1.0], "interval": [0.5, 1.5]}
+    assert page._cell(NUMBER, found) == "1.000 [2 of 3 seeds] (0.500 to 1.500)"
+
+
+def test_the_picture_is_of_the_last_results_that_have_the_part_it_shows():
+    first, other = ({"name": variant.name} for variant in CONTESTED.variants("gpu")[:2])
+    small, large = ({"setting": name, "variants": [first, other]} for name in ("cpu", "gpu"))
+    assert page.pictured(CONTESTED, [small, large]) is large
+    assert page.pictured(CONTESTED, [small, large | {"variants": [other]}]) is small
+    with pytest.raises(SystemExit, match="contested: the results lack the first part"):
+        page.pictured(CONTESTED, [large | {"variants": [other]}])
+
+
+def test_without_training_what_is_there_is_summed_up(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "load", lambda name: work.experiment)
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    (tmp_path / "contested").mkdir()
+    monkeypatch.setattr(Work, "run", lambda self: pytest.fail("nothing may be trained"))
+    monkeypatch.setattr("sys.argv", ["evidence", "run", "contested", "--no_training", "--output_dir", str(tmp_path)])
+    command.main()
+    assert json.loads((tmp_path / "contested" / "results" / "cpu.json").read_text())["variants"] == []
 
 
 def test_the_p_value_of_a_difference_is_that_of_the_paired_t_test():

@@ -107,6 +107,7 @@ def test_an_estimate_is_made_once(tmp_path, monkeypatch):
     assert first == second == {"alpha_star": 0.5, "interval": [0.4, 0.6], "by_dims": [0.9, 0.5]}
     assert len(made) == 1
     assert len(Path(made[0].dataset_name).read_text().splitlines()) == 60
+    assert made[0].max_length == work.setting.max_length  # so its rows are cut as those of the training were
     assert made[0].ensemble == str(work.run_folder(variant, "lora", 0) / "particles")
     with pytest.raises(SystemExit, match="remove it"):
         alpha_star.estimate(replace(work, changes={"model": "a-model", "dtype": "float32"}), variant, 0)
@@ -131,7 +132,8 @@ def test_own_answers_are_what_the_adapter_says_to_the_same_prompts(model_folder,
     settings = AlphaStarConfig(
         model_name_or_path=str(model_folder), ensemble=str(tmp_path), dataset_name="-", output_dir="-", seed=3
     )
-    answered = alpha_star.answered_by(tmp_path, rows, settings)
+    too_long = {"prompt": "long " * 3000, "completion": "yes"}
+    answered = alpha_star.answered_by(tmp_path, [rows[0], too_long, *rows[1:]], settings)
     assert [row["prompt"] for row in answered] == [row["prompt"] for row in rows]
     for number, ids in enumerate(encode_prompts(tokenizer, asked)):
         said = ensemble.generate(torch.tensor([ids]), max_new_tokens=50, seed=3, prompt_ids=[number])[0, 0, 0].tolist()

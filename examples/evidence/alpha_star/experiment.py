@@ -31,7 +31,7 @@ from examples.evidence.people.experiment import EXPERIMENT as PEOPLE, particles_
 from renyi_engine import LoraEnsemble
 from renyi_engine.base_model import load_model, load_tokenizer
 from renyi_engine.critical_alpha import AlphaStarConfig, find_alpha_star
-from renyi_engine.data import decode_answer, left_padded, stop_tokens
+from renyi_engine.data import decode_answer, left_padded, stop_tokens, tokenize
 from renyi_engine.objectives import SftTask
 
 GRID = ("alpha_0.3", "alpha_0.5", "alpha_0.8", "alpha_1")
@@ -178,6 +178,7 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
                 dataset_name=str(folder.with_suffix(".jsonl")),
                 output_dir=str(folder),
                 max_examples=MAX_EXAMPLES,
+                max_length=work.setting_of(variant).max_length,
                 subspace_dims=NUM_DIMS,
                 seed=seed,
             )
@@ -196,12 +197,13 @@ def estimate(work: Work, variant: Variant, seed: int, own_answers: bool = False)
 
 
 def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaStarConfig) -> list[dict[str, Any]]:
-    """The rows, each with an answer that the adapter draws. It knows the odds of these answers, so over many draws H is
-    G and alpha* is 1."""
+    """The rows, without those that are too long, each with an answer that the adapter draws. It knows the odds of these
+    answers, so over many draws H is G and alpha* is 1."""
     tokenizer = load_tokenizer(config)
     ensemble = LoraEnsemble.from_pretrained(load_model(config), adapter)
     task = SftTask(tokenizer, config.max_length)
-    examples = [task.example(number, dict(row)) for number, row in enumerate(rows)]
+    examples, dropped = tokenize(rows, task.example, "rows")
+    too_long = {number for numbers in dropped.values() for number in numbers}
     starts = [answer_start(one) for one in examples]
     prompts = [one.input_ids[:start] for one, start in zip(examples, starts, strict=True)]
     drawn = ensemble.generate(
@@ -212,7 +214,8 @@ def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaS
         pad_token_id=task.pad_token_id,
     )[0, :, 0].tolist()
     answered = []
-    for row, prompt, tokens in zip(rows, prompts, drawn, strict=True):
+    kept = [row for number, row in enumerate(rows) if number not in too_long]
+    for row, prompt, tokens in zip(kept, prompts, drawn, strict=True):
         text = decode_answer(tokenizer, prompt, tokens)
         is_text = isinstance(row["completion"], str)
         answered.append({**row, "completion": text if is_text else [{"role": "assistant", "content": text}]})

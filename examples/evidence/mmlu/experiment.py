@@ -50,7 +50,7 @@ class Mmlu(Experiment):
         "Trained on questions of many subjects, coupled particles specialise: which particle explains the right answer "
         "depends on the subject, among all questions and among those that the base gets wrong."
     )
-    caption = "the mean responsibilities of the particles for each subject, at alpha = 0.8, seed 0."
+    caption = "the mean responsibilities of the particles for each subject, at alpha = 0.8, of the first seed."
     data_file = "test.jsonl.gz"
     settings: Mapping[str, Setting] = {
         "cpu": on_cpu(max_steps=60),
