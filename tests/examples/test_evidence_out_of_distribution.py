@@ -121,7 +121,7 @@ def test_one_adapter_knows_no_epistemic_uncertainty():
 
 
 def test_metrics_with_a_table_of_their_own_are_shown_apart_and_the_first_table_has_the_costs():
-    value = {"mean": 0.5, "interval": [0.4, 0.6]}
+    value = {"mean": 0.5, "seeds": [0.4, 0.6], "interval": [0.4, 0.6]}
     method = {
         "label": "one LoRA",
         "metrics": dict.fromkeys(away.EXPERIMENT.metrics, value),
@@ -129,7 +129,7 @@ def test_metrics_with_a_table_of_their_own_are_shown_apart_and_the_first_table_h
     }
     trained = {"num_particles": 4, "max_steps": 80, "batch_size": 2, "dtype": "float32"}
     variant = {"name": "a variant", **trained, "methods": {"lora": method}}
-    lines = page._tables(away.EXPERIMENT.metrics, variant)
+    lines = page._tables(away.EXPERIMENT.metrics, variant, num_seeds=2)
     names = list(dict.fromkeys(metric.table for metric in away.EXPERIMENT.metrics.values()))
     assert [line for line in lines if line.endswith(":")] == [
         f"A variant (K = 4, 80 steps of 2 rows, float32), {name}:" for name in names
