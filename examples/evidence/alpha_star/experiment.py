@@ -202,8 +202,8 @@ def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaS
     tokenizer = load_tokenizer(config)
     ensemble = LoraEnsemble.from_pretrained(load_model(config), adapter)
     task = SftTask(tokenizer, config.max_length)
-    examples, dropped = tokenize(rows, task.example, "rows")
-    too_long = {number for numbers in dropped.values() for number in numbers}
+    fitting, _ = tokenize(rows, lambda number, row: (row, task.example(number, row)), "rows")
+    examples = [example for _, example in fitting]
     starts = [answer_start(one) for one in examples]
     prompts = [one.input_ids[:start] for one, start in zip(examples, starts, strict=True)]
     drawn = ensemble.generate(
@@ -214,8 +214,7 @@ def answered_by(adapter: Path, rows: Sequence[Mapping[str, Any]], config: AlphaS
         pad_token_id=task.pad_token_id,
     )[0, :, 0].tolist()
     answered = []
-    kept = [row for number, row in enumerate(rows) if number not in too_long]
-    for row, prompt, tokens in zip(kept, prompts, drawn, strict=True):
+    for (row, _), prompt, tokens in zip(fitting, prompts, drawn, strict=True):
         text = decode_answer(tokenizer, prompt, tokens)
         is_text = isinstance(row["completion"], str)
         answered.append({**row, "completion": text if is_text else [{"role": "assistant", "content": text}]})
